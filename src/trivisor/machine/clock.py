@@ -1,0 +1,67 @@
+"""Guest time: nanoseconds since the machine was switched on, and the timers that hang on it."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable
+from itertools import count
+
+
+class Timer:
+    """A callback due at a time; made by `Clock.at`."""
+
+    __slots__ = ("callback", "deadline")
+
+    def __init__(self, deadline: int, callback: Callable[[], None]) -> None:
+        self.deadline = deadline
+        self.callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        """Never call back; harmless when it already did."""
+        self.callback = None
+
+
+class Clock:
+    """Monotonic guest time that can be paused, and a queue of timers.
+
+    The monitor calls `run_due` in the vCPU's thread; callbacks run there, so
+    devices need no locks.  `source` gives host nanoseconds (tests pass their own).
+    """
+
+    def __init__(self, source: Callable[[], int] = time.monotonic_ns) -> None:
+        self._source = source
+        self._origin = source()
+        self._queue: list[tuple[int, int, Timer]] = []
+        self._order = count()
+        self.on_earlier: Callable[[int], None] | None = None
+        """Called with a deadline that is sooner than all before it (an engine re-arms its host timer)."""
+
+    def now(self) -> int:
+        """Nanoseconds of guest time."""
+        return self._source() - self._origin
+
+    def at(self, deadline: int, callback: Callable[[], None]) -> Timer:
+        """Have `callback()` called once guest time reaches `deadline` (ns)."""
+        timer = Timer(deadline, callback)
+        earlier = not self._queue or deadline < self._queue[0][0]
+        heapq.heappush(self._queue, (deadline, next(self._order), timer))
+        if earlier and self.on_earlier is not None:
+            self.on_earlier(deadline)
+        return timer
+
+    def next_deadline(self) -> int | None:
+        """The guest time (ns) of the next live timer, or None."""
+        queue = self._queue
+        while queue and queue[0][2].callback is None:
+            heapq.heappop(queue)
+        return queue[0][0] if queue else None
+
+    def run_due(self) -> None:
+        """Call every timer whose deadline has passed, in order of deadline."""
+        while (deadline := self.next_deadline()) is not None and deadline <= self.now():
+            timer = heapq.heappop(self._queue)[2]
+            callback = timer.callback
+            timer.callback = None
+            if callback is not None:
+                callback()

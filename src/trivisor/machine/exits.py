@@ -1,0 +1,142 @@
+"""Why a vCPU came back to the monitor: a closed set, in KVM's vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PortIn:
+    """IN, INS: the guest read `size` bytes (1, 2, 4) from `port`; `value` is what it was given."""
+
+    port: int
+    size: int
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class PortOut:
+    """OUT, OUTS: the guest wrote `value`."""
+
+    port: int
+    size: int
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class MmioRead:
+    """A load of `size` bytes from a physical address that is not RAM; `value` is what it was given."""
+
+    address: int
+    size: int
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class MmioWrite:
+    """A store to a physical address that is not RAM."""
+
+    address: int
+    size: int
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class MsrRead:
+    """RDMSR of `index`; `value` is None when the guest got #GP."""
+
+    index: int
+    value: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class MsrWrite:
+    """WRMSR; `accepted` is False when the guest got #GP."""
+
+    index: int
+    value: int
+    accepted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CpuidExit:
+    """CPUID of (`leaf`, `subleaf`) and the (eax, ebx, ecx, edx) that was answered."""
+
+    leaf: int
+    subleaf: int
+    result: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Hypercall:
+    """VMCALL or a paravirtual call: its number and arguments."""
+
+    number: int
+    arguments: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """HLT; `interrupts_enabled` False means that nothing but an NMI or reset could wake it."""
+
+    interrupts_enabled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """A triple fault: an exception (`vector`) while the double fault was being delivered."""
+
+    vector: int
+
+
+@dataclass(frozen=True, slots=True)
+class InterruptWindow:
+    """The guest can take an interrupt now."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExceptionExit:
+    """An exception was delivered to the guest (reported to subscribers only)."""
+
+    vector: int
+    error_code: int | None
+    address: int
+
+
+@dataclass(frozen=True, slots=True)
+class DebugStop:
+    """A single step or a monitor's breakpoint was reached at linear address `rip`."""
+
+    rip: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kicked:
+    """`kick()` was called, or a host timer or signal wants the monitor's attention."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """The guest asked for what this technique does not have; `what` names it, `rip` is its address."""
+
+    what: str
+    rip: int
+
+
+Exit = (
+    PortIn
+    | PortOut
+    | MmioRead
+    | MmioWrite
+    | MsrRead
+    | MsrWrite
+    | CpuidExit
+    | Hypercall
+    | Halt
+    | Shutdown
+    | InterruptWindow
+    | ExceptionExit
+    | DebugStop
+    | Kicked
+    | Unsupported
+)

@@ -1,0 +1,26 @@
+"""Interrupt wires between devices, interrupt controllers and the processor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+Line = Callable[[bool], None]
+"""One interrupt wire: called with True to assert it and False to release it.  Setting it twice is harmless."""
+
+
+class InterruptController(Protocol):
+    """What the processor sees of the interrupt controllers: its INTR pin and the acknowledge cycle."""
+
+    def pending(self) -> bool:
+        """Whether an interrupt waits that the processor would take now if IF were set."""
+
+    def acknowledge(self) -> int:
+        """Take the most urgent pending interrupt and return its vector, 0 to 255.
+
+        Only called right after `pending()` was true.
+        """
+
+
+def no_line(level: bool) -> None:
+    """A wire that is not connected."""

@@ -1,0 +1,275 @@
+"""From one instruction's text to its bytes: prefixes, operands, and the choice among the encodings."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from iced_x86 import Encoder, Instruction, OpKind
+
+from trivisor.x86.opcodes import FIXED_REGISTERS, KINDS, REGISTERS, Form, branch_forms, forms
+from trivisor.x86.operands import (
+    REGISTER_OPERANDS,
+    REPRESENTATIVES,
+    AssemblyError,
+    ImmediateOperand,
+    MemoryOperand,
+    Operand,
+    RegisterOperand,
+    parse_operand,
+    split_commas,
+)
+
+_REPEATS = {"rep": "rep", "repe": "rep", "repz": "rep", "repne": "repne", "repnz": "repne"}
+_SEGMENTS = {name: REGISTERS[name] for name in ("es", "cs", "ss", "ds", "fs", "gs")}
+_OPERAND_SIZES = {"o16": 16, "o32": 32, "o64": 64}
+_ADDRESS_SIZES = {"a16": 16, "a32": 32, "a64": 64}
+_PREFIXES = {"lock", *_REPEATS, *_SEGMENTS, *_OPERAND_SIZES, *_ADDRESS_SIZES}
+
+# Memory operands of these have the mode's own size where none is written.
+_DEFAULT_SIZED = {"jmp", "call", "fldenv", "fstenv", "fnstenv", "fsave", "fnsave", "frstor"}
+# A 16-bit register operand of these means the same as the 32-bit one, which needs no prefix.
+_WORD_OF_ANY_REGISTER = {"lldt", "ltr", "lmsw", "verr", "verw"}
+_WORD_REGISTERS: dict[RegisterOperand, RegisterOperand] = {
+    REGISTER_OPERANDS[name]: REGISTER_OPERANDS["e" + name]
+    for name in ("ax", "cx", "dx", "bx", "sp", "bp", "si", "di")
+} | {REGISTER_OPERANDS[f"r{n}w"]: REGISTER_OPERANDS[f"r{n}d"] for n in range(8, 16)}
+_SEGMENT_OPERANDS = {REGISTER_OPERANDS[name] for name in _SEGMENTS}
+_ST0, _ST1 = REGISTER_OPERANDS["st0"], REGISTER_OPERANDS["st1"]
+_EAX = REGISTER_OPERANDS["eax"]
+
+_NEAR_BRANCH = {16: OpKind.NEAR_BRANCH16, 32: OpKind.NEAR_BRANCH32, 64: OpKind.NEAR_BRANCH64}
+_STRING_OPERANDS = {
+    KINDS["SEG_RSI"]: {16: OpKind.MEMORY_SEG_SI, 32: OpKind.MEMORY_SEG_ESI, 64: OpKind.MEMORY_SEG_RSI},
+    KINDS["SEG_RDI"]: {16: OpKind.MEMORY_SEG_DI, 32: OpKind.MEMORY_SEG_EDI, 64: OpKind.MEMORY_SEG_RDI},
+    KINDS["ES_RDI"]: {16: OpKind.MEMORY_ESDI, 32: OpKind.MEMORY_ESEDI, 64: OpKind.MEMORY_ESRDI},
+}
+_TABLE_POINTER = {16: REGISTERS["bx"], 32: REGISTERS["ebx"], 64: REGISTERS["rbx"]}
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefixes:
+    """What stands before the mnemonic; sizes in bits, 0 where none is given."""
+
+    lock: bool = False
+    repeat: str = ""
+    segment: int = 0
+    operand_size: int = 0
+    address_size: int = 0
+
+
+_NO_PREFIXES = _Prefixes()
+# Encodings to try, best first, by mnemonic, bitness, operand size, far pointer, and the operands' shapes.
+_Choice = tuple[Form, ...]
+_choices: dict[tuple[str, int, int, bool, tuple[int, ...]], _Choice] = {}
+
+
+class InstructionEncoder:
+    """Encodes instructions for code of one bitness. `resolve` gives the value of a name."""
+
+    def __init__(self, bits: int, resolve: Callable[[str], int]) -> None:
+        self.bits = bits
+        self.resolve = resolve
+        self.encoder = Encoder(bits)
+
+    def encode(self, mnemonic: str, rest: str, address: int, wide: bool) -> bytes:
+        """The bytes of an instruction at an address; `wide` keeps it in its long form.
+
+        `mnemonic` is the line's first word in lower case, which may be a prefix.
+        """
+        prefixes = _NO_PREFIXES
+        if mnemonic in _PREFIXES:
+            prefixes, mnemonic, rest = _split_prefixes(mnemonic, rest)
+        distance = ""
+        if rest[:1] in "sSnNfF" and (first := rest.partition(" ")[0].lower()) in ("short", "near", "far"):
+            distance, rest = first, rest[len(first) :].lstrip()
+        operands = self._operands(rest, wide) if rest else []
+        if len(operands) == 1 and type(operands[0]) is ImmediateOperand:
+            branch = branch_forms(mnemonic, self.bits)
+            if branch:
+                return self._branch(branch, operands[0].value, distance, address, wide)
+        return self._encode(mnemonic, operands, prefixes, distance == "far", address)
+
+    def _operands(self, text: str, wide: bool) -> list[Operand]:
+        return [
+            REGISTER_OPERANDS.get(part) or parse_operand(part, self.bits, wide, self.resolve)
+            for part in map(str.strip, split_commas(text))
+        ]
+
+    # Relative branches
+
+    def _branch(
+        self, branch: tuple[Form | None, Form | None], target: int, distance: str, address: int, wide: bool
+    ) -> bytes:
+        short, near = branch
+        may_be_short = distance != "near" and not (wide and near and not distance)
+        if distance == "far":
+            raise AssemblyError("a far branch takes selector:offset or memory")
+        for form in (short if may_be_short else None, near if distance != "short" else None):
+            if form:
+                try:
+                    return self._emit_branch(form, target, address)
+                except ValueError:
+                    continue
+        raise AssemblyError(f"branch target {target:#x} is out of reach")
+
+    def _emit_branch(self, form: Form, target: int, address: int) -> bytes:
+        instruction = Instruction()
+        instruction.code = form.code  # type: ignore[assignment]
+        instruction.op0_kind = _NEAR_BRANCH[self.bits]
+        instruction.near_branch64 = target & (1 << self.bits) - 1
+        return self._emit(instruction, address)
+
+    # All other instructions
+
+    def _encode(
+        self, mnemonic: str, operands: list[Operand], prefixes: _Prefixes, is_far: bool, address: int
+    ) -> bytes:
+        key = (mnemonic, self.bits, prefixes.operand_size, is_far, tuple([o.shape for o in operands]))
+        choice = _choices.get(key)
+        if choice is None:
+            operands = self._rewrite(mnemonic, operands, prefixes, is_far)
+            shapes = tuple([o.shape for o in operands])
+            choice = self._choose(mnemonic, operands, prefixes, is_far)
+            if shapes == key[-1]:
+                _choices[key] = choice
+        problem = "no encoding"
+        for form in choice:
+            try:
+                return self._emit(self._build(form, operands, prefixes), address)
+            except ValueError as error:
+                problem = str(error)
+        raise AssemblyError(problem)
+
+    def _build(self, form: Form, operands: Sequence[Operand], prefixes: _Prefixes) -> Instruction:
+        instruction = Instruction()
+        instruction.code = form.code  # type: ignore[assignment]
+        for (number, op_kind), operand in zip(form.slots, operands, strict=True):
+            operand.store(instruction, number, op_kind)
+        for number, kind in form.implied:
+            self._imply(instruction, number, kind, prefixes.address_size or self.bits)
+        if prefixes is not _NO_PREFIXES:
+            instruction.has_lock_prefix = prefixes.lock
+            instruction.has_rep_prefix = prefixes.repeat == "rep"
+            instruction.has_repne_prefix = prefixes.repeat == "repne"
+            if prefixes.segment:
+                instruction.segment_prefix = prefixes.segment  # type: ignore[assignment]
+        return instruction
+
+    def _imply(self, instruction: Instruction, number: int, kind: int, address_size: int) -> None:
+        """Sets an operand that is not written: a string instruction's memory or accumulator."""
+        if kind in _STRING_OPERANDS:
+            instruction.set_op_kind(number, _STRING_OPERANDS[kind][address_size])
+        elif kind == KINDS["SEG_RBX_AL"]:
+            instruction.set_op_kind(number, OpKind.MEMORY)
+            instruction.memory_base = _TABLE_POINTER[address_size]  # type: ignore[assignment]
+            instruction.memory_index = REGISTERS["al"]  # type: ignore[assignment]
+        else:
+            instruction.set_op_register(number, FIXED_REGISTERS[kind])  # type: ignore[arg-type]
+
+    def _emit(self, instruction: Instruction, address: int) -> bytes:
+        try:
+            self.encoder.encode(instruction, address)
+        except ValueError:
+            self.encoder.take_buffer()  # it keeps the bytes that came before the error
+            raise
+        return self.encoder.take_buffer()
+
+    # Choice of the encoding
+
+    def _choose(
+        self, mnemonic: str, operands: list[Operand], prefixes: _Prefixes, is_far: bool
+    ) -> _Choice:
+        """The encodings that fit, best first; raises AssemblyError if there is none or no one size."""
+        if not forms(mnemonic):
+            raise AssemblyError(f"no instruction {mnemonic!r}")
+        candidates = self._matching(mnemonic, operands, prefixes, is_far)
+        if not candidates:
+            raise AssemblyError(f"no form of {mnemonic!r} takes these operands in {self.bits}-bit code")
+        sizes = {form.memory_size for form in candidates if form.memory_size}
+        has_unsized_memory = any(type(o) is MemoryOperand and not o.size for o in operands)
+        if has_unsized_memory and len(sizes) > 1 and mnemonic not in _DEFAULT_SIZED:
+            raise AssemblyError("operand size not given")
+        ranked = []
+        for order, form in enumerate(candidates):
+            length = self._length(form, operands, prefixes)
+            if length:
+                ranked.append((form.is_evex, self._needs_size_prefix(form), length, order, form))
+        return tuple(entry[-1] for entry in sorted(ranked, key=lambda entry: entry[:-1])) or tuple(candidates)
+
+    def _matching(
+        self, mnemonic: str, operands: list[Operand], prefixes: _Prefixes, is_far: bool
+    ) -> list[Form]:
+        shapes = [operand.shape for operand in operands]
+        size = next((o.size for o in operands if type(o) is MemoryOperand), 0)
+        return [
+            form
+            for form in forms(mnemonic)
+            if form.is_available(self.bits)
+            and form.is_far_pointer == is_far
+            and form.takes(shapes)
+            and not (size and form.memory_size and form.memory_size != size + 2 * is_far)
+            and not (prefixes.operand_size and form.operand_size not in (0, prefixes.operand_size))
+        ]
+
+    def _length(self, form: Form, operands: list[Operand], prefixes: _Prefixes) -> int:
+        """The encoding's length with operands like these; 0 if it has none."""
+        alike = [REPRESENTATIVES.get(operand.shape, operand) for operand in operands]
+        try:
+            return len(self._emit(self._build(form, alike, prefixes), 0))
+        except ValueError:
+            return 0
+
+    def _needs_size_prefix(self, form: Form) -> bool:
+        if self.bits == 16:
+            return form.operand_size == 32
+        return form.operand_size == 16
+
+    def _rewrite(
+        self, mnemonic: str, operands: list[Operand], prefixes: _Prefixes, is_far: bool
+    ) -> list[Operand]:
+        """The operands as the tables have them, where NASM's dialect lets them be written otherwise."""
+        first = operands[0] if operands else None
+        last = operands[-1] if operands else None
+        reads_word = mnemonic in _WORD_OF_ANY_REGISTER or (mnemonic == "mov" and first in _SEGMENT_OPERANDS)
+        if reads_word and self.bits != 16 and isinstance(last, RegisterOperand) and last in _WORD_REGISTERS:
+            return [*operands[:-1], _WORD_REGISTERS[last]]
+        if mnemonic == "xchg" and self.bits == 64 and first == last == _EAX:
+            raise AssemblyError("xchg eax, eax would be a nop that keeps the upper half")
+        if self._matching(mnemonic, operands, prefixes, is_far):
+            return operands
+        for variant in _variants(mnemonic, operands):
+            if self._matching(mnemonic, variant, prefixes, is_far):
+                return variant
+        return operands
+
+
+def _variants(mnemonic: str, operands: list[Operand]) -> list[list[Operand]]:
+    """Other ways to write an instruction's operands."""
+    if mnemonic in ("test", "xchg") and len(operands) == 2:
+        return [operands[::-1]]
+    if mnemonic == "imul" and len(operands) == 2:
+        return [[operands[0], *operands]]
+    if mnemonic.startswith("f") and len(operands) == 1:
+        return [[_ST0, *operands], [*operands, _ST0]]
+    if mnemonic.startswith("f") and not operands:
+        return [[_ST1, _ST0], [_ST0, _ST1]]
+    return []
+
+
+def _split_prefixes(word: str, rest: str) -> tuple[_Prefixes, str, str]:
+    lock, repeat, segment, operand_size, address_size = False, "", 0, 0, 0
+    while word in _PREFIXES:
+        lock = lock or word == "lock"
+        repeat = _REPEATS.get(word, repeat)
+        segment = _SEGMENTS.get(word, segment)
+        operand_size = _OPERAND_SIZES.get(word, operand_size)
+        address_size = _ADDRESS_SIZES.get(word, address_size)
+        word, _, rest = rest.partition(" ")
+        word, rest = word.lower(), rest.strip()
+    if not word:
+        raise AssemblyError("instruction expected after a prefix")
+    return _Prefixes(lock, repeat, segment, operand_size, address_size), word, rest
+
+
+def is_mnemonic(word: str) -> bool:
+    """Whether a lower-case word starts an instruction."""
+    return word in _PREFIXES or bool(forms(word))

@@ -1,0 +1,171 @@
+"""The default user space: busybox and an /init of our own, in a few dozen lines of shell.
+
+Each process that the guest starts costs time under translation, so /init stays
+in one shell: builtins and redirections where they do, `exec` for the last step.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+from trivisor.guests import cpio
+from trivisor.guests.command import begin_mark, end_mark
+
+CONSOLE_COMMAND_LINE = "console=ttyS0 panic=-1"
+"""Kernel command line for a run whose console the user sees; a panic ends the run."""
+COMMAND_COMMAND_LINE = "console=ttyS0 panic=-1 quiet loglevel=0"
+"""Kernel command line for a run of one command: the kernel stays silent unless it panics."""
+
+_ESSENTIAL_APPLETS = ("sh", "ash", "mount", "stty", "setsid", "poweroff", "cat", "ls", "echo", "uname", "env")
+_APPLET_TABLE = re.compile(rb"\0((?:[!-~]+\0){32,})\0")
+
+# The tty is closed before power-off, because the last close waits until the
+# UART has sent everything; power-off itself waits for nothing.
+_POWER_OFF = "exec poweroff -n -f <&- >&- 2>&-"
+
+_PROLOGUE = """\
+#!/bin/sh
+export PATH=/bin HOME=/root TERM=linux
+mount -a
+read -r up idle </proc/uptime
+echo "trivisor: userspace after $up s"
+echo trivisor >/proc/sys/kernel/hostname
+cd /root
+"""
+
+_FSTAB = b"""\
+proc /proc proc defaults 0 0
+sys /sys sysfs defaults 0 0
+dev /dev devtmpfs defaults 0 0
+"""
+
+_SHELL = """\
+{size}echo
+echo "A shell on busybox; \\"exit\\" powers the machine off."
+setsid -c sh </dev/ttyS0 >/dev/ttyS0 2>&1
+{power_off}
+"""
+
+_REPORT = """\
+cd /proc/sys/kernel
+read -r name <ostype; read -r release <osrelease; read -r version <version; read -r machine <arch
+echo "$name trivisor $release $version $machine GNU/Linux"
+model=unknown; processors=0
+while IFS=' \t:' read -r key word rest; do
+    case $key in
+        processor) processors=$((processors + 1)) ;;
+        model) case $word in name) model=${{rest#: }} ;; esac ;;
+    esac
+done </proc/cpuinfo
+echo "processor: $processors x $model"
+while read -r key amount unit; do
+    case $key in
+        MemTotal:) total=$amount ;;
+        MemAvailable:) available=$amount; break ;;
+    esac
+done </proc/meminfo
+echo "memory: $((total / 1024)) MiB, $((available / 1024)) MiB of it available"
+read -r up idle </proc/uptime
+echo "uptime: $up s"
+{power_off}
+"""
+
+# The marker stands here in halves: a command that prints this file must not print a mark.
+# The shell's own words on a killed command ("Segmentation fault") are not the command's output.
+_COMMAND = """\
+stty raw -echo </dev/ttyS0
+first={first} second={second}
+echo "$first$second{begin}"
+exec 3>&2 2>/dev/null
+(set -- {arguments}
+exec -- "$@") </dev/null 2>&3 3>&-
+echo "$first$second{end}$?"
+{power_off}
+"""
+
+
+def default_initramfs(
+    busybox: bytes,
+    command: Sequence[str] | None = None,
+    *,
+    marker: bytes = b"",
+    interactive: bool = False,
+    terminal_size: tuple[int, int] | None = None,
+) -> bytes:
+    """Return a cpio archive whose /init does what one run is for, then powers the machine off.
+
+    With `command`, /init runs that argument list and encloses its output in
+    marks made from `marker` (see `trivisor.guests.command`); boot it with
+    `COMMAND_COMMAND_LINE`.  Without, `interactive` gives a shell on ttyS0, as
+    large as `terminal_size` (rows, columns) says; otherwise the guest reports
+    on itself.  Raises ValueError for an argument that no process can be given.
+    """
+    if command is not None:
+        action = _command_script(command, marker)
+    elif interactive:
+        action = _shell_script(terminal_size)
+    else:
+        action = _REPORT.format(power_off=_POWER_OFF).encode()
+    directories = ("bin", "dev", "etc", "proc", "root", "sys", "tmp", "usr", "var")
+    entries = [cpio.directory(name) for name in directories]
+    entries += [
+        cpio.character_device("dev/console", 5, 1),
+        cpio.symlink("sbin", "bin"),
+        cpio.symlink("usr/bin", "../bin"),
+        cpio.symlink("usr/sbin", "../bin"),
+        cpio.regular("etc/fstab", _FSTAB),
+        cpio.regular("etc/passwd", b"root::0:0:root:/root:/bin/sh\n"),
+        cpio.regular("etc/group", b"root:x:0:\n"),
+        cpio.regular("bin/busybox", busybox, 0o755),
+        cpio.regular("init", _PROLOGUE.encode() + action, 0o755),
+    ]
+    entries += [cpio.symlink(f"bin/{name}", "busybox") for name in applets(busybox) if name != "busybox"]
+    return cpio.archive(entries)
+
+
+def applets(busybox: bytes) -> list[str]:
+    """Return the names that a busybox binary answers to.
+
+    They stand in the binary as one sorted table of strings (busybox,
+    include/applet_tables.h), which begins with "[" and ends in an empty
+    string.  A few that everyone needs come back where there is no such table.
+    """
+    start = busybox.find(b"\0[\0[[\0")
+    table = _APPLET_TABLE.match(busybox, start) if start >= 0 else None
+    if table is None:
+        return list(_ESSENTIAL_APPLETS)
+    return [name.decode() for name in table[1].split(b"\0")[:-1] if b"/" not in name]
+
+
+def _shell_script(terminal_size: tuple[int, int] | None) -> bytes:
+    size = ""
+    if terminal_size is not None:
+        rows, columns = terminal_size
+        size = f"stty rows {int(rows)} cols {int(columns)} </dev/ttyS0\n"
+    return _SHELL.format(size=size, power_off=_POWER_OFF).encode()
+
+
+def _command_script(command: Sequence[str], marker: bytes) -> bytes:
+    if not command:
+        raise ValueError("the command is empty")
+    if not marker.isalnum() or len(marker) < 2:
+        raise ValueError("the marker must be letters and digits")
+    if any("\0" in argument for argument in command):
+        raise ValueError("an argument of a command cannot hold a NUL character")
+    word = marker.decode()
+    script = _COMMAND.format(
+        first=word[: len(word) // 2],
+        second=word[len(word) // 2 :],
+        begin=begin_mark(b"").decode().rstrip("\n"),
+        end=end_mark(b"", 0).decode().rstrip("0\n"),
+        arguments=" ".join(map(_quote, command)),
+        power_off=_POWER_OFF,
+    )
+    return os.fsencode(script)
+
+
+def _quote(argument: str) -> str:
+    """Quote for the shell: between single quotes every byte stands for itself but the single quote."""
+    return "'" + argument.replace("'", "'\\''") + "'"

@@ -87,6 +87,7 @@ ARCH_CAP_ITS_NO: Final = 1 << 62
 """Never set by a processor; monitors tell their guests with it (Intel, Indirect Target Selection)."""
 
 MISC_ENABLE_FAST_STRINGS: Final = 1 << 0
+MISC_ENABLE_THERMAL_CONTROL: Final = 1 << 3
 MISC_ENABLE_BTS_UNAVAILABLE: Final = 1 << 11
 MISC_ENABLE_PEBS_UNAVAILABLE: Final = 1 << 12
 

@@ -1,0 +1,294 @@
+"""CPUID as the guest of the translation engine sees it (Intel SDM 2A, CPUID).
+
+The guest gets a Sapphire Rapids Xeon, cut down to what the translator has: an
+instruction set that is copied to the host is told of only if the host has it;
+what the translator does itself is always there.
+
+Speculation: guest kernel and guest user run at one privilege level of the
+host, where no control that the guest could set has any effect.  The guest is
+told of a processor with enhanced IBRS, hardware protection against branch
+history injection, and none of the other flaws (`ARCH_CAPABILITIES`), so that it
+wastes no time on defences that would not work here.  Nothing is promised about
+side channels inside one guest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Final
+
+from trivisor.x86 import control, msr
+from trivisor.x86.cpuid import EAX, EBX, ECX, EDX, FEATURES, Query, Registers, features, host_xgetbv
+
+BRAND: Final = "trivisor virtual CPU"
+VENDOR: Final = "GenuineIntel"
+HYPERVISOR_SIGNATURE: Final = "TRIVISORVMM "
+FAMILY_MODEL_STEPPING: Final = 0x000806F8
+"""Family 6, model 0x8F, stepping 8."""
+PHYSICAL_BITS: Final = 40
+LINEAR_BITS: Final = 48
+
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+COPIED: Final = _names(
+    "fpu tsc cx8 cmov clflush mmx fxsr sse sse2 sse3 pclmul ssse3 fma cx16 sse4_1 sse4_2 movbe popcnt aes "
+    "xsave avx f16c rdrand fsgsbase bmi1 avx2 fdp_excptn_only bmi2 erms zero_fcs_fds rdseed adx clflushopt "
+    "clwb sha xsaveopt xsavec lahf abm 3dnowprefetch invariant_tsc"
+)
+"""There if the host has them."""
+EMULATED: Final = _names(
+    "de pse msr pae mce apic sep mtrr pge mca pat pse36 x2apic tsc_deadline hypervisor arat smep spec_ctrl "
+    "flush_l1d arch_capabilities bhi_ctrl syscall nx pdpe1gb rdtscp lm"
+)
+"""There on every host."""
+OPTIONAL: Final = frozenset({"smap", "umip", "pcid", "invpcid", "tsc_adjust"})
+"""Emulated, and off unless asked for with `extra`."""
+_REQUIRES: Final = {
+    "avx": "xsave",
+    "fma": "avx",
+    "f16c": "avx",
+    "avx2": "avx",
+    "xsaveopt": "xsave",
+    "xsavec": "xsave",
+    "invpcid": "pcid",
+}
+
+ARCH_CAPABILITIES: Final = (
+    msr.ARCH_CAP_RDCL_NO
+    | msr.ARCH_CAP_IBRS_ALL
+    | msr.ARCH_CAP_SKIP_L1DFL_VMENTRY
+    | msr.ARCH_CAP_SSB_NO
+    | msr.ARCH_CAP_MDS_NO
+    | msr.ARCH_CAP_IF_PSCHANGE_MC_NO
+    | msr.ARCH_CAP_TAA_NO
+    | msr.ARCH_CAP_SBDR_SSDP_NO
+    | msr.ARCH_CAP_FBSDP_NO
+    | msr.ARCH_CAP_PSDP_NO
+    | msr.ARCH_CAP_BHI_NO
+    | msr.ARCH_CAP_PBRSB_NO
+    | msr.ARCH_CAP_GDS_NO
+    | msr.ARCH_CAP_RFDS_NO
+    | msr.ARCH_CAP_ITS_NO
+)
+"""IA32_ARCH_CAPABILITIES.  Linux also wants the `bhi_ctrl` bit, or clears the branch history in a loop."""
+
+_MAXIMUM_BASIC = 0x16
+_MAXIMUM_HYPERVISOR = 0x40000010
+_MAXIMUM_EXTENDED = 0x80000008
+_HAS_SUBLEAVES = frozenset({4, 7, 0xB, 0xD})
+_NOTHING: Registers = (0, 0, 0, 0)
+
+_LEGACY_AREA = 576
+"""Bytes of the XSAVE area's legacy region and header (SDM 1, 13.4)."""
+_AVX_AREA = 256
+
+_CACHES = (
+    # type (1 data, 2 code, 3 both), level, KiB, ways
+    (1, 1, 48, 12),
+    (2, 1, 32, 8),
+    (3, 2, 2048, 16),
+    (3, 3, 16384, 16),
+)
+_LINE = 64
+_CACHE_DESCRIPTORS: Registers = (0x76036301, 0x00F0B5FF, 0, 0x00C30000)
+"""Leaf 2: TLB sizes, 64-byte prefetch, and 0xFF for "see leaf 4" (SDM 2A table 3-12)."""
+
+
+@dataclass(frozen=True)
+class GuestCpuid:
+    """The processor that a guest sees: what never changes about it, and `query` for what does."""
+
+    features: frozenset[str]
+    """Names of `x86.cpuid.FEATURES`, without `osxsave`."""
+    table: dict[tuple[int, int], Registers]
+    physical_bits: int = PHYSICAL_BITS
+
+    @property
+    def cr4_mask(self) -> int:
+        """The CR4 bits that the guest may set."""
+        return control.cr4_mask(self.features)
+
+    @property
+    def xcr0_supported(self) -> int:
+        """The XCR0 bits that the guest may set; 0 without XSAVE."""
+        if "xsave" not in self.features:
+            return 0
+        avx = control.XCR0_AVX if "avx" in self.features else 0
+        return control.XCR0_X87 | control.XCR0_SSE | avx
+
+    def query(
+        self, leaf: int, subleaf: int, *, cr4: int = 0, xcr0: int = 1, apic_enabled: bool = True
+    ) -> Registers:
+        """CPUID with EAX = `leaf`, ECX = `subleaf`, given what it depends on: (eax, ebx, ecx, edx)."""
+        leaf = _in_range(leaf)
+        if leaf not in _HAS_SUBLEAVES:
+            subleaf = 0
+        answer = self.table.get((leaf, subleaf), _NOTHING)
+        if leaf == 1:
+            return _leaf_1(answer, cr4, apic_enabled)
+        if leaf == 0xB and subleaf > 1:
+            return (0, 0, subleaf & 0xFF, self.table[0xB, 0][EDX])
+        if leaf == 0xD and subleaf < 2:
+            return self._xsave_sizes(answer, subleaf, xcr0)
+        return answer
+
+    def _xsave_sizes(self, answer: Registers, subleaf: int, xcr0: int) -> Registers:
+        """EBX of leaf 0xD: bytes that XSAVE, and XSAVEC, need for what XCR0 enables now."""
+        if "xsave" not in self.features or (subleaf and "xsavec" not in self.features):
+            return answer
+        size = _LEGACY_AREA + (_AVX_AREA if xcr0 & control.XCR0_AVX else 0)
+        return (answer[EAX], size, answer[ECX], answer[EDX])
+
+
+def guest_cpuid(
+    host: Query,
+    *,
+    tsc_frequency: int,
+    crystal_frequency: int,
+    apic_id: int = 0,
+    host_xcr0: int | None = None,
+    extra: Collection[str] = (),
+    without: Collection[str] = (),
+) -> GuestCpuid:
+    """The guest's processor on a host whose CPUID is `host` and whose XCR0 is `host_xcr0` (None: ask it).
+
+    Frequencies are in Hz: of the TSC, and of the local APIC timer's input clock.
+    `extra` switches on features of `OPTIONAL`, `without` takes any away.
+    ValueError for a name that cannot be switched.
+    """
+    if unknown := set(extra) - OPTIONAL | set(without) - set(FEATURES):
+        raise ValueError(f"no CPU feature to switch: {', '.join(sorted(unknown))}")
+    available = COPIED & features(host)
+    if host_xcr0 is None:
+        host_xcr0 = host_xgetbv()
+    if host_xcr0 & 6 != 6:
+        available -= {"avx"}
+    if not host_xcr0 & 1:
+        available -= {"xsave"}
+    chosen = _closed((available | EMULATED | set(extra)) - set(without))
+    table = _feature_leaves(chosen)
+    _merge(table, _identity(apic_id))
+    _merge(table, _topology(apic_id))
+    _merge(table, _clocks(tsc_frequency, crystal_frequency))
+    if "xsave" in chosen:
+        _merge(table, _xsave_leaves("avx" in chosen))
+    return GuestCpuid(chosen, table)
+
+
+def tsc_ratio(tsc_frequency: int, crystal_frequency: int) -> tuple[int, int]:
+    """(denominator, numerator) of TSC to crystal for leaf 0x15, the closest that guests can compute with.
+
+    Linux multiplies crystal kHz by the numerator in 32 bits (arch/x86/kernel/tsc.c); that must not overflow.
+    """
+    ratio = Fraction(tsc_frequency, crystal_frequency)
+    largest = 0xFFFFFFFF // max(crystal_frequency // 1000, 1)
+    exact = ratio.limit_denominator(max(int(largest / ratio), 1))
+    return exact.denominator, exact.numerator
+
+
+def _in_range(leaf: int) -> int:
+    """Leaves beyond the largest give the largest basic leaf, as Intel's processors do."""
+    if leaf <= _MAXIMUM_BASIC or 0x40000000 <= leaf <= 0x4FFFFFFF or 0x80000000 <= leaf <= _MAXIMUM_EXTENDED:
+        return leaf
+    return _MAXIMUM_BASIC
+
+
+def _closed(chosen: Collection[str]) -> frozenset[str]:
+    """`chosen` without the features that build on one that is missing."""
+    kept = set(chosen)
+    for name, needed in _REQUIRES.items():
+        if needed not in kept:
+            kept.discard(name)
+    return frozenset(kept)
+
+
+def _leaf_1(answer: Registers, cr4: int, apic_enabled: bool) -> Registers:
+    """Add OSXSAVE, which mirrors CR4, and take APIC away while IA32_APIC_BASE disables it."""
+    ecx, edx = answer[ECX], answer[EDX]
+    if cr4 & control.CR4_OSXSAVE:
+        ecx |= 1 << FEATURES["osxsave"].bit
+    if not apic_enabled:
+        edx &= ~(1 << FEATURES["apic"].bit)
+    return (answer[EAX], answer[EBX], ecx, edx)
+
+
+def _merge(table: dict[tuple[int, int], Registers], more: dict[tuple[int, int], Registers]) -> None:
+    """OR `more` into `table`."""
+    for key, registers in more.items():
+        a, b, c, d = table.get(key, _NOTHING)
+        table[key] = (a | registers[EAX], b | registers[EBX], c | registers[ECX], d | registers[EDX])
+
+
+def _feature_leaves(chosen: frozenset[str]) -> dict[tuple[int, int], Registers]:
+    leaves: dict[tuple[int, int], list[int]] = {}
+    for name in chosen:
+        place = FEATURES[name]
+        leaves.setdefault((place.leaf, place.subleaf), [0, 0, 0, 0])[place.register] |= 1 << place.bit
+    return {key: (a, b, c, d) for key, (a, b, c, d) in leaves.items()}
+
+
+def _words(text: str, length: int) -> tuple[int, ...]:
+    """ASCII text as little-endian doublewords, padded with zeros to `length` bytes."""
+    raw = text.encode("ascii").ljust(length, b"\0")
+    return tuple(int.from_bytes(raw[at : at + 4], "little") for at in range(0, length, 4))
+
+
+def _identity(apic_id: int) -> dict[tuple[int, int], Registers]:
+    vendor = _words(VENDOR, 12)
+    hypervisor = _words(HYPERVISOR_SIGNATURE, 12)
+    brand = _words(BRAND, 48)
+    leaves: dict[tuple[int, int], Registers] = {
+        (0, 0): (_MAXIMUM_BASIC, vendor[0], vendor[2], vendor[1]),
+        # EBX: initial APIC id, one logical processor, CLFLUSH line in quadwords.
+        (1, 0): (FAMILY_MODEL_STEPPING, (apic_id & 0xFF) << 24 | 1 << 16 | _LINE // 8 << 8, 0, 0),
+        (7, 0): (2, 0, 0, 0),
+        (0x40000000, 0): (_MAXIMUM_HYPERVISOR, hypervisor[0], hypervisor[1], hypervisor[2]),
+        (0x80000000, 0): (_MAXIMUM_EXTENDED, 0, 0, 0),
+        (0x80000008, 0): (LINEAR_BITS << 8 | PHYSICAL_BITS, 0, 0, 0),
+    }
+    for part in range(3):
+        a, b, c, d = brand[4 * part : 4 * part + 4]
+        leaves[0x80000002 + part, 0] = (a, b, c, d)
+    return leaves
+
+
+def _topology(apic_id: int) -> dict[tuple[int, int], Registers]:
+    """Caches, and one package of one core of one thread."""
+    leaves: dict[tuple[int, int], Registers] = {
+        (2, 0): _CACHE_DESCRIPTORS,
+        (0xB, 0): (0, 1, 1 << 8, apic_id),
+        (0xB, 1): (0, 1, 2 << 8 | 1, apic_id),
+        # L2: KiB, 16-way, bytes a line.
+        (0x80000006, 0): (0, 0, 2048 << 16 | 8 << 12 | _LINE, 0),
+    }
+    for index, (kind, level, kibibytes, ways) in enumerate(_CACHES):
+        sets = kibibytes * 1024 // (ways * _LINE)
+        # EAX bit 8: self-initializing.
+        leaves[4, index] = (kind | level << 5 | 1 << 8, ways - 1 << 22 | _LINE - 1, sets - 1, 0)
+    return leaves
+
+
+def _clocks(tsc_frequency: int, crystal_frequency: int) -> dict[tuple[int, int], Registers]:
+    denominator, numerator = tsc_ratio(tsc_frequency, crystal_frequency)
+    megahertz = min(round(tsc_frequency / 1_000_000), 0xFFFF)
+    return {
+        (0x15, 0): (denominator, numerator, crystal_frequency, 0),
+        (0x16, 0): (megahertz, megahertz, 100, 0),
+        # Hypervisors that follow VMware: TSC and APIC bus in kHz.
+        (_MAXIMUM_HYPERVISOR, 0): (tsc_frequency // 1000, crystal_frequency // 1000, 0, 0),
+    }
+
+
+def _xsave_leaves(avx: bool) -> dict[tuple[int, int], Registers]:
+    if not avx:
+        return {(0xD, 0): (control.XCR0_X87 | control.XCR0_SSE, 0, _LEGACY_AREA, 0)}
+    return {
+        (0xD, 0): (control.XCR0_X87 | control.XCR0_SSE | control.XCR0_AVX, 0, _LEGACY_AREA + _AVX_AREA, 0),
+        (0xD, 2): (_AVX_AREA, _LEGACY_AREA, 0, 0),
+    }

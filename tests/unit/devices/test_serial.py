@@ -96,7 +96,7 @@ def test_sends_each_byte_at_once(bench: Bench) -> None:
     assert bench.sent == b"hi\n"
 
 
-def test_transmitter_interrupt_is_cleared_by_identification_and_comes_back_after_a_write(bench: Bench) -> None:
+def test_transmitter_interrupt_is_cleared_by_identification_and_set_by_a_write(bench: Bench) -> None:
     bench.open(ier=2)
     assert bench.irq
     assert bench.inb(IIR) == 0xC2

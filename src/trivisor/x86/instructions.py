@@ -1,21 +1,20 @@
 """From one instruction's text to its bytes: prefixes, operands, and the choice among the encodings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from iced_x86 import Encoder, Instruction, OpKind
 
+from trivisor.x86.expressions import AssemblyError, Symbols, split_commas
 from trivisor.x86.opcodes import FIXED_REGISTERS, KINDS, REGISTERS, Form, branch_forms, forms
 from trivisor.x86.operands import (
     REGISTER_OPERANDS,
     REPRESENTATIVES,
-    AssemblyError,
     ImmediateOperand,
     MemoryOperand,
     Operand,
     RegisterOperand,
     parse_operand,
-    split_commas,
 )
 
 _REPEATS = {"rep": "rep", "repe": "rep", "repz": "rep", "repne": "repne", "repnz": "repne"}
@@ -36,6 +35,9 @@ _SEGMENT_OPERANDS = {REGISTER_OPERANDS[name] for name in _SEGMENTS}
 _ST0, _ST1 = REGISTER_OPERANDS["st0"], REGISTER_OPERANDS["st1"]
 _EAX = REGISTER_OPERANDS["eax"]
 
+_MASK64 = (1 << 64) - 1
+_DISTANCES = {"short", "near", "far"}
+_DISTANCE_INITIALS = "sSnNfF"
 _NEAR_BRANCH = {16: OpKind.NEAR_BRANCH16, 32: OpKind.NEAR_BRANCH32, 64: OpKind.NEAR_BRANCH64}
 _STRING_OPERANDS = {
     KINDS["SEG_RSI"]: {16: OpKind.MEMORY_SEG_SI, 32: OpKind.MEMORY_SEG_ESI, 64: OpKind.MEMORY_SEG_RSI},
@@ -63,15 +65,16 @@ _choices: dict[tuple[str, int, int, bool, tuple[int, ...]], _Choice] = {}
 
 
 class InstructionEncoder:
-    """Encodes instructions for code of one bitness. `resolve` gives the value of a name."""
+    """Encodes instructions for code of one bitness."""
 
-    def __init__(self, bits: int, resolve: Callable[[str], int]) -> None:
+    def __init__(self, bits: int, symbols: Symbols) -> None:
         self.bits = bits
-        self.resolve = resolve
+        self.symbols = symbols
         self.encoder = Encoder(bits)
+        self.known_operands: dict[str, Operand] = {}  # those that depend on no label
 
-    def encode(self, mnemonic: str, rest: str, address: int, wide: bool) -> bytes:
-        """The bytes of an instruction at an address; `wide` keeps it in its long form.
+    def encode(self, mnemonic: str, rest: str, wide: bool) -> bytes:
+        """The bytes of an instruction; `wide` keeps what depends on labels in its long form.
 
         `mnemonic` is the line's first word in lower case, which may be a prefix.
         """
@@ -79,49 +82,72 @@ class InstructionEncoder:
         if mnemonic in _PREFIXES:
             prefixes, mnemonic, rest = _split_prefixes(mnemonic, rest)
         distance = ""
-        if rest[:1] in "sSnNfF" and (first := rest.partition(" ")[0].lower()) in ("short", "near", "far"):
+        if rest[:1] in _DISTANCE_INITIALS and (first := rest.partition(" ")[0].lower()) in _DISTANCES:
             distance, rest = first, rest[len(first) :].lstrip()
-        operands = self._operands(rest, wide) if rest else []
+        operands = [self._operand(part, wide) for part in split_commas(rest)] if rest else []
         if len(operands) == 1 and type(operands[0]) is ImmediateOperand:
             branch = branch_forms(mnemonic, self.bits)
             if branch:
-                return self._branch(branch, operands[0].value, distance, address, wide)
-        return self._encode(mnemonic, operands, prefixes, distance == "far", address)
+                if distance == "far" or prefixes is not _NO_PREFIXES:
+                    raise AssemblyError("a relative branch takes no prefix and is not far")
+                may_be_short = distance != "near" and not (wide and not distance)
+                short = branch[0] if may_be_short or not branch[1] else None
+                near = branch[1] if distance != "short" else None
+                return self._branch(short, near, operands[0].value)
+        return self._encode(mnemonic, operands, prefixes, distance == "far")
 
-    def _operands(self, text: str, wide: bool) -> list[Operand]:
-        return [
-            REGISTER_OPERANDS.get(part) or parse_operand(part, self.bits, wide, self.resolve)
-            for part in map(str.strip, split_commas(text))
-        ]
+    def _operand(self, text: str, wide: bool) -> Operand:
+        operand = REGISTER_OPERANDS.get(text) or self.known_operands.get(text)
+        if operand:
+            return operand
+        symbols = self.symbols
+        used_positions, symbols.used_positions = symbols.used_positions, False
+        operand = parse_operand(text, self.bits, False, symbols.resolve)
+        if not symbols.used_positions:
+            self.known_operands[text] = operand
+        elif wide:
+            operand = parse_operand(text, self.bits, True, symbols.resolve)
+        symbols.used_positions |= used_positions
+        return operand
 
     # Relative branches
 
-    def _branch(
-        self, branch: tuple[Form | None, Form | None], target: int, distance: str, address: int, wide: bool
-    ) -> bytes:
-        short, near = branch
-        may_be_short = distance != "near" and not (wide and near and not distance)
-        if distance == "far":
-            raise AssemblyError("a far branch takes selector:offset or memory")
-        for form in (short if may_be_short else None, near if distance != "short" else None):
+    def branch_lengths(self, mnemonic: str) -> tuple[int, int]:
+        """Lengths in bytes of a relative branch: (short, near), 0 where there is no such encoding."""
+        branch = branch_forms(mnemonic, self.bits)
+        if branch is None:
+            return 0, 0
+        short, near = (len(self._emit_branch(form, self.symbols.address)) if form else 0 for form in branch)
+        return short, near
+
+    def encode_branch(self, mnemonic: str, target: int, near: bool) -> bytes:
+        """A relative branch to an address."""
+        branch = branch_forms(mnemonic, self.bits)
+        assert branch is not None
+        return self._branch(None if near else branch[0], branch[1] if near else None, target)
+
+    def _branch(self, short: Form | None, near: Form | None, target: int) -> bytes:
+        """A branch in the first of its forms that reaches the target."""
+        self.symbols.resolve("$")  # whatever the target, the encoding depends on where the branch stands
+        for form in (short, near):
             if form:
                 try:
-                    return self._emit_branch(form, target, address)
+                    return self._emit_branch(form, target)
                 except ValueError:
                     continue
         raise AssemblyError(f"branch target {target:#x} is out of reach")
 
-    def _emit_branch(self, form: Form, target: int, address: int) -> bytes:
+    def _emit_branch(self, form: Form, target: int) -> bytes:
         instruction = Instruction()
         instruction.code = form.code  # type: ignore[assignment]
         instruction.op0_kind = _NEAR_BRANCH[self.bits]
         instruction.near_branch64 = target & (1 << self.bits) - 1
-        return self._emit(instruction, address)
+        return self._emit(instruction)
 
     # All other instructions
 
     def _encode(
-        self, mnemonic: str, operands: list[Operand], prefixes: _Prefixes, is_far: bool, address: int
+        self, mnemonic: str, operands: list[Operand], prefixes: _Prefixes, is_far: bool
     ) -> bytes:
         key = (mnemonic, self.bits, prefixes.operand_size, is_far, tuple([o.shape for o in operands]))
         choice = _choices.get(key)
@@ -134,7 +160,7 @@ class InstructionEncoder:
         problem = "no encoding"
         for form in choice:
             try:
-                return self._emit(self._build(form, operands, prefixes), address)
+                return self._emit(self._build(form, operands, prefixes))
             except ValueError as error:
                 problem = str(error)
         raise AssemblyError(problem)
@@ -165,9 +191,9 @@ class InstructionEncoder:
         else:
             instruction.set_op_register(number, FIXED_REGISTERS[kind])  # type: ignore[arg-type]
 
-    def _emit(self, instruction: Instruction, address: int) -> bytes:
+    def _emit(self, instruction: Instruction) -> bytes:
         try:
-            self.encoder.encode(instruction, address)
+            self.encoder.encode(instruction, self.symbols.address & _MASK64)
         except ValueError:
             self.encoder.take_buffer()  # it keeps the bytes that came before the error
             raise
@@ -183,6 +209,8 @@ class InstructionEncoder:
             raise AssemblyError(f"no instruction {mnemonic!r}")
         candidates = self._matching(mnemonic, operands, prefixes, is_far)
         if not candidates:
+            if any(type(o) is MemoryOperand and o.needs_64_bit_address for o in operands):
+                raise AssemblyError("address does not fit in 32 bits; use [rel ...] or a register")
             raise AssemblyError(f"no form of {mnemonic!r} takes these operands in {self.bits}-bit code")
         sizes = {form.memory_size for form in candidates if form.memory_size}
         has_unsized_memory = any(type(o) is MemoryOperand and not o.size for o in operands)
@@ -214,7 +242,7 @@ class InstructionEncoder:
         """The encoding's length with operands like these; 0 if it has none."""
         alike = [REPRESENTATIVES.get(operand.shape, operand) for operand in operands]
         try:
-            return len(self._emit(self._build(form, alike, prefixes), 0))
+            return len(self._emit(self._build(form, alike, prefixes)))
         except ValueError:
             return 0
 

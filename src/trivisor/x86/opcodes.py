@@ -96,7 +96,7 @@ _SIZED_NAMES = {"ret": "RETN", "retf": "RETF"} | {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Form:
     """One encoding of a mnemonic.
 
@@ -201,7 +201,7 @@ def _is_default_branch(form: Form, bits: int) -> bool:
     if not form.is_available(bits):
         return False
     if form.name.startswith("XBEGIN"):
-        return form.name == ("XBEGIN_REL16" if bits == 16 else "XBEGIN_REL32")
+        return form.name == "XBEGIN_REL32" and bits != 16
     if not form.masks[0] & kinds_mask(*(f"BR{bits}_{n}" for n in (1, 4 if bits > 16 else 2))):
         return False
     counter = form.name.rpartition("_")[2]

@@ -1,0 +1,26 @@
+"""Why a machine stopped for good: what its board says when the guest ends the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PowerOff:
+    """The guest switched the machine off (ACPI sleep state S5)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """The guest asked for a reset: reset control register, keyboard controller or port 0x92."""
+
+
+@dataclass(frozen=True, slots=True)
+class DebugExit:
+    """The guest wrote to the debug exit device."""
+
+    status: int
+    """Exit status for the host, 0 to 255: the written value doubled, plus one, as the device has it."""
+
+
+StopReason = PowerOff | Reset | DebugExit

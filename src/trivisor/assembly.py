@@ -1,0 +1,89 @@
+"""Putting a machine together: memory, clock, board, boot protocol and vCPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from trivisor.boot import Image, load_image
+from trivisor.machine import tsc
+from trivisor.machine.clock import Clock
+from trivisor.machine.memory import GuestMemory
+from trivisor.machine.state import CpuState
+from trivisor.machine.vcpu import Vcpu
+from trivisor.pc import Pc
+from trivisor.plan import BootPlan
+
+
+class Assembly:
+    """The parts of a machine that is switched on; they live from one reset to the next."""
+
+    def __init__(self, memory: GuestMemory, board: Pc, vcpu: Vcpu) -> None:
+        self.memory = memory
+        self.board = board
+        self.vcpu = vcpu
+        self._closed = False
+
+    def close(self) -> None:
+        """Give all host resources back; harmless the second time."""
+        if not self._closed:
+            self._closed = True
+            self.vcpu.close()
+            self.memory.close()
+
+
+def assemble(
+    plan: BootPlan,
+    memory_size: int,
+    technique: str,
+    serial_output: Callable[[bytes], None],
+    on_stop: Callable[[], None],
+) -> Assembly:
+    """Build a machine and load its guest, ready to run the first instruction.
+
+    `on_stop` is called when a device ends the run.  Raises ValueError or
+    OSError for a guest that cannot be loaded.
+    """
+    memory = GuestMemory(memory_size)
+    try:
+        board = Pc(
+            memory,
+            Clock(),
+            serial_output=serial_output,
+            tsc=tsc.read,
+            tsc_frequency=tsc.frequency(),
+            on_stop=on_stop,
+        )
+        vcpu = _vcpu(technique, board)
+    except BaseException:
+        memory.close()
+        raise
+    machine = Assembly(memory, board, vcpu)
+    try:
+        vcpu.state = _load(plan, memory, board)
+    except BaseException:
+        machine.close()
+        raise
+    return machine
+
+
+def _load(plan: BootPlan, memory: GuestMemory, board: Pc) -> CpuState:
+    """Put the guest into memory; the processor as its first instruction finds it."""
+    initrd = plan.initrd.read_bytes() if isinstance(plan.initrd, Path) else plan.initrd
+    with Image(plan.kernel) as image:
+        return load_image(
+            memory,
+            image,
+            initrd=initrd,
+            modules=plan.modules,
+            command_line=plan.command_line,
+            e820=board.e820(),
+            rsdp_address=board.rsdp_address,
+        )
+
+
+def _vcpu(technique: str, board: Pc) -> Vcpu:
+    assert technique == "translation"
+    from trivisor.translation.cpu import TranslationVcpu
+
+    return TranslationVcpu(board)

@@ -1,0 +1,402 @@
+"""VirtualMachine: builds memory, board and vCPU, boots a guest and runs it until it stops."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from trivisor.assembly import Assembly, assemble
+from trivisor.console import Console, Deadline, Pattern, compile_pattern
+from trivisor.endings import by_device, by_processor, with_command
+from trivisor.guests.command import CommandOutput
+from trivisor.linear import read_linear
+from trivisor.machine.exits import Exit, Halt
+from trivisor.machine.state import CpuState
+from trivisor.machine.vcpu import Vcpu
+from trivisor.outcome import Outcome, StopReason
+from trivisor.plan import Progress, Wish, make_plan
+from trivisor.signals import attention
+from trivisor.sizes import parse_memory
+from trivisor.statistics import add_counters
+from trivisor.techniques import choose
+
+Module = str | os.PathLike[str] | tuple[str | os.PathLike[str], str]
+"""A multiboot module: its file, or its file and command line."""
+
+_INPUT_RETRY_NS = 20_000_000
+"""How soon to offer input again that the serial port had no room for."""
+
+
+class VirtualMachine:
+    """One machine with its guest, switched on but not running until `run`, `step` or `read_until`.
+
+    `kernel` is a Linux bzImage or vmlinux or a multiboot ELF file; without one
+    it is Debian's.  A Linux kernel without `initrd` gets the default user
+    space: a shell on the console, of `terminal_size` (rows, columns), or a
+    report on itself when not `interactive`; or `command` and nothing else, whose
+    output is then all that `output`, `serial` and `read_until` see.  `append` is
+    added to the default command line; with a kernel of your own and no default
+    user space it is the command line.
+
+    `memory` is "512M" or a number of bytes.  `serial` is called with what the
+    guest prints, as it prints.  A guest that reboots is booted again unless
+    `no_reboot` or with a `command`.  `progress` is called with what is being
+    done and the done part of it while the default guest is fetched.
+
+    Raises ValueError or OSError for a guest that cannot be loaded,
+    `guests.debian.GuestUnavailable` when the default guest cannot be fetched,
+    and `TechniqueUnavailable` for a technique that cannot be had.
+
+    All methods belong to one thread, except `stop`, `write` and `output`,
+    which any may use, and `read_until`, which waits when another thread runs
+    the machine.
+    """
+
+    def __init__(
+        self,
+        kernel: str | os.PathLike[str] | None = None,
+        *,
+        initrd: str | os.PathLike[str] | None = None,
+        append: str | None = None,
+        memory: str | int = "512M",
+        technique: str = "auto",
+        command: Sequence[str] | None = None,
+        modules: Sequence[Module] = (),
+        serial: Callable[[bytes], None] | None = None,
+        no_reboot: bool = False,
+        interactive: bool = True,
+        terminal_size: tuple[int, int] | None = None,
+        progress: Progress = lambda what, part: None,
+    ) -> None:
+        self._technique = choose(technique).name
+        self._memory_size = parse_memory(memory)
+        wish = Wish(
+            kernel=None if kernel is None else Path(kernel),
+            initrd=None if initrd is None else Path(initrd),
+            append=append,
+            modules=tuple(_module(module) for module in modules),
+            command=command,
+            interactive=interactive,
+            terminal_size=terminal_size,
+            progress=progress,
+        )
+        self._plan = make_plan(wish)
+        self._no_reboot = no_reboot or command is not None
+        self._serial = None if serial is None else self._guard(serial)
+        self._console = Console()
+        self._command = CommandOutput(self._plan.marker, self._show) if self._plan.marker else None
+        self._subscribers: list[tuple[type, Callable[[Any], None]]] = []
+        self._running = threading.Lock()
+        self._attention = threading.Event()
+        self._stop_requested = threading.Event()
+        self._failure: BaseException | None = None
+        self._ended: Outcome | None = None
+        self._closed = False
+        self._earlier_counters: dict[str, Any] = {}
+        self._kickable: Vcpu | None = None
+        self._kick_lock = threading.RLock()  # a signal handler may kick while its own thread holds it
+        self._machine = self._switch_on()
+
+    def _switch_on(self) -> Assembly:
+        machine = assemble(self._plan, self._memory_size, self._technique, self._printed, self._kick)
+        for exit_type, callback in self._subscribers:
+            machine.vcpu.observed.setdefault(exit_type, []).append(callback)
+        self._kickable = machine.vcpu
+        return machine
+
+    def _switch_off(self) -> None:
+        with self._kick_lock:
+            self._kickable = None
+        self._machine.close()
+
+    # Running
+
+    def run(self, timeout: float | None = None) -> Outcome:
+        """Run until the guest ends, `stop` is called, or `timeout` seconds of host time have passed.
+
+        After a timeout or a stop the machine is still on and can run on; after
+        any other end, running it again returns the same outcome.
+        """
+        outcome = self._run(timeout, lambda: False)
+        assert outcome is not None
+        return outcome
+
+    def step(self, count: int = 1) -> Exit | None:
+        """Run `count` instructions and return the last exit, DebugStop unless something else happened.
+
+        Stops early when the machine ends (`outcome` tells); None when it had ended before.
+        """
+        last: Exit | None = None
+        with self._exclusively():
+            for _ in range(count):
+                if self._ended is not None:
+                    break
+                self._before_entry()
+                last = self._machine.vcpu.step()
+                self._after_exit(last)
+        return last
+
+    def stop(self) -> None:
+        """End the current run, or the next one if there is none; from any thread."""
+        self._stop_requested.set()
+        self._kick()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether someone waits for the vCPU to come back: a stop, a timeout, input."""
+        return self._attention.is_set()
+
+    @property
+    def input_room(self) -> bool:
+        """Whether the serial port has taken all that was typed."""
+        return not self._console.has_input
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the machine ended; None while it is on."""
+        return self._ended
+
+    def _run(self, timeout: float | None, satisfied: Callable[[], bool]) -> Outcome | None:
+        """Run until an outcome, or None once `satisfied()`, which is asked after every kick."""
+        with self._exclusively(), self._alarm(timeout) as expired, attention(self._kick, self.stop):
+            while self._ended is None and not satisfied():
+                self._attention.clear()
+                if self._stop_requested.is_set():
+                    self._stop_requested.clear()
+                    return Outcome(StopReason.STOPPED, "stopped")
+                if expired.is_set():
+                    return Outcome(StopReason.TIMEOUT, f"the guest still ran after {timeout:g} s")
+                self._before_entry()
+                self._after_exit(self._machine.vcpu.run())
+            return self._ended
+
+    def _before_entry(self) -> None:
+        """Hand over what was typed."""
+        board = self._machine.board
+        typed = self._console.take_input()
+        if not typed:
+            return
+        taken = board.console_input(typed)
+        if taken < len(typed):
+            self._console.return_input(typed[taken:])
+            board.clock.at(board.clock.now() + _INPUT_RETRY_NS, self._kick)
+
+    def _after_exit(self, exit_: Exit) -> None:
+        """Act on what the vCPU came back with: end the machine, boot it again, or let it go on."""
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        machine = self._machine
+        ended = by_device(machine.board.stop_reason) or by_processor(exit_, machine.vcpu, machine.memory)
+        if ended is None:
+            if isinstance(exit_, Halt):
+                self._idle()
+        elif ended.reason is StopReason.RESET and not self._no_reboot:
+            self._reboot()
+        else:
+            self._ended = ended if self._command is None else with_command(ended, self._command)
+            self._console.wake()
+
+    def _idle(self) -> None:
+        """Halted with interrupts on: wait for a kick or the next timer."""
+        clock = self._machine.board.clock
+        due = clock.next_deadline()
+        seconds = threading.TIMEOUT_MAX if due is None else max(0, due - clock.now()) / 1e9
+        self._attention.wait(min(seconds, threading.TIMEOUT_MAX))
+        clock.run_due()
+
+    def _reboot(self) -> None:
+        add_counters(self._earlier_counters, self._machine.vcpu.statistics())
+        self._switch_off()
+        self._machine = self._switch_on()
+
+    def _kick(self) -> None:
+        """Have the run loop look around; from any thread, but never at a vCPU that is being taken down."""
+        self._attention.set()
+        with self._kick_lock:
+            if self._kickable is not None:
+                self._kickable.kick()
+
+    @contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        if self._closed:
+            raise RuntimeError("the machine is closed")
+        if not self._running.acquire(blocking=False):
+            raise RuntimeError("the machine is already running")
+        try:
+            yield
+        finally:
+            self._running.release()
+            self._console.wake()
+
+    @contextmanager
+    def _alarm(self, timeout: float | None) -> Iterator[threading.Event]:
+        """Set the event and kick the vCPU once `timeout` seconds have passed."""
+        expired = threading.Event()
+        if timeout is None:
+            yield expired
+            return
+        if not timeout >= 0:
+            raise ValueError(f"timeout must not be negative: {timeout}")
+
+        def expire() -> None:
+            expired.set()
+            self._kick()
+
+        timer = threading.Timer(min(timeout, threading.TIMEOUT_MAX), expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield expired
+        finally:
+            timer.cancel()
+
+    # The console
+
+    def _printed(self, data: bytes) -> None:
+        """The serial port's output, in the vCPU's thread."""
+        if self._command is None:
+            self._show(data)
+        else:
+            self._command.feed(data)
+
+    def _show(self, data: bytes) -> None:
+        """The output that the machine's owner sees."""
+        if self._console.feed(data):
+            self._kick()
+        if self._serial is not None:
+            self._serial(data)
+
+    @property
+    def output(self) -> bytes:
+        """What the guest printed on its serial console (the newest 8 MiB at least)."""
+        return self._console.output
+
+    def write(self, data: str | bytes) -> None:
+        """Type `data` on the serial console; from any thread."""
+        self._console.write(data.encode() if isinstance(data, str) else data)
+        self._kick()
+
+    def read_until(self, pattern: Pattern, timeout: float | None = None) -> bytes:
+        """Run until the console printed `pattern`, and return all since the last call up to its end.
+
+        A str or bytes is looked for as it is; a compiled expression (of bytes)
+        may match over at most 4096 bytes.  Raises TimeoutError after `timeout`
+        seconds and EOFError when the machine ends or is stopped before.
+        """
+        expression = compile_pattern(pattern)
+        deadline = Deadline(timeout)
+        self._console.watch(expression)
+        try:
+            while (found := self._console.consume(expression)) is None:
+                if deadline.remaining() == 0:
+                    raise TimeoutError(f"the guest did not print {expression.pattern!r} in {timeout:g} s")
+                self._await_output(expression, deadline)
+        finally:
+            self._console.watch(None)
+        return found
+
+    def _await_output(self, expression: re.Pattern[bytes], deadline: Deadline) -> None:
+        """Run the machine, or wait for the thread that does, until there may be a match."""
+        seconds = deadline.remaining()
+        if self._running.locked():
+            self._console.wait(min(seconds, 0.5))
+            return
+        timeout = None if seconds == math.inf else seconds
+        outcome = self._run(timeout, lambda: self._console.matches(expression))
+        if outcome is not None and outcome.reason is not StopReason.TIMEOUT:
+            raise EOFError(f"no {expression.pattern!r} from the guest: {outcome.message}")
+
+    # Inspection
+
+    def subscribe(self, exit_type: type, callback: Callable[[Any], None]) -> None:
+        """Have `callback(exit)` called, in the vCPU's thread, for each exit of `exit_type` as it happens."""
+        guarded = self._guard(callback)
+        self._subscribers.append((exit_type, guarded))
+        self._machine.vcpu.observed.setdefault(exit_type, []).append(guarded)
+
+    def _guard(self, callback: Callable[[Any], None]) -> Callable[[Any], None]:
+        """`callback`, but what it raises ends the run instead of hitting an engine in its work."""
+
+        def call(argument: Any) -> None:
+            try:
+                callback(argument)
+            except BaseException as failure:
+                self._failure = failure
+                self._kick()
+
+        return call
+
+    @property
+    def registers(self) -> CpuState:
+        """A copy of the processor's state; assign it back to change it.  Only while not running."""
+        return self._machine.vcpu.state
+
+    @registers.setter
+    def registers(self, state: CpuState) -> None:
+        self._machine.vcpu.state = state
+
+    def read_memory(self, address: int, length: int) -> bytes:
+        """`length` bytes of RAM from guest physical `address`; raises GuestMemoryError outside RAM."""
+        return self._machine.memory.read(address, length)
+
+    def write_memory(self, address: int, data: bytes) -> None:
+        """Change RAM at guest physical `address`; raises GuestMemoryError outside RAM."""
+        self._machine.memory.write(address, data)
+        self._machine.vcpu.memory_written(address, len(data))
+
+    def read_linear(self, address: int, length: int) -> bytes:
+        """Up to `length` bytes at linear `address` as the guest's page tables map it now."""
+        return read_linear(self._machine.memory, self.registers, address, length)
+
+    def statistics(self) -> dict[str, Any]:
+        """The engine's counters since the machine was switched on, over all its reboots."""
+        total: dict[str, Any] = {}
+        add_counters(total, self._earlier_counters)
+        add_counters(total, self._machine.vcpu.statistics())
+        return total
+
+    @property
+    def technique(self) -> str:
+        """The technique that runs this machine."""
+        return self._machine.vcpu.technique
+
+    @property
+    def engine(self) -> str:
+        """What carries the technique out."""
+        return self._machine.vcpu.engine
+
+    # The end
+
+    def close(self) -> None:
+        """Give all host resources back; stops a run in another thread first."""
+        if self._closed:
+            return
+        self.stop()
+        with self._running:
+            self._closed = True
+            self._switch_off()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _module(module: Module) -> tuple[Path, str]:
+    if isinstance(module, tuple):
+        return Path(module[0]), module[1]
+    return Path(module), ""

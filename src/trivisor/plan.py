@@ -1,0 +1,109 @@
+"""What a machine boots: the files and command line that its owner gave, completed by the default guest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trivisor.boot.image import Image, ImageKind
+
+if TYPE_CHECKING:
+    from trivisor.guests.debian import DefaultGuest
+
+Progress = Callable[[str, float | None], None]
+"""Called with what is being done and the done part of it (0 to 1, or None)."""
+
+
+class BadPlan(ValueError):
+    """What was asked for does not go together; the message is one line for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the owner of a machine asked for."""
+
+    kernel: Path | None = None
+    initrd: Path | None = None
+    append: str | None = None
+    modules: tuple[tuple[Path, str], ...] = ()
+    command: Sequence[str] | None = None
+    interactive: bool = True
+    terminal_size: tuple[int, int] | None = None
+    progress: Progress = lambda what, part: None
+
+
+@dataclass(frozen=True, slots=True)
+class BootPlan:
+    """What `trivisor.boot` is given, at every boot of the machine."""
+
+    kernel: Path
+    initrd: Path | bytes | None
+    command_line: str
+    modules: tuple[tuple[Path, str], ...]
+    marker: bytes = b""
+    """The word that encloses a command's output on the console; empty when there is no command."""
+
+
+def make_plan(wish: Wish) -> BootPlan:
+    """Complete `wish`.
+
+    A Linux kernel without an initrd gets the default user space, and whatever
+    is missing is fetched.  Raises `BadPlan`, `trivisor.boot.image.ImageError` for
+    a kernel that is none, and `trivisor.guests.debian.GuestUnavailable`.
+    """
+    if wish.command is not None and not wish.command:
+        raise BadPlan("the command is empty")
+    if wish.kernel is not None and _kind(wish.kernel) is ImageKind.MULTIBOOT:
+        return _multiboot_plan(wish.kernel, wish)
+    if wish.modules:
+        raise BadPlan("modules are for multiboot kernels")
+    if wish.initrd is None:
+        return _default_user_space(wish)
+    if wish.command is not None:
+        raise BadPlan("a command runs in the default user space: leave out the initrd")
+    if wish.kernel is not None:
+        return BootPlan(wish.kernel, wish.initrd, wish.append or "", ())
+    from trivisor.guests.initramfs import CONSOLE_COMMAND_LINE
+
+    command_line = _joined(CONSOLE_COMMAND_LINE, wish.append)
+    return BootPlan(_default_guest(wish.progress).kernel, wish.initrd, command_line, ())
+
+
+def _kind(kernel: Path) -> ImageKind:
+    with Image(kernel) as image:
+        return image.kind
+
+
+def _multiboot_plan(kernel: Path, wish: Wish) -> BootPlan:
+    if wish.command is not None:
+        raise BadPlan("a command needs a Linux guest")
+    return BootPlan(kernel, wish.initrd, wish.append or "", wish.modules)
+
+
+def _default_user_space(wish: Wish) -> BootPlan:
+    from trivisor.guests.command import new_marker
+    from trivisor.guests.initramfs import COMMAND_COMMAND_LINE, CONSOLE_COMMAND_LINE, default_initramfs
+
+    guest = _default_guest(wish.progress)
+    marker = b"" if wish.command is None else new_marker()
+    initramfs = default_initramfs(
+        guest.busybox.read_bytes(),
+        wish.command,
+        marker=marker,
+        interactive=wish.interactive,
+        terminal_size=wish.terminal_size,
+    )
+    command_line = CONSOLE_COMMAND_LINE if wish.command is None else COMMAND_COMMAND_LINE
+    return BootPlan(wish.kernel or guest.kernel, initramfs, _joined(command_line, wish.append), (), marker)
+
+
+def _joined(command_line: str, append: str | None) -> str:
+    return f"{command_line} {append}" if append else command_line
+
+
+def _default_guest(progress: Progress) -> DefaultGuest:
+    from trivisor.guests.debian import default_guest
+
+    return default_guest(progress)

@@ -1,0 +1,97 @@
+"""What is booted for what was asked: completed by the default guest, refused when it does not go together."""
+
+import struct
+from pathlib import Path
+
+import pytest
+
+from trivisor.boot import ImageError
+from trivisor.guests import debian
+from trivisor.guests.debian import DefaultGuest
+from trivisor.plan import BadPlan, Wish, make_plan
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with a default guest and kernels that are just recognisable."""
+    (tmp_path / "busybox").write_bytes(b"\x7fELF busybox")
+    linux = bytearray(1024)
+    linux[0x1FE:0x206] = b"\x55\xaa\xeb\x66HdrS"
+    (tmp_path / "debian").write_bytes(linux)
+    (tmp_path / "linux").write_bytes(linux)
+    (tmp_path / "multiboot").write_bytes(struct.pack("<III", 0x1BADB002, 0, -0x1BADB002 & 0xFFFFFFFF))
+    guest = DefaultGuest(tmp_path / "debian", tmp_path / "busybox", "6.1")
+    monkeypatch.setattr(debian, "default_guest", lambda progress: guest)
+    return tmp_path
+
+
+def no_network(progress: object) -> DefaultGuest:
+    raise debian.GuestUnavailable("no network")
+
+
+def test_nothing_asked_for_is_the_default_guest(files: Path) -> None:
+    plan = make_plan(Wish(append="debug"))
+    assert plan.kernel == files / "debian"
+    assert b"A shell on busybox" in plan.initrd
+    assert plan.command_line.startswith("console=ttyS0") and plan.command_line.endswith(" debug")
+    assert plan.marker == b""
+
+
+def test_without_a_terminal_the_guest_reports(files: Path) -> None:
+    assert b"MemTotal" in make_plan(Wish(interactive=False)).initrd
+
+
+def test_a_command_gets_a_marker_that_is_new_each_time(files: Path) -> None:
+    first, second = (make_plan(Wish(command=["uname", "-r"])) for _ in range(2))
+    assert b"'uname' '-r'" in first.initrd
+    assert first.marker and first.marker != second.marker
+    assert "quiet" in first.command_line
+
+
+def test_a_linux_kernel_without_initrd_gets_the_default_user_space(files: Path) -> None:
+    plan = make_plan(Wish(kernel=files / "linux", command=["true"]))
+    assert plan.kernel == files / "linux"
+    assert b"'true'" in plan.initrd
+
+
+def test_own_kernel_and_initrd_need_nothing_else(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(debian, "default_guest", no_network)
+    plan = make_plan(Wish(kernel=files / "linux", initrd=files / "my.cpio", append="quiet"))
+    assert (plan.kernel, plan.initrd, plan.command_line) == (files / "linux", files / "my.cpio", "quiet")
+
+
+def test_own_initrd_under_the_default_kernel_keeps_its_console(files: Path) -> None:
+    plan = make_plan(Wish(initrd=files / "my.cpio", append="x"))
+    assert (plan.kernel, plan.initrd) == (files / "debian", files / "my.cpio")
+    assert plan.command_line.startswith("console=ttyS0") and plan.command_line.endswith(" x")
+
+
+def test_a_multiboot_kernel_gets_its_modules_and_nothing_of_ours(files: Path, monkeypatch) -> None:
+    monkeypatch.setattr(debian, "default_guest", no_network)
+    modules = ((Path("a"), "x"),)
+    plan = make_plan(Wish(kernel=files / "multiboot", modules=modules))
+    assert (plan.initrd, plan.command_line, plan.modules) == (None, "", modules)
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"kernel": "multiboot", "command": ["true"]},
+        {"kernel": "linux", "modules": ((Path("m"), ""),)},
+        {"modules": ((Path("m"), ""),)},
+        {"initrd": "my.cpio", "command": ["true"]},
+        {"command": []},
+    ],
+)
+def test_what_does_not_go_together_is_refused(files: Path, wish: dict) -> None:
+    paths = {name: files / value for name, value in wish.items() if isinstance(value, str)}
+    with pytest.raises(BadPlan):
+        make_plan(Wish(**{**wish, **paths}))
+
+
+def test_a_kernel_that_is_none_is_refused_before_anything_is_fetched(files: Path, monkeypatch) -> None:
+    monkeypatch.setattr(debian, "default_guest", no_network)
+    with pytest.raises(ImageError):
+        make_plan(Wish(kernel=files / "missing"))
+    with pytest.raises(ImageError):
+        make_plan(Wish(kernel=files / "busybox"))

@@ -1,0 +1,144 @@
+"""One run of a machine from the command line: console, signals, reports and the exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+from trivisor.cli.progress import Progress, progress
+from trivisor.cli.report import print_statistics, write_statistics
+from trivisor.cli.run import Request
+from trivisor.cli.serial import Serial, open_serial
+from trivisor.monitor import VirtualMachine
+from trivisor.outcome import Outcome, StopReason
+
+STATUS_CANNOT_WRITE = 1
+STATUS_CLOSED_OUTPUT = 128 + signal.SIGPIPE
+
+
+class Interruption:
+    """Ends the machine when a signal asks for it, and remembers which."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._machine: VirtualMachine | None = None
+
+    def watch(self, machine: VirtualMachine) -> None:
+        """From now on a signal stops `machine`."""
+        self._machine = machine
+        if self.number is not None:
+            machine.stop()
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        self.number = number
+        if self._machine is None:
+            raise KeyboardInterrupt
+        self._machine.stop()
+
+    @contextlib.contextmanager
+    def handled(self) -> Iterator[None]:
+        """Have the signals that end a program come here while the block runs."""
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, self._handle) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def run_session(request: Request) -> int:
+    """Do what the command line asks for and return the exit status."""
+    interruption = Interruption()
+    try:
+        with interruption.handled():
+            return _run(request, interruption)
+    except KeyboardInterrupt:  # a signal during set-up
+        return 128 + (interruption.number or signal.SIGINT)
+
+
+def _run(request: Request, interruption: Interruption) -> int:
+    with (
+        open_serial(request.serial, command=request.command is not None) as serial,
+        progress() as shown,
+        _build(request, serial, shown) as machine,
+    ):
+        _announce(request, machine)
+        interruption.watch(machine)
+        with serial.connected(machine):
+            shown.say("waiting for the guest to speak")
+            outcome = machine.run(request.timeout)
+        shown.stop()
+        serial.finish(prompt=outcome.resumable)
+        _report(request, machine, outcome)
+    if interruption.number is not None:
+        return 128 + interruption.number
+    if serial.error is not None:
+        return _output_failed(serial.error)
+    return outcome.status
+
+
+def _build(request: Request, serial: Serial, shown: Progress) -> VirtualMachine:
+    def speaks(data: bytes) -> None:
+        shown.stop()
+        serial.output(data)
+
+    return VirtualMachine(
+        request.kernel,
+        initrd=request.initrd,
+        append=request.append,
+        memory=request.memory,
+        technique=request.technique,
+        command=request.command,
+        modules=request.modules,
+        serial=speaks,
+        no_reboot=request.no_reboot,
+        interactive=serial.interactive,
+        terminal_size=_terminal_size() if serial.interactive else None,
+        progress=shown.say,
+    )
+
+
+def _terminal_size() -> tuple[int, int]:
+    """(rows, columns) of the user's terminal."""
+    size = shutil.get_terminal_size((80, 24))
+    return size.lines, size.columns
+
+
+def _announce(request: Request, machine: VirtualMachine) -> None:
+    """One line on what runs: where someone looks, and never beside a command's output."""
+    if request.verbose or (request.command is None and sys.stderr.isatty()):
+        _say(f"{machine.technique}, {machine.engine}, {request.memory} of RAM")
+
+
+def _report(request: Request, machine: VirtualMachine, outcome: Outcome) -> None:
+    """How it ended, when that is not plain from what was asked for; the statistics."""
+    quiet = {StopReason.POWEROFF, StopReason.RESET, StopReason.DEBUG_EXIT, StopReason.STOPPED}
+    lost = request.command is not None and outcome.guest_status is None
+    if request.verbose or outcome.reason not in quiet or (lost and outcome.reason is not StopReason.STOPPED):
+        _say(outcome.message)
+    if outcome.dump:
+        print(outcome.dump, file=sys.stderr)
+    if request.stats or request.stats_json:
+        statistics = machine.statistics()
+        if request.stats:
+            print_statistics(statistics)
+        if request.stats_json:
+            write_statistics(statistics, request.stats_json)
+
+
+def _output_failed(error: OSError) -> int:
+    if isinstance(error, BrokenPipeError):
+        return STATUS_CLOSED_OUTPUT
+    _say(f"cannot write the guest's output: {error.strerror}")
+    return STATUS_CANNOT_WRITE
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"trivisor: {text}\n".encode(errors="replace"))

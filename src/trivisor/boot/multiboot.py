@@ -17,7 +17,7 @@ from trivisor.boot.elf import Executable, load_segments, read_elf
 from trivisor.boot.elf import Segment as LoadSegment
 from trivisor.boot.image import Image, ImageError, multiboot_header_offset
 from trivisor.boot.placement import E820Map, find_room, usable
-from trivisor.machine.memory import GIB, MIB, PAGE_SIZE, GuestMemory
+from trivisor.machine.memory import GIB, MIB, GuestMemory
 from trivisor.machine.state import CpuState, Segment, Table
 
 BOOTLOADER_MAGIC = 0x2BADB002
@@ -122,7 +122,7 @@ def _load_modules(
         name = os.fspath(path)
         with _open_module(name) as file:
             size = os.fstat(file.fileno()).st_size
-            address = find_room(e820, taken, size, floor=max(floor, MIB), ceiling=4 * GIB)
+            address = find_room(e820, taken, max(size, 1), floor=max(floor, MIB), ceiling=4 * GIB)
             if address is None:
                 raise ImageError(
                     f"{name}: a module of {-(-size // MIB)} MiB does not fit in {memory.size // MIB} MiB "
@@ -131,7 +131,7 @@ def _load_modules(
             end = address + size
             if file.readinto(memory.view[address:end]) != size:
                 raise ImageError(f"{name}: was cut short while it was being read")
-        taken.append((address, -(-end // PAGE_SIZE) * PAGE_SIZE))
+        taken.append((address, address + max(size, 1)))
         loaded.append(_Module(address, end, _text(name, command_line)))
     return loaded
 

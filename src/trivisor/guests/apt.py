@@ -143,7 +143,11 @@ def _first_complaint(lines: IO[str]) -> str:
     for line in lines:
         kind, _, text = line.strip().partition(": ")
         if kind == "E":
-            return text[:_LONGEST_COMPLAINT]
+            return _one_line(text)
         if kind == "W" and not warnings and "Failed to fetch" in text:
-            warnings = text[:_LONGEST_COMPLAINT]
+            warnings = _one_line(text)
     return warnings
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:_LONGEST_COMPLAINT]

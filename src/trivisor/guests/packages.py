@@ -74,5 +74,5 @@ def _extract(package: Path, wanted: re.Pattern[str], directory: Path) -> Path:
                         shutil.copyfileobj(content, output, 1 << 20)
                     return target
     except (ArError, tarfile.TarError, lzma.LZMAError, EOFError) as error:
-        raise AptError(f"{package.name} cannot be unpacked: {error}") from error
+        raise AptError(f"{package.name} is damaged") from error
     raise AptError(f"{package.name} holds no file {wanted.pattern}")

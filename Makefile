@@ -13,7 +13,6 @@ run: $(VENV)/installed
 	@$(BIN)/trivisor run
 
 test: $(VENV)/installed-dev
-	$(BIN)/ruff check .
 	$(BIN)/pytest -q
 
 bench: $(VENV)/installed-dev

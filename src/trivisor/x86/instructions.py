@@ -1,7 +1,7 @@
 """From one instruction's text to its bytes: prefixes, operands, and the choice among the encodings."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from iced_x86 import Encoder, Instruction, OpKind
 
@@ -14,6 +14,7 @@ from trivisor.x86.operands import (
     MemoryOperand,
     Operand,
     RegisterOperand,
+    immediate_shape,
     parse_operand,
 )
 
@@ -26,7 +27,7 @@ _PREFIXES = {"lock", *_REPEATS, *_SEGMENTS, *_OPERAND_SIZES, *_ADDRESS_SIZES}
 # Memory operands of these have the mode's own size where none is written.
 _DEFAULT_SIZED = {"jmp", "call", "fldenv", "fstenv", "fnstenv", "fsave", "fnsave", "frstor"}
 # A 16-bit register operand of these means the same as the 32-bit one, which needs no prefix.
-_WORD_OF_ANY_REGISTER = {"lldt", "ltr", "lmsw", "verr", "verw"}
+_READ_WORD = {"lldt", "ltr", "lmsw", "verr", "verw"}
 _WORD_REGISTERS: dict[RegisterOperand, RegisterOperand] = {
     REGISTER_OPERANDS[name]: REGISTER_OPERANDS["e" + name]
     for name in ("ax", "cx", "dx", "bx", "sp", "bp", "si", "di")
@@ -34,6 +35,7 @@ _WORD_REGISTERS: dict[RegisterOperand, RegisterOperand] = {
 _SEGMENT_OPERANDS = {REGISTER_OPERANDS[name] for name in _SEGMENTS}
 _ST0, _ST1 = REGISTER_OPERANDS["st0"], REGISTER_OPERANDS["st1"]
 _EAX = REGISTER_OPERANDS["eax"]
+_ACCUMULATORS = {REGISTER_OPERANDS["ax"], _EAX, REGISTER_OPERANDS["rax"]}
 
 _MASK64 = (1 << 64) - 1
 _DISTANCES = {"short", "near", "far"}
@@ -48,20 +50,21 @@ _TABLE_POINTER = {16: REGISTERS["bx"], 32: REGISTERS["ebx"], 64: REGISTERS["rbx"
 
 
 @dataclass(frozen=True, slots=True)
-class _Prefixes:
-    """What stands before the mnemonic; sizes in bits, 0 where none is given."""
+class _Modifiers:
+    """What is written besides mnemonic and operands: prefixes and `far`; sizes in bits, 0 where none is."""
 
     lock: bool = False
     repeat: str = ""
     segment: int = 0
     operand_size: int = 0
     address_size: int = 0
+    is_far: bool = False
 
 
-_NO_PREFIXES = _Prefixes()
+_PLAIN = _Modifiers()
+_FAR = _Modifiers(is_far=True)
 # Encodings to try, best first, by mnemonic, bitness, operand size, far pointer, and the operands' shapes.
-_Choice = tuple[Form, ...]
-_choices: dict[tuple[str, int, int, bool, tuple[int, ...]], _Choice] = {}
+_choices: dict[tuple[str, int, int, bool, tuple[int, ...]], tuple[Form, ...]] = {}
 
 
 class InstructionEncoder:
@@ -78,9 +81,9 @@ class InstructionEncoder:
 
         `mnemonic` is the line's first word in lower case, which may be a prefix.
         """
-        prefixes = _NO_PREFIXES
+        modifiers = _PLAIN
         if mnemonic in _PREFIXES:
-            prefixes, mnemonic, rest = _split_prefixes(mnemonic, rest)
+            modifiers, mnemonic, rest = _split_prefixes(mnemonic, rest)
         distance = ""
         if rest[:1] in _DISTANCE_INITIALS and (first := rest.partition(" ")[0].lower()) in _DISTANCES:
             distance, rest = first, rest[len(first) :].lstrip()
@@ -88,13 +91,15 @@ class InstructionEncoder:
         if len(operands) == 1 and type(operands[0]) is ImmediateOperand:
             branch = branch_forms(mnemonic, self.bits)
             if branch:
-                if distance == "far" or prefixes is not _NO_PREFIXES:
+                if distance == "far" or modifiers is not _PLAIN:
                     raise AssemblyError("a relative branch takes no prefix and is not far")
-                may_be_short = distance != "near" and not (wide and not distance)
-                short = branch[0] if may_be_short or not branch[1] else None
-                near = branch[1] if distance != "short" else None
+                must_be_near = distance == "near" or (wide and not distance and branch[1])
+                short = None if must_be_near else branch[0]
+                near = None if distance == "short" else branch[1]
                 return self._branch(short, near, operands[0].value)
-        return self._encode(mnemonic, operands, prefixes, distance == "far")
+        if distance == "far":
+            modifiers = _FAR if modifiers is _PLAIN else replace(modifiers, is_far=True)
+        return self._encode(mnemonic, operands, modifiers)
 
     def _operand(self, text: str, wide: bool) -> Operand:
         operand = REGISTER_OPERANDS.get(text) or self.known_operands.get(text)
@@ -146,38 +151,37 @@ class InstructionEncoder:
 
     # All other instructions
 
-    def _encode(
-        self, mnemonic: str, operands: list[Operand], prefixes: _Prefixes, is_far: bool
-    ) -> bytes:
-        key = (mnemonic, self.bits, prefixes.operand_size, is_far, tuple([o.shape for o in operands]))
+    def _encode(self, mnemonic: str, operands: list[Operand], modifiers: _Modifiers) -> bytes:
+        shapes = tuple([operand.shape for operand in operands])
+        key = (mnemonic, self.bits, modifiers.operand_size, modifiers.is_far, shapes)
         choice = _choices.get(key)
         if choice is None:
-            operands = self._rewrite(mnemonic, operands, prefixes, is_far)
-            shapes = tuple([o.shape for o in operands])
-            choice = self._choose(mnemonic, operands, prefixes, is_far)
-            if shapes == key[-1]:
+            rewritten = self._rewrite(mnemonic, operands, modifiers)
+            choice = self._choose(mnemonic, rewritten, modifiers)
+            if rewritten is operands:
                 _choices[key] = choice
+            operands = rewritten
         problem = "no encoding"
         for form in choice:
             try:
-                return self._emit(self._build(form, operands, prefixes))
+                return self._emit(self._build(form, operands, modifiers))
             except ValueError as error:
                 problem = str(error)
         raise AssemblyError(problem)
 
-    def _build(self, form: Form, operands: Sequence[Operand], prefixes: _Prefixes) -> Instruction:
+    def _build(self, form: Form, operands: Sequence[Operand], modifiers: _Modifiers) -> Instruction:
         instruction = Instruction()
         instruction.code = form.code  # type: ignore[assignment]
         for (number, op_kind), operand in zip(form.slots, operands, strict=True):
             operand.store(instruction, number, op_kind)
         for number, kind in form.implied:
-            self._imply(instruction, number, kind, prefixes.address_size or self.bits)
-        if prefixes is not _NO_PREFIXES:
-            instruction.has_lock_prefix = prefixes.lock
-            instruction.has_rep_prefix = prefixes.repeat == "rep"
-            instruction.has_repne_prefix = prefixes.repeat == "repne"
-            if prefixes.segment:
-                instruction.segment_prefix = prefixes.segment  # type: ignore[assignment]
+            self._imply(instruction, number, kind, modifiers.address_size or self.bits)
+        if modifiers is not _PLAIN:
+            instruction.has_lock_prefix = modifiers.lock
+            instruction.has_rep_prefix = modifiers.repeat == "rep"
+            instruction.has_repne_prefix = modifiers.repeat == "repne"
+            if modifiers.segment:
+                instruction.segment_prefix = modifiers.segment  # type: ignore[assignment]
         return instruction
 
     def _imply(self, instruction: Instruction, number: int, kind: int, address_size: int) -> None:
@@ -202,12 +206,12 @@ class InstructionEncoder:
     # Choice of the encoding
 
     def _choose(
-        self, mnemonic: str, operands: list[Operand], prefixes: _Prefixes, is_far: bool
-    ) -> _Choice:
+        self, mnemonic: str, operands: list[Operand], modifiers: _Modifiers
+    ) -> tuple[Form, ...]:
         """The encodings that fit, best first; raises AssemblyError if there is none or no one size."""
         if not forms(mnemonic):
             raise AssemblyError(f"no instruction {mnemonic!r}")
-        candidates = self._matching(mnemonic, operands, prefixes, is_far)
+        candidates = self._matching(mnemonic, operands, modifiers)
         if not candidates:
             if any(type(o) is MemoryOperand and o.needs_64_bit_address for o in operands):
                 raise AssemblyError("address does not fit in 32 bits; use [rel ...] or a register")
@@ -218,64 +222,73 @@ class InstructionEncoder:
             raise AssemblyError("operand size not given")
         ranked = []
         for order, form in enumerate(candidates):
-            length = self._length(form, operands, prefixes)
+            length = self._length(form, operands, modifiers)
             if length:
-                ranked.append((form.is_evex, self._needs_size_prefix(form), length, order, form))
-        return tuple(entry[-1] for entry in sorted(ranked, key=lambda entry: entry[:-1])) or tuple(candidates)
+                is_other_size = modifiers.operand_size not in (0, form.operand_size)
+                rank = (form.is_evex, is_other_size, self._needs_size_prefix(form), length, order)
+                ranked.append((rank, form))
+        ranked.sort(key=lambda entry: entry[0])
+        return tuple(form for _, form in ranked) or tuple(candidates)
 
-    def _matching(
-        self, mnemonic: str, operands: list[Operand], prefixes: _Prefixes, is_far: bool
-    ) -> list[Form]:
+    def _matching(self, mnemonic: str, operands: list[Operand], modifiers: _Modifiers) -> list[Form]:
         shapes = [operand.shape for operand in operands]
         size = next((o.size for o in operands if type(o) is MemoryOperand), 0)
-        return [
+        if size and modifiers.is_far:
+            size += 2  # what is written is the size of the offset
+        candidates = [
             form
             for form in forms(mnemonic)
             if form.is_available(self.bits)
-            and form.is_far_pointer == is_far
+            and form.is_far_pointer == modifiers.is_far
             and form.takes(shapes)
-            and not (size and form.memory_size and form.memory_size != size + 2 * is_far)
-            and not (prefixes.operand_size and form.operand_size not in (0, prefixes.operand_size))
+            and not (size and form.memory_size and form.memory_size != size)
+            and not (modifiers.operand_size and form.operand_size not in (0, modifiers.operand_size))
         ]
+        is_unsized = [type(o) is ImmediateOperand and not o.size for o in operands] == [True]
+        if mnemonic == "push" and is_unsized and not modifiers.operand_size:
+            # how much goes on the stack must not depend on the value
+            return [form for form in candidates if not self._needs_size_prefix(form)]
+        return candidates
 
-    def _length(self, form: Form, operands: list[Operand], prefixes: _Prefixes) -> int:
+    def _length(self, form: Form, operands: list[Operand], modifiers: _Modifiers) -> int:
         """The encoding's length with operands like these; 0 if it has none."""
         alike = [REPRESENTATIVES.get(operand.shape, operand) for operand in operands]
         try:
-            return len(self._emit(self._build(form, alike, prefixes)))
+            return len(self._emit(self._build(form, alike, modifiers)))
         except ValueError:
             return 0
 
     def _needs_size_prefix(self, form: Form) -> bool:
-        if self.bits == 16:
-            return form.operand_size == 32
-        return form.operand_size == 16
+        return form.operand_size == (32 if self.bits == 16 else 16)
 
-    def _rewrite(
-        self, mnemonic: str, operands: list[Operand], prefixes: _Prefixes, is_far: bool
-    ) -> list[Operand]:
+    def _rewrite(self, mnemonic: str, operands: list[Operand], modifiers: _Modifiers) -> list[Operand]:
         """The operands as the tables have them, where NASM's dialect lets them be written otherwise."""
-        first = operands[0] if operands else None
+        if len(operands) == 2 and mnemonic == "xchg" and operands[0] in _ACCUMULATORS:
+            if operands == [_EAX, _EAX] and self.bits == 64:
+                raise AssemblyError("xchg eax, eax would be a nop, which does not clear the upper half")
+            return operands[::-1]
         last = operands[-1] if operands else None
-        reads_word = mnemonic in _WORD_OF_ANY_REGISTER or (mnemonic == "mov" and first in _SEGMENT_OPERANDS)
+        to_segment = mnemonic == "mov" and operands and operands[0] in _SEGMENT_OPERANDS
+        reads_word = mnemonic in _READ_WORD or to_segment
         if reads_word and self.bits != 16 and isinstance(last, RegisterOperand) and last in _WORD_REGISTERS:
             return [*operands[:-1], _WORD_REGISTERS[last]]
-        if mnemonic == "xchg" and self.bits == 64 and first == last == _EAX:
-            raise AssemblyError("xchg eax, eax would be a nop that keeps the upper half")
-        if self._matching(mnemonic, operands, prefixes, is_far):
-            return operands
-        for variant in _variants(mnemonic, operands):
-            if self._matching(mnemonic, variant, prefixes, is_far):
-                return variant
+        if not self._matching(mnemonic, operands, modifiers):
+            for variant in _variants(mnemonic, operands):
+                if self._matching(mnemonic, variant, modifiers):
+                    return variant
         return operands
 
 
 def _variants(mnemonic: str, operands: list[Operand]) -> list[list[Operand]]:
-    """Other ways to write an instruction's operands."""
-    if mnemonic in ("test", "xchg") and len(operands) == 2:
+    """Other ways to say an instruction's operands."""
+    if mnemonic in ("test", "xchg"):
         return [operands[::-1]]
     if mnemonic == "imul" and len(operands) == 2:
         return [[operands[0], *operands]]
+    if mnemonic in ("aam", "aad") and not operands:
+        return [[ImmediateOperand(10, 0, immediate_shape(10, 0, False))]]
+    if mnemonic in ("lar", "lsl") and operands and isinstance(operands[-1], RegisterOperand):
+        return [[*operands[:-1], _WORD_REGISTERS.get(operands[-1], operands[-1])]]
     if mnemonic.startswith("f") and len(operands) == 1:
         return [[_ST0, *operands], [*operands, _ST0]]
     if mnemonic.startswith("f") and not operands:
@@ -283,7 +296,7 @@ def _variants(mnemonic: str, operands: list[Operand]) -> list[list[Operand]]:
     return []
 
 
-def _split_prefixes(word: str, rest: str) -> tuple[_Prefixes, str, str]:
+def _split_prefixes(word: str, rest: str) -> tuple[_Modifiers, str, str]:
     lock, repeat, segment, operand_size, address_size = False, "", 0, 0, 0
     while word in _PREFIXES:
         lock = lock or word == "lock"
@@ -295,7 +308,7 @@ def _split_prefixes(word: str, rest: str) -> tuple[_Prefixes, str, str]:
         word, rest = word.lower(), rest.strip()
     if not word:
         raise AssemblyError("instruction expected after a prefix")
-    return _Prefixes(lock, repeat, segment, operand_size, address_size), word, rest
+    return _Modifiers(lock, repeat, segment, operand_size, address_size), word, rest
 
 
 def is_mnemonic(word: str) -> bool:

@@ -96,6 +96,10 @@ _SIZED_NAMES = {"ret": "RETN", "retf": "RETF"} | {
 }  # fmt: skip
 
 
+# With a 16-bit operand size in 64-bit code; Intel's processors ignore the prefix.
+_ONLY_AMD_IN_64_BIT = {"JMP_RM16", "CALL_RM16"}
+
+
 @dataclass(slots=True, eq=False)
 class Form:
     """One encoding of a mnemonic.
@@ -140,8 +144,8 @@ def _codes_by_name() -> dict[str, list[tuple[str, int]]]:
 
 def _describe(name: str, code: int) -> Form | None:
     info = OpCodeInfo(code)  # type: ignore[arg-type]
-    if info.decoder_option not in (DecoderOptions.NONE, DecoderOptions.MPX):
-        return None  # opcodes of long-gone processors
+    if not info.is_instruction or info.decoder_option not in (DecoderOptions.NONE, DecoderOptions.MPX):
+        return None  # iced's own pseudo-instructions, and opcodes of long-gone processors
     kinds = [int(kind) for kind in info.op_kinds()]
     mask = sum(1 << kind for kind in set(kinds))
     is_string = bool(mask & _STRING_MEMORY) and not mask & kinds_mask("SEG_RDI")
@@ -167,7 +171,7 @@ def _describe(name: str, code: int) -> Form | None:
         operand_size=info.operand_size,
         is_evex=info.encoding == EncodingKind.EVEX,
         is_far_pointer=name.startswith(("JMP_M16", "CALL_M16")),
-        modes=16 * info.mode16 | 32 * info.mode32 | 64 * info.mode64,
+        modes=16 * info.mode16 | 32 * info.mode32 | 64 * (info.mode64 and name not in _ONLY_AMD_IN_64_BIT),
     )
 
 

@@ -83,9 +83,10 @@ class RegisterOperand:
 
 @dataclass(slots=True, eq=False)
 class ImmediateOperand:
-    """A number: an immediate, or the target of a relative branch."""
+    """A number: an immediate, or the target of a relative branch. `size` in bytes, 0 if it is not written."""
 
     value: int
+    size: int
     shape: int
 
     def store(self, instruction: Instruction, number: int, op_kind: int) -> None:
@@ -180,7 +181,7 @@ def parse_operand(text: str, bits: int, wide: bool, resolve: Resolve) -> Operand
     if ":" in text:
         return _parse_far(text, size, resolve)
     value = evaluate(tokenize(text), resolve)
-    return ImmediateOperand(value, immediate_shape(value, size, wide))
+    return ImmediateOperand(value, size, immediate_shape(value, size, wide))
 
 
 def fits_sign_extended(value: int, stored: int, bits: int) -> bool:

@@ -2,9 +2,9 @@
 
 One statement a line: `label: instruction ; comment`. Labels that start with a dot belong to the last label
 without one. Directives: `NAME equ expression`, `bits 16|32|64`, `db`, `dw`, `dd`, `dq`, `align N[, fill]`,
-`times N statement`. Of the encodings that an instruction has, the shortest is taken; of equally short ones,
-NASM's. Statements that depend on labels are looked at again until all labels stay where they are: branches
-start short, and a statement whose length once changed keeps its long form, so that this comes to an end.
+`times N statement`. Of the encodings that an instruction has the shortest is taken; of equally short ones,
+mostly NASM's. What depends on labels is assembled again and again until all labels stay where they are:
+branches start short and only grow, and what has changed its length too often gets its long form for good.
 """
 
 import re
@@ -39,6 +39,7 @@ def assemble(
 
 _MAX_REPEAT = 1 << 24
 _MAX_PASSES = 1000
+_MAX_CHANGES = 4  # of a statement's length, before it has to take its long form
 _STATEMENT = re.compile(rf"\s*(?:({NAME})\s*:)?\s*(\S+)?\s*(.*?)\s*$")
 _EQU = re.compile(rf"\s*({NAME})\s*:?\s+equ\s+(.*?)\s*$", re.IGNORECASE)
 _NAME = re.compile(rf"(?<![\w.?@]){NAME}")
@@ -52,8 +53,8 @@ _DIRECTIVES = {"align", "times", *_DATA_SIZES}
 class _Statement:
     """A line that may put out something.
 
-    `wide`: its length has changed, so it keeps its long form. `target` is set for a relative branch to a
-    plain name, which is encoded when everything has its place; until then its length is one of `lengths`.
+    `moves`: it depends on labels. `wide`: it is to take its long form. `target` is set for a relative branch
+    to a plain name, which is encoded when everything has its place; until then it has one of two `lengths`.
     """
 
     line: int
@@ -67,6 +68,7 @@ class _Statement:
     code: bytes = b""
     length: int = 0
     moves: bool = False
+    changes: int = 0
     wide: bool = False
     target: str = ""
     lengths: tuple[int, int] = (0, 0)
@@ -85,11 +87,11 @@ class _Assembly:
     def run(self, source: str) -> Program:
         statements = self._read_all(source)
         self.symbols.is_complete = True
-        for _ in range(_MAX_PASSES):
-            if not self._settle(statements):
-                break
-        else:
-            raise AssemblyError("labels do not come to rest")
+        passes = 0
+        while self._settle(statements):
+            passes += 1
+            if passes == _MAX_PASSES:
+                raise AssemblyError("labels do not come to rest")
         self._encode_branches(statements)
         positions = self.symbols.positions
         labels = {s.label: positions[s.label] for s in statements if s.label}
@@ -114,10 +116,14 @@ class _Assembly:
         return statements
 
     def _settle(self, statements: list[_Statement]) -> bool:
-        """Places all statements one after the other again; whether anything has changed."""
+        """Places all statements one after the other again; whether anything has changed.
+
+        An error counts only when nothing has changed: before, a label's value may be to blame.
+        """
         symbols, positions = self.symbols, self.symbols.positions
         symbols.address = symbols.origin
         changed = False
+        first_error: AssemblyError | None = None
         for statement in statements:
             if statement.label and positions[statement.label] != symbols.address:
                 positions[statement.label] = symbols.address
@@ -126,8 +132,10 @@ class _Assembly:
                 try:
                     changed |= self._stretch(statement) if statement.target else self._reassemble(statement)
                 except ValueError as error:
-                    raise _located(error, statement.line, statement.text) from None
+                    first_error = first_error or _located(error, statement.line, statement.text)
             symbols.address += statement.length
+        if first_error and not changed:
+            raise first_error
         return changed
 
     def _stretch(self, branch: _Statement) -> bool:
@@ -145,10 +153,11 @@ class _Assembly:
         length, value = statement.length, symbols.positions.get(statement.constant)
         symbols.scope = statement.scope
         self._assemble(statement)
-        if statement.length != length and not statement.wide:
-            statement.wide = True
-            self._assemble(statement)
-        return statement.length != length or symbols.positions.get(statement.constant) != value
+        if statement.length != length:
+            statement.changes += 1
+            statement.wide = statement.changes > _MAX_CHANGES
+            return True
+        return symbols.positions.get(statement.constant) != value
 
     def _encode_branches(self, statements: list[_Statement]) -> None:
         symbols = self.symbols

@@ -29,7 +29,10 @@ class Cpu(Protocol):
     """The virtual processor, stopped at an instruction boundary.
 
     Linear addresses and values are unsigned.  Sizes are in bytes and may be
-    any from 1 to 64: whole stack frames are moved at once.
+    any from 1 to 512: whole stack frames are moved at once.  An address may be
+    one that is not canonical, when a guest's own tables lie there, and an
+    access that starts below 4 GiB may end above it: outside long mode that
+    wraps.
     """
 
     core: Core

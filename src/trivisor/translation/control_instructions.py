@@ -8,10 +8,11 @@ from __future__ import annotations
 from iced_x86 import Code, Instruction, Register
 
 from trivisor.translation.contract import Cpu, Handler, has_feature
-from trivisor.translation.core import CS, RAX, RCX, RDX, TR, Core
+from trivisor.translation.core import CS, FS, RAX, RCX, RDX, TR, Core
 from trivisor.translation.layout import OFFSETS
 from trivisor.translation.operands import (
     MASK32,
+    MASK64,
     SEGMENT_INDEX,
     effective_address,
     general_protection,
@@ -285,7 +286,7 @@ def _invlpg(cpu: Cpu, instruction: Instruction) -> None:
     linear = effective_address(core, instruction)
     segment = SEGMENT_INDEX[instruction.memory_segment]
     if in_64bit_mode(core):
-        linear += core.segments[segment].base if segment > 3 else 0
+        linear = (linear + (core.segments[segment].base if segment >= FS else 0)) & MASK64
         if is_canonical(linear):
             cpu.invalidate_page(linear)
     else:

@@ -17,6 +17,7 @@ from trivisor.translation.operands import (
     general_protection,
     in_64bit_mode,
     is_canonical,
+    table_address,
     within_limit,
 )
 from trivisor.translation.stack import pack, push, set_stack_pointer, stack_mask
@@ -159,7 +160,7 @@ def tss_stack64(cpu: Cpu, slot: int, extern: int) -> int:
     offset = 4 + 8 * slot
     if offset + 7 > tr.limit:
         raise GuestException(INVALID_TSS, tr.selector & ~3 | extern)
-    pointer = cpu.load(tr.base + offset, 8, system=True)
+    pointer = cpu.load(table_address(cpu.core, tr.base, offset), 8, system=True)
     if not is_canonical(pointer):
         raise GuestException(STACK_FAULT, extern)
     return pointer
@@ -171,7 +172,7 @@ def _deliver_long(
     core = cpu.core
     if vector * 16 + 15 > core.idtr_limit:
         raise general_protection(_gate_error(vector, extern))
-    gate = parse_gate64(cpu.load(core.idtr_base + vector * 16, 16, system=True))
+    gate = parse_gate64(cpu.load(table_address(core, core.idtr_base, vector * 16), 16, system=True))
     _check_gate(gate, (INTERRUPT_GATE, TRAP_GATE), core, vector, software)
     descriptor, address, cpl = _handler_segment(cpu, gate.selector, extern)
     if descriptor.attributes & (LONG | DB) != LONG:
@@ -210,7 +211,7 @@ def tss_stack(cpu: Cpu, level: int, extern: int) -> tuple[int, int]:
     offset, size = (4 + 8 * level, 6) if wide else (2 + 4 * level, 4)
     if not tr.attributes & PRESENT or offset + size - 1 > tr.limit:
         raise GuestException(INVALID_TSS, tr.selector & ~3 | extern)
-    raw = cpu.load(tr.base + offset, size, system=True)
+    raw = cpu.load(table_address(cpu.core, tr.base, offset), size, system=True)
     return (raw >> 32, raw & MASK32) if wide else (raw >> 16, raw & MASK16)
 
 
@@ -244,7 +245,7 @@ def _deliver_protected(
         raise UnsupportedFeature(f"vector {vector} in virtual-8086 mode")
     if vector * 8 + 7 > core.idtr_limit:
         raise general_protection(_gate_error(vector, extern))
-    gate = parse_gate(cpu.load(core.idtr_base + vector * 8, 8, system=True))
+    gate = parse_gate(cpu.load(table_address(core, core.idtr_base, vector * 8), 8, system=True))
     kinds = (INTERRUPT_GATE, TRAP_GATE, INTERRUPT_GATE16, TRAP_GATE16, TASK_GATE)
     _check_gate(gate, kinds, core, vector, software)
     if gate.type == TASK_GATE:
@@ -277,7 +278,7 @@ def _deliver_real(cpu: Cpu, vector: int, rip: int, flags: int) -> None:
     core = cpu.core
     if vector * 4 + 3 > core.idtr_limit:
         raise general_protection(0)
-    target = cpu.load(core.idtr_base + vector * 4, 4, system=True)
+    target = cpu.load(table_address(core, core.idtr_base, vector * 4), 4, system=True)
     push(cpu, 2, flags, core.segments[CS].selector, rip)
     segments.load_real(cpu, CS, target >> 16)
     core.rip = target & MASK16

@@ -62,6 +62,11 @@ def in_64bit_mode(core: Core) -> bool:
     return bool(core.segments[CS].attributes & LONG and core.efer & EFER_LMA)
 
 
+def table_address(core: Core, base: int, offset: int) -> int:
+    """Where the processor looks in one of its tables (GDT, LDT, IDT, TSS): 32 bits wide outside long mode."""
+    return (base + offset) & (MASK64 if core.efer & EFER_LMA else MASK32)
+
+
 def is_canonical(address: int) -> bool:
     """Whether bits 47 to 63 are all alike (4-level paging)."""
     return address < 1 << 47 or MASK64 - (1 << 47) < address <= MASK64

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from trivisor.translation.contract import Cpu
 from trivisor.translation.core import CS, DS, ES, FS, GS, LDTR, SS, TR, Core
-from trivisor.translation.operands import general_protection, in_64bit_mode, is_canonical
+from trivisor.translation.operands import general_protection, in_64bit_mode, is_canonical, table_address
 from trivisor.x86.control import CR0_PE, EFER_LMA
 from trivisor.x86.descriptors import (
     DB,
@@ -58,7 +58,7 @@ def descriptor_address(core: Core, selector: int, size: int = 8) -> int | None:
             return None
     else:
         base, limit = core.gdtr_base, core.gdtr_limit
-    return base + offset if offset + size - 1 <= limit else None
+    return table_address(core, base, offset) if offset + size - 1 <= limit else None
 
 
 def fetch(
@@ -73,9 +73,9 @@ def fetch(
 
 def mark_accessed(cpu: Cpu, descriptor: SegmentDescriptor, address: int) -> None:
     """Set the accessed bit in memory if it is clear; to be called before any register changes."""
-    attributes = descriptor.attributes
-    if not attributes & TYPE_ACCESSED:
-        cpu.store(address + ACCESS_BYTE, 1, (attributes | TYPE_ACCESSED) & 0xFF, system=True)
+    if not descriptor.attributes & TYPE_ACCESSED:
+        access = (descriptor.attributes | TYPE_ACCESSED) & 0xFF
+        cpu.store(table_address(cpu.core, address, ACCESS_BYTE), 1, access, system=True)
 
 
 def _set(cpu: Cpu, index: int, selector: int, base: int, limit: int, attributes: int) -> None:
@@ -235,5 +235,5 @@ def load_tr(cpu: Cpu, selector: int) -> None:
     types = (TSS,) if cpu.core.efer & EFER_LMA else (TSS16, TSS)
     descriptor, address = _fetch_system(cpu, selector, types)
     attributes = descriptor.attributes | TSS_BUSY_BIT
-    cpu.store(address + ACCESS_BYTE, 1, attributes & 0xFF, system=True)
+    cpu.store(table_address(cpu.core, address, ACCESS_BYTE), 1, attributes & 0xFF, system=True)
     cpu.core.segments[TR].set(selector, descriptor.base, descriptor.limit, attributes)

@@ -16,6 +16,7 @@ from trivisor.translation.operands import (
     general_protection,
     linear_address,
     next_rip,
+    table_address,
 )
 from trivisor.x86.control import CR0_PE
 from trivisor.x86.descriptors import PRESENT, TSS, TSS_BUSY, TYPE
@@ -42,8 +43,11 @@ def check_port(cpu: Cpu, port: int, size: int) -> None:
     attributes, limit = tr.attributes, tr.limit
     if not attributes & PRESENT or attributes & TYPE not in (TSS, TSS_BUSY) or limit < _SMALLEST_TSS_LIMIT:
         raise general_protection()
-    at = cpu.load(tr.base + _IO_MAP_BASE, 2, system=True) + (port >> 3)
-    if at + 1 > limit or cpu.load(tr.base + at, 2, system=True) >> (port & 7) & ((1 << size) - 1):
+    at = cpu.load(table_address(core, tr.base, _IO_MAP_BASE), 2, system=True) + (port >> 3)
+    if at + 1 > limit:
+        raise general_protection()
+    bitmap = cpu.load(table_address(core, tr.base, at), 2, system=True)
+    if bitmap >> (port & 7) & ((1 << size) - 1):
         raise general_protection()
 
 

@@ -174,6 +174,10 @@ def test_one_branch_that_grows_pushes_another_out_of_reach() -> None:
     assert branches(program.code) == [(5, program.labels["a"]), (5, program.labels["b"])]
 
 
+def test_any_white_space_separates_words() -> None:
+    assert assemble("a:\tlock\tadd\tdword\t[rax],1\n\tjmp\tshort\ta").code == bytes.fromhex("f0830001 ebfa")
+
+
 def test_near_and_short_are_obeyed() -> None:
     code = assemble("a: jmp near a\njne near a\njmp short a\ncall a").code
     assert code == bytes.fromhex("e9fbffffff 0f85f5ffffff ebf3 e8eeffffff")

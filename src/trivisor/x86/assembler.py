@@ -53,6 +53,7 @@ _DIRECTIVES = {"align", "times", *_DATA_SIZES}
 class _Statement:
     """A line that may put out something.
 
+    `gap`: bytes of code that depends on no label, between the last statement that does and this one.
     `moves`: it depends on labels. `wide`: it is to take its long form. `target` is set for a relative branch
     to a plain name, which is encoded when everything has its place; until then it has one of two `lengths`.
     """
@@ -67,6 +68,7 @@ class _Statement:
     constant: str = ""
     code: bytes = b""
     length: int = 0
+    gap: int = 0
     moves: bool = False
     changes: int = 0
     wide: bool = False
@@ -87,12 +89,13 @@ class _Assembly:
     def run(self, source: str) -> Program:
         statements = self._read_all(source)
         self.symbols.is_complete = True
+        unsettled = _unsettled(statements)
         passes = 0
-        while self._settle(statements):
+        while self._settle(unsettled):
             passes += 1
             if passes == _MAX_PASSES:
                 raise AssemblyError("labels do not come to rest")
-        self._encode_branches(statements)
+        self._encode_branches(unsettled)
         positions = self.symbols.positions
         labels = {s.label: positions[s.label] for s in statements if s.label}
         return Program(b"".join([s.code for s in statements]), self.symbols.origin, labels)
@@ -116,7 +119,7 @@ class _Assembly:
         return statements
 
     def _settle(self, statements: list[_Statement]) -> bool:
-        """Places all statements one after the other again; whether anything has changed.
+        """Places statements one after the other again; whether anything has changed.
 
         An error counts only when nothing has changed: before, a label's value may be to blame.
         """
@@ -125,14 +128,17 @@ class _Assembly:
         changed = False
         first_error: AssemblyError | None = None
         for statement in statements:
+            symbols.address += statement.gap
             if statement.label and positions[statement.label] != symbols.address:
                 positions[statement.label] = symbols.address
                 changed = True
-            if statement.target or statement.moves:
-                try:
-                    changed |= self._stretch(statement) if statement.target else self._reassemble(statement)
-                except ValueError as error:
-                    first_error = first_error or _located(error, statement.line, statement.text)
+            try:
+                if statement.target:
+                    changed |= self._stretch(statement)
+                elif statement.moves:
+                    changed |= self._reassemble(statement)
+            except ValueError as error:
+                first_error = first_error or _located(error, statement.line, statement.text)
             symbols.address += statement.length
         if first_error and not changed:
             raise first_error
@@ -140,8 +146,10 @@ class _Assembly:
 
     def _stretch(self, branch: _Statement) -> bool:
         """Makes a branch near if its target is out of a short one's reach; whether it did."""
+        if branch.wide:
+            return False
         distance = self.symbols.resolve(branch.target) - (self.symbols.address + branch.length)
-        if branch.wide or -0x80 <= distance <= 0x7F:
+        if -0x80 <= distance <= 0x7F:
             return False
         branch.wide = True
         branch.length = branch.lengths[1]
@@ -163,9 +171,10 @@ class _Assembly:
         symbols = self.symbols
         symbols.address = symbols.origin
         for s in statements:
+            symbols.address += s.gap
             if s.target:
-                target = symbols.resolve(s.target)
                 try:
+                    target = symbols.resolve(s.target)
                     s.code = self.encoders[s.bits].encode_branch(s.operation, target, s.wide)
                 except ValueError as error:
                     raise _located(error, s.line, s.text) from None
@@ -310,6 +319,20 @@ class _Assembly:
                 if name not in symbols.constants and name not in symbols.positions:
                     return text[: match.start()], word, text[match.end() :].strip()
         raise AssemblyError("times takes a count and an instruction or directive")
+
+
+def _unsettled(statements: list[_Statement]) -> list[_Statement]:
+    """The statements that define or depend on labels, with the gaps between them."""
+    unsettled: list[_Statement] = []
+    gap = 0
+    for statement in statements:
+        if statement.label or statement.target or statement.moves:
+            statement.gap = gap
+            gap = 0
+            unsettled.append(statement)
+        else:
+            gap += statement.length
+    return unsettled
 
 
 def _parse_bits(text: str) -> int:

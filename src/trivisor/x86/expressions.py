@@ -15,14 +15,21 @@ _TOKEN = re.compile(rf"0[xX]\w+|\d\w*|{NAME}|'[^']*'|\"[^\"]*\"|\$\$?|<<|>>|\S")
 _COMMA_ITEM = re.compile(r"""((?:[^,'"]|'[^']*'|"[^"]*")*)(,|$)""")
 _MAX_SHIFT = 256
 
-_LEVELS: tuple[dict[str, Callable[[int, int], int]], ...] = (
-    {"|": int.__or__},
-    {"^": int.__xor__},
-    {"&": int.__and__},
-    {"<<": int.__lshift__, ">>": int.__rshift__},
-    {"+": int.__add__, "-": int.__sub__},
-    {"*": int.__mul__, "/": int.__floordiv__, "%": int.__mod__},
-)
+# Binding strength and function of the operators with two operands.
+_OPERATORS: dict[str, tuple[int, Callable[[int, int], int]]] = {
+    "|": (1, int.__or__),
+    "^": (2, int.__xor__),
+    "&": (3, int.__and__),
+    "<<": (4, int.__lshift__),
+    ">>": (4, int.__rshift__),
+    "+": (5, int.__add__),
+    "-": (5, int.__sub__),
+    "*": (6, int.__mul__),
+    "/": (6, int.__floordiv__),
+    "%": (6, int.__mod__),
+}
+_NO_OPERATOR = (0, int.__add__)
+_SHIFTS = 4
 
 
 class Symbols:
@@ -94,26 +101,26 @@ def evaluate(tokens: Sequence[str], resolve: Resolve) -> int:
     """The value of an expression; division rounds down, and characters are little-endian as NASM has them."""
     if len(tokens) == 1:
         return _atom(tokens[0], resolve)
-    value, position = _binary(tokens, 0, 0, resolve)
+    value, position = _binary(tokens, 0, 1, resolve)
     if position < len(tokens):
         raise AssemblyError(f"unexpected {tokens[position]!r}")
     return value
 
 
-def _binary(tokens: Sequence[str], position: int, level: int, resolve: Resolve) -> tuple[int, int]:
-    """Operators of one level of precedence and above: (value, position after it)."""
-    if level == len(_LEVELS):
-        return _unary(tokens, position, resolve)
-    operators = _LEVELS[level]
-    value, position = _binary(tokens, position, level + 1, resolve)
-    while position < len(tokens) and tokens[position] in operators:
+def _binary(tokens: Sequence[str], position: int, strength: int, resolve: Resolve) -> tuple[int, int]:
+    """What operators of a strength and above hold together: (value, position after it)."""
+    value, position = _unary(tokens, position, resolve)
+    while position < len(tokens):
         operator = tokens[position]
-        right, position = _binary(tokens, position + 1, level + 1, resolve)
+        own_strength, function = _OPERATORS.get(operator, _NO_OPERATOR)
+        if own_strength < strength:
+            break
+        right, position = _binary(tokens, position + 1, own_strength + 1, resolve)
         if right == 0 and operator in ("/", "%"):
             raise AssemblyError("division by zero")
-        if operator in ("<<", ">>") and not 0 <= right < _MAX_SHIFT:
+        if own_strength == _SHIFTS and not 0 <= right < _MAX_SHIFT:
             raise AssemblyError(f"shift by {right}")
-        value = operators[operator](value, right)
+        value = function(value, right)
     return value, position
 
 
@@ -122,14 +129,16 @@ def _unary(tokens: Sequence[str], position: int, resolve: Resolve) -> tuple[int,
         raise AssemblyError("expression expected")
     token, position = tokens[position], position + 1
     if token == "(":
-        value, position = _binary(tokens, position, 0, resolve)
+        value, position = _binary(tokens, position, 1, resolve)
         if position >= len(tokens) or tokens[position] != ")":
             raise AssemblyError("')' expected")
         return value, position + 1
     if token not in ("-", "+", "~"):
         return _atom(token, resolve), position
     value, position = _unary(tokens, position, resolve)
-    return {"-": -value, "+": value, "~": ~value}[token], position
+    if token == "+":
+        return value, position
+    return (-value if token == "-" else ~value), position
 
 
 def _atom(token: str, resolve: Resolve) -> int:

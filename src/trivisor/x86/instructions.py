@@ -1,5 +1,6 @@
 """From one instruction's text to its bytes: prefixes, operands, and the choice among the encodings."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -38,7 +39,7 @@ _EAX = REGISTER_OPERANDS["eax"]
 _ACCUMULATORS = {REGISTER_OPERANDS["ax"], _EAX, REGISTER_OPERANDS["rax"]}
 
 _MASK64 = (1 << 64) - 1
-_DISTANCES = {"short", "near", "far"}
+_DISTANCE = re.compile(r"(short|near|far)\s+", re.IGNORECASE)
 _DISTANCE_INITIALS = "sSnNfF"
 _NEAR_BRANCH = {16: OpKind.NEAR_BRANCH16, 32: OpKind.NEAR_BRANCH32, 64: OpKind.NEAR_BRANCH64}
 _STRING_OPERANDS = {
@@ -85,8 +86,8 @@ class InstructionEncoder:
         if mnemonic in _PREFIXES:
             modifiers, mnemonic, rest = _split_prefixes(mnemonic, rest)
         distance = ""
-        if rest[:1] in _DISTANCE_INITIALS and (first := rest.partition(" ")[0].lower()) in _DISTANCES:
-            distance, rest = first, rest[len(first) :].lstrip()
+        if rest[:1] in _DISTANCE_INITIALS and (written := _DISTANCE.match(rest)):
+            distance, rest = written[1].lower(), rest[written.end() :]
         operands = [self._operand(part, wide) for part in split_commas(rest)] if rest else []
         if len(operands) == 1 and type(operands[0]) is ImmediateOperand:
             branch = branch_forms(mnemonic, self.bits)
@@ -304,8 +305,8 @@ def _split_prefixes(word: str, rest: str) -> tuple[_Modifiers, str, str]:
         segment = _SEGMENTS.get(word, segment)
         operand_size = _OPERAND_SIZES.get(word, operand_size)
         address_size = _ADDRESS_SIZES.get(word, address_size)
-        word, _, rest = rest.partition(" ")
-        word, rest = word.lower(), rest.strip()
+        word, rest = (*rest.split(None, 1), "", "")[:2]
+        word = word.lower()
     if not word:
         raise AssemblyError("instruction expected after a prefix")
     return _Modifiers(lock, repeat, segment, operand_size, address_size), word, rest

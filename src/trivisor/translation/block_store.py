@@ -1,0 +1,238 @@
+"""All blocks of one processor: found by address, made when missing, forgotten when their code is written to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from iced_x86 import Decoder, DecoderError, Instruction
+
+from trivisor.translation.block import Block
+from trivisor.translation.code_cache import CodeCache
+from trivisor.translation.core import Core
+from trivisor.translation.layout import BLOCK_TABLE_ENTRIES, BLOCK_TABLE_ENTRY_SIZE, OFFSETS
+from trivisor.translation.mmu import Mmu
+from trivisor.translation.modes import Mode
+from trivisor.translation.translator import Translator
+
+_TABLE = OFFSETS["BLOCK_TABLE"] // 8
+_JUMP_CACHES = tuple(OFFSETS[f"JUMP_CACHE_{name}"] // 8 for name in ("KERNEL", "USER", "OTHER"))
+
+
+class _Page:
+    """What was made from one physical page."""
+
+    __slots__ = ("blocks", "decoded", "steps")
+
+    def __init__(self) -> None:
+        self.blocks: list[Block] = []
+        self.steps: dict[tuple[int, int, int], Block] = {}
+        self.decoded: dict[tuple[int, int], Instruction] = {}
+
+
+class BlockStore:
+    """Finds and makes blocks; `lookup` is the host address of the jump cache miss helper."""
+
+    def __init__(
+        self,
+        core: Core,
+        mmu: Mmu,
+        cache: CodeCache,
+        lookup: int,
+        features: frozenset[int],
+        xsave_size: int,
+        purge_writes: Callable[[int], None],
+        forget_jumps: Callable[[], None],
+    ) -> None:
+        self.core = core
+        self.mmu = mmu
+        self.cache = cache
+        self.lookup = lookup
+        self._purge_writes = purge_writes
+        self._forget_jumps = forget_jumps
+        self._blocks: dict[tuple[int, int], Block] = {}
+        self._pages: dict[int, _Page] = {}
+        self._starts: list[int] = []
+        self._in_order: list[Block] = []
+        self._helpers_end = cache.used
+        self.translator = Translator(
+            cache, lookup - cache.base, features, xsave_size, lambda rip, key: self._blocks.get((rip, key))
+        )
+        self.made = 0
+        self.invalidated = 0
+        self.flushes = 0
+        self.translating = 0
+        """Nanoseconds spent translating."""
+
+    # -- finding and making ---------------------------------------------------------------------------------
+
+    def block(self, mode: Mode, rip: int) -> Block:
+        """The block at linear `rip`, made if need be; raises GuestException for a fetch that faults."""
+        page, _ = self.mmu.fetch(rip, mode.user)
+        key = page | mode.key
+        found = self._blocks.get((rip, key))
+        if found is None:
+            found = self._make(mode, rip, page)
+        at = _TABLE + (rip % BLOCK_TABLE_ENTRIES) * (BLOCK_TABLE_ENTRY_SIZE // 8)
+        words = self.core.words
+        words[at] = rip
+        words[at + 1] = key
+        words[at + 2] = self.cache.base + found.checked
+        return found
+
+    def _make(self, mode: Mode, rip: int, page: int) -> Block:
+        started = time.perf_counter_ns()
+        code, second = self.code_at(mode, rip, page)
+        try:
+            block = self.translator.translate(mode, rip, page, code)
+        except MemoryError:
+            self.flush()
+            block = self.translator.translate(mode, rip, page, code)
+        self._blocks[rip, block.key] = block
+        self._add(block)
+        self._own(page).blocks.append(block)
+        if block.crosses:
+            self._own(second).blocks.append(block)
+        self.made += 1
+        self.translating += time.perf_counter_ns() - started
+        return block
+
+    def code_at(self, mode: Mode, rip: int, page: int) -> tuple[bytes, int]:
+        """(bytes from rip on to the end of the page, 0), or those of an instruction that crosses into another.
+
+        Then the other physical page is the second value.  Raises GuestException.
+        """
+        memory = self.mmu.memory
+        address = page | (rip & 0xFFF)
+        if not memory.is_ram(page, 0x1000):
+            return b"\xff" * 15, page
+        code = bytes(memory.view[address : page + 0x1000])
+        if len(code) >= 15:
+            return code, 0
+        decoder = Decoder(mode.bits, code, ip=rip)
+        decoder.decode()
+        if decoder.last_error != DecoderError.NO_MORE_BYTES:
+            return code, 0
+        beyond = (rip | 0xFFF) + 1 & ((1 << mode.bits) - 1)
+        second, _ = self.mmu.fetch(beyond, mode.user)
+        if not memory.is_ram(second, 0x1000):
+            return code + b"\xff" * 15, second
+        return code + bytes(memory.view[second : second + 15 - len(code)]), second
+
+    def step_block(self, mode: Mode, rip: int, loose: int) -> Block:
+        """A block of the one instruction at `rip`; see `Recipe.loose`."""
+        page, _ = self.mmu.fetch(rip, mode.user)
+        own = self._own(page)
+        key = (rip, mode.key, loose)
+        block = own.steps.get(key)
+        if block is None:
+            code, second = self.code_at(mode, rip, page)
+            try:
+                block = self.translator.translate_step(mode, rip, page, code, loose)
+            except MemoryError:
+                self.flush()
+                own = self._own(page)
+                block = self.translator.translate_step(mode, rip, page, code, loose)
+            self._add(block)
+            own.steps[key] = block
+            if block.crosses:
+                self._own(second).steps[key] = block
+        return block
+
+    def instruction(self, mode: Mode, rip: int) -> Instruction:
+        """The decoded instruction at `rip`; raises GuestException."""
+        page, _ = self.mmu.fetch(rip, mode.user)
+        own = self._pages.get(page)
+        if own is not None and (found := own.decoded.get((rip, mode.bits))) is not None:
+            return found
+        code, second = self.code_at(mode, rip, page)
+        instruction = Decoder(mode.bits, code[:15], ip=rip).decode()
+        if own is not None and not second:
+            own.decoded[rip, mode.bits] = instruction
+        return instruction
+
+    def _own(self, page: int) -> _Page:
+        own = self._pages.get(page)
+        if own is None:
+            own = self._pages[page] = _Page()
+            if self.mmu.memory.is_ram(page, 0x1000):
+                self.mmu.code_pages[page >> 12] = 1
+                self._purge_writes(self.mmu.memory.base + page)
+        return own
+
+    def _add(self, block: Block) -> None:
+        self._starts.append(block.checked)
+        self._in_order.append(block)
+
+    def at_host(self, address: int) -> Block | None:
+        """The block whose code holds host `address`."""
+        from bisect import bisect_right
+
+        offset = address - self.cache.base
+        index = bisect_right(self._starts, offset) - 1
+        if index < 0 or offset >= self._in_order[index].end:
+            return None
+        return self._in_order[index]
+
+    # -- forgetting -----------------------------------------------------------------------------------------
+
+    def written(self, address: int, length: int) -> None:
+        """Physical [address, address + length) is about to change: forget what was made from it."""
+        for page in range(address & ~0xFFF, address + length, 0x1000):
+            own = self._pages.get(page)
+            if own is not None:
+                self._written_page(page, own, max(address, page), min(address + length, page + 0x1000))
+
+    def _written_page(self, page: int, own: _Page, start: int, end: int) -> None:
+        hit = [block for block in own.blocks if self._overlaps(block, page, start, end)]
+        for block in hit:
+            self._forget(block)
+        own.steps.clear()
+        own.decoded.clear()
+        if not own.blocks:
+            del self._pages[page]
+            self.mmu.code_pages[page >> 12] = 0
+
+    def _overlaps(self, block: Block, page: int, start: int, end: int) -> bool:
+        first = block.physical
+        if first & ~0xFFF == page:
+            return first < end and min(first + block.length, page + 0x1000) > start
+        # The rest of an instruction that began in the page before.
+        return page + block.length - (0x1000 - (block.rip & 0xFFF)) > start
+
+    def _forget(self, block: Block) -> None:
+        if block.dead:
+            return
+        block.dead = True
+        self.invalidated += 1
+        self._blocks.pop((block.rip, block.key), None)
+        self.translator.disconnect(block)
+        for own in self._pages.values() if block.crosses else (self._pages[block.key & ~0xFFF],):
+            if block in own.blocks:
+                own.blocks.remove(block)
+        words = self.core.words
+        at = _TABLE + (block.rip % BLOCK_TABLE_ENTRIES) * (BLOCK_TABLE_ENTRY_SIZE // 8)
+        if words[at] == block.rip:
+            words[at + 1] = 0xFFF
+        entry = self.cache.base + block.checked
+        for table in _JUMP_CACHES:
+            slot = table + (block.rip & 0xFFFF)
+            if words[slot] == entry:
+                words[slot] = self.lookup
+
+    def flush(self) -> None:
+        """Forget everything, because the code cache is full."""
+        self.flushes += 1
+        for page in self._pages:
+            if self.mmu.memory.is_ram(page, 0x1000):
+                self.mmu.code_pages[page >> 12] = 0
+        self._blocks.clear()
+        self._pages.clear()
+        self._starts.clear()
+        self._in_order.clear()
+        self.translator.links.clear()
+        self.cache.used = self._helpers_end
+        words = self.core.words
+        for index in range(BLOCK_TABLE_ENTRIES):
+            words[_TABLE + index * (BLOCK_TABLE_ENTRY_SIZE // 8) + 1] = 0xFFF
+        self._forget_jumps()

@@ -1,0 +1,136 @@
+"""The virtual processor's registers as Python sees them: a view on the state block.
+
+Only valid while translated code is not running.  Memory accesses here are the
+slow, exact ones, used by call-outs; they raise `GuestException` like the
+instruction would.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+from trivisor.machine.memory import GuestMemory, host_map
+from trivisor.translation.layout import OFFSETS, SEGMENT_ORDER, STACK_SIZE, STATE_SIZE
+
+MASK64 = (1 << 64) - 1
+
+# Host-held flags: CF PF AF ZF SF OF and DF.
+HOST_FLAGS = 0x8D5 | 0x400
+IF = 0x200
+SYSTEM_FLAGS = 0x3F7100
+"""TF, IOPL, NT, RF, VM, AC, VIF, VIP, ID."""
+
+RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
+ES, CS, SS, DS, FS, GS, LDTR, TR = range(8)
+
+
+def _q(name: str) -> property:
+    """A 64-bit field of the state block as a property."""
+    index = OFFSETS[name] // 8
+
+    def get(self: Core) -> int:
+        return self.words[index]
+
+    def set_(self: Core, value: int) -> None:
+        self.words[index] = value & MASK64
+
+    return property(get, set_, doc=f"The state block's {name}.")
+
+
+class SegmentView:
+    """One segment register in the state block; fields as in `machine.state.Segment`."""
+
+    __slots__ = ("_at", "_words")
+
+    def __init__(self, words: memoryview, name: str) -> None:
+        self._words = words
+        self._at = OFFSETS[f"{name}_SELECTOR"] // 8
+
+    @property
+    def selector(self) -> int:
+        return self._words[self._at]
+
+    @property
+    def base(self) -> int:
+        return self._words[self._at + 1]
+
+    @property
+    def limit(self) -> int:
+        return self._words[self._at + 2]
+
+    @property
+    def attributes(self) -> int:
+        return self._words[self._at + 3]
+
+    @base.setter
+    def base(self, value: int) -> None:
+        self._words[self._at + 1] = value & MASK64
+
+    def set(self, selector: int, base: int, limit: int, attributes: int) -> None:
+        words, at = self._words, self._at
+        words[at] = selector
+        words[at + 1] = base & MASK64
+        words[at + 2] = limit
+        words[at + 3] = attributes
+
+
+class Core:
+    """Registers of the virtual processor, in the state block."""
+
+    rip = _q("RIP")
+    cr0 = _q("CR0")
+    cr2 = _q("CR2")
+    cr3 = _q("CR3")
+    cr4 = _q("CR4")
+    cr8 = _q("CR8")
+    efer = _q("EFER")
+    xcr0 = _q("XCR0")
+    star = _q("STAR")
+    lstar = _q("LSTAR")
+    cstar = _q("CSTAR")
+    fmask = _q("FMASK")
+    kernel_gs_base = _q("KERNEL_GS_BASE")
+    sysenter_cs = _q("SYSENTER_CS")
+    sysenter_esp = _q("SYSENTER_ESP")
+    sysenter_eip = _q("SYSENTER_EIP")
+    tsc_offset = _q("TSC_OFFSET")
+    tsc_aux = _q("TSC_AUX")
+    gdtr_base = _q("GDTR_BASE")
+    gdtr_limit = _q("GDTR_LIMIT")
+    idtr_base = _q("IDTR_BASE")
+    idtr_limit = _q("IDTR_LIMIT")
+    cpl = _q("CPL")
+    mode = _q("MODE")
+    interrupt_flag = _q("IF")  # 0 or 0x200
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.memory = memory
+        self._mapping = host_map(STACK_SIZE + STATE_SIZE, mmap.PROT_READ | mmap.PROT_WRITE)
+        self.address = self._mapping + STACK_SIZE
+        """Host address of the state block: what rsp is in translated code."""
+        self.bytes = memoryview((ctypes.c_ubyte * STATE_SIZE).from_address(self.address)).cast("B")
+        self.words = self.bytes.cast("Q")
+        at = OFFSETS["GPR"] // 8
+        self.regs = self.words[at : at + 16]
+        """The sixteen general registers in encoding order, 64 bits each."""
+        self.segments = [SegmentView(self.words, name) for name in SEGMENT_ORDER]
+        """ES, CS, SS, DS, FS, GS, LDTR, TR."""
+        self.dr = [0, 0, 0, 0, 0, 0, 0xFFFF0FF0, 0x400]
+        self.interrupt_shadow = False
+        """Interrupts are held off until one more instruction has run (STI, MOV SS, POP SS)."""
+        self.nmi_blocked = False
+
+    _flags = _q("FLAGS")
+    _system_flags = _q("SYSTEM_FLAGS")
+
+    @property
+    def rflags(self) -> int:
+        """RFLAGS put together: arithmetic flags and DF, IF, and the system flags; bit 1 is set."""
+        return (self._flags & HOST_FLAGS) | self.interrupt_flag | self._system_flags | 2
+
+    @rflags.setter
+    def rflags(self, value: int) -> None:
+        self._flags = value & HOST_FLAGS
+        self.interrupt_flag = value & IF
+        self._system_flags = value & SYSTEM_FLAGS | 2

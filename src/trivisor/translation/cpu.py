@@ -1,0 +1,543 @@
+"""The virtual processor of the translation engine: its run loop and what it does about each exit."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from iced_x86 import CpuidFeature, Instruction, Mnemonic
+
+from trivisor.machine.exits import DebugStop, Exit, Halt, Kicked, Unsupported
+from trivisor.machine.memory import host_map
+from trivisor.machine.state import CpuState
+from trivisor.machine.vcpu import Surroundings
+from trivisor.translation import events, slow_access, system
+from trivisor.translation.block import Block
+from trivisor.translation.block_store import BlockStore
+from trivisor.translation.code_cache import CodeCache
+from trivisor.translation.contract import UnsupportedFeature
+from trivisor.translation.core import CS, DS, ES, SS, Core
+from trivisor.translation.cpuid import guest_cpuid
+from trivisor.translation.features import decoder_features
+from trivisor.translation.host_signals import HostSignals, HostTimer
+from trivisor.translation.layout import EXITS, OFFSETS
+from trivisor.translation.mmu import Mmu
+from trivisor.translation.modes import Mode
+from trivisor.translation.msrs import MsrFile
+from trivisor.translation.natives import POINTERS, helpers
+from trivisor.translation.state_transfer import get_state, set_state
+from trivisor.x86.cpuid import host_cpuid, host_xgetbv
+from trivisor.x86.exceptions import DEBUG, GuestException
+
+CODE_CACHE_SIZE = 128 << 20
+
+_LMA = 0x400
+_LONG = 1 << 13
+_DEFAULT_32 = 1 << 14
+_CR0_PG = 1 << 31
+_CR0_TS_EM = 0xC
+_CR4_TSD = 4
+_CR4_FSGSBASE = 1 << 16
+_CR4_LA57 = 1 << 12
+_CR4_SMAP = 1 << 21
+_TF = 0x100
+
+_RIP, _PENDING, _ARMED, _POLL, _GOOD, _BAD, _EXIT_A, _EXIT_B, _EXIT_C, _FAULT_IP = (
+    OFFSETS[name] // 8
+    for name in (
+        "RIP", "PENDING", "ARMED", "POLL", "POLL_GOOD", "POLL_BAD", "EXIT_A", "EXIT_B", "EXIT_C", "HOST_FAULT_IP"
+    )
+)  # fmt: skip
+
+_FPE_INTDIV, _FPE_INTOVF = 1, 2
+
+_XSAVE_FAMILY = {
+    Mnemonic.XSAVE, Mnemonic.XSAVE64, Mnemonic.XRSTOR, Mnemonic.XRSTOR64,
+    Mnemonic.XSAVEOPT, Mnemonic.XSAVEOPT64, Mnemonic.XSAVEC, Mnemonic.XSAVEC64,
+}  # fmt: skip
+
+
+class TranslationVcpu:
+    """A virtual x86 processor by binary translation; see `machine.vcpu.Vcpu` for its methods."""
+
+    technique = "translation"
+    engine = "binary translation, x86-64 on x86-64"
+
+    def __init__(self, board: Surroundings) -> None:
+        self.board = board
+        self.observed: dict[type, list[Callable[[Any], None]]] = {}
+        self.core = Core(board.memory)
+        self._cpuid = guest_cpuid(
+            host_cpuid,
+            tsc_frequency=board.tsc_frequency,
+            crystal_frequency=board.crystal_frequency,
+            apic_id=board.apic_id,
+        )
+        self.msrs = MsrFile(self._cpuid, tsc_frequency=board.tsc_frequency)
+        self.mmu = Mmu(self.core, board.memory, board.mmio, self._cpuid.physical_bits)
+        self.mmu.observed = self.observed
+        self._words = self.core.words
+        self._kicked = False
+        self._waiting = False  # an interrupt waits for IF
+        self._wake = threading.Event()
+        self._mode = Mode()
+        self._modes: dict[tuple[Any, ...], Mode] = {}
+        self._cache_keys = [-1, -1, -1]
+        self._counts: dict[str, int] = {}
+        self._translated_ns = self._idle_ns = self._total_ns = 0
+        self._install_helpers()
+        self.blocks = BlockStore(
+            self.core,
+            self.mmu,
+            self._cache,
+            self._address("lookup"),
+            decoder_features(self._cpuid.features),
+            self.xsave_size,
+            lambda page: self._purge_writes(self.core.address, page),
+            lambda: self._flush_everything(self.core.address),
+        )
+        self.mmu.on_code_write = self.blocks.written
+        self._timer: HostTimer | None = None
+        board.clock.on_earlier = self._arm_timer
+        self._handlers: dict[int, Callable[[], Exit | None]] = {
+            EXITS["EXIT_LOOKUP"]: lambda: None,
+            EXITS["EXIT_CHAIN"]: self._on_chain,
+            EXITS["EXIT_SLOW_ACCESS"]: lambda: slow_access.handle(self),
+            EXITS["EXIT_EXCEPTION"]: self._on_exception,
+            EXITS["EXIT_CALL_OUT"]: self._on_call_out,
+            EXITS["EXIT_HOST_FAULT"]: self._on_host_fault,
+            EXITS["EXIT_UNDEFINED"]: self._on_undefined,
+        }
+        self._names = {number: name.removeprefix("EXIT_").lower() for name, number in EXITS.items()}
+        self._next: int | None = None  # host address to go on at, instead of looking rip up
+        self.state = CpuState()
+
+    # -- host resources -------------------------------------------------------------------------------------
+
+    def _install_helpers(self) -> None:
+        self.xcr0_supported = self._cpuid.xcr0_supported & (host_xgetbv() if self._has_xsave() else 0)
+        self.xsave_size = 576 + 256 if self.xcr0_supported & 4 else 576
+        self._cache = CodeCache(CODE_CACHE_SIZE)
+        program = helpers(self.xcr0_supported)
+        self._cache.append(program.code)
+        self._labels = program.labels
+        words, core = self._words, self.core
+        for field, label in POINTERS.items():
+            words[OFFSETS[field] // 8] = self._address(label)
+        words[_GOOD] = core.address
+        self._unreadable = host_map(4096, 0)
+        words[_BAD] = self._unreadable
+        words[_ARMED] = words[_POLL] = core.address
+        self.core.bytes[OFFSETS["BLOCK_TABLE"] :] = b"\xff" * (len(self.core.bytes) - OFFSETS["BLOCK_TABLE"])
+        for name in ("KERNEL", "USER", "OTHER"):
+            at = OFFSETS[f"JUMP_CACHE_{name}"]
+            lookup = self._address("lookup").to_bytes(8, "little")
+            self.core.bytes[at : at + 8 * 65536] = lookup * 65536
+        enter = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64)
+        two = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_uint64)
+        one = ctypes.CFUNCTYPE(None, ctypes.c_uint64)
+        self._enter = enter(self._address("enter"))
+        self._flush_everything = one(self._address("flush_everything"))
+        self._flush_local = one(self._address("flush_local"))
+        self._flush_jumps = [one(self._address(f"flush_{name}_jumps")) for name in ("kernel", "user", "other")]
+        self._invalidate_page = two(self._address("invalidate_page"))
+        self._purge_writes = two(self._address("purge_writes"))
+        self._flush_everything(core.address)
+        end = self._cache.base + self._cache.size
+        self._slot = HostSignals.instance().register(
+            self._cache.base + len(program.code), end, core.address, self._address("fault_leave")
+        )
+
+    def _has_xsave(self) -> bool:
+        return "xsave" in self._cpuid.features
+
+    def _address(self, label: str) -> int:
+        return self._cache.base + self._labels[label]
+
+    def close(self) -> None:
+        """Give host resources back; the processor must not be used afterwards."""
+        if self._slot >= 0:
+            HostSignals.instance().unregister(self._slot)
+            self._slot = -1
+            self.board.clock.on_earlier = None
+            if self._timer is not None:
+                self._timer.close()
+                self._timer = None
+            self._cache.close()
+            self.mmu.close()
+
+    # -- state ----------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> CpuState:
+        return get_state(self)
+
+    @state.setter
+    def state(self, state: CpuState) -> None:
+        set_state(self, state)
+        self._flush_everything(self.core.address)
+        self.mode_changed()
+        self._next = None
+        self._words[_PENDING] = 1
+
+    # -- what sensitive instructions need (translation/contract.py) -----------------------------------------
+
+    def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        core = self.core
+        enabled = True
+        if 0x1B in self.board.msrs:
+            enabled = bool(self.board.msrs[0x1B][0]() & 0x800)
+        return self._cpuid.query(leaf, subleaf, cr4=core.cr4, xcr0=core.xcr0, apic_enabled=enabled)
+
+    def load(self, linear: int, size: int, *, system: bool = False) -> int:
+        return self.mmu.load(linear, size, self.core.cpl == 3 and not system)
+
+    def store(self, linear: int, size: int, value: int, *, system: bool = False) -> None:
+        self.mmu.store(linear, size, value, self.core.cpl == 3 and not system)
+
+    def probe_write(self, linear: int, size: int, *, system: bool = False) -> None:
+        self.mmu.probe_write(linear, size, self.core.cpl == 3 and not system)
+
+    def flush_tlb(self, *, keep_global: bool) -> None:
+        if keep_global:
+            self._flush_local(self.core.address)
+        else:
+            self._flush_everything(self.core.address)
+
+    def invalidate_page(self, linear: int) -> None:
+        self._invalidate_page(self.core.address, linear)
+
+    def tsc(self) -> int:
+        from trivisor.machine.tsc import read
+
+        return (read() + self.core.tsc_offset) & ((1 << 64) - 1)
+
+    def mode_changed(self) -> None:
+        core = self.core
+        segments = core.segments
+        cs, ss = segments[CS].attributes, segments[SS].attributes
+        cr0, cr4 = core.cr0, core.cr4
+        cpl = core.cpl
+        key = (core.efer & _LMA, cs & (_LONG | _DEFAULT_32), ss & _DEFAULT_32, cpl == 3, cr0 & _CR0_TS_EM,
+               cr4 & (_CR4_TSD | _CR4_FSGSBASE), segments[ES].base | segments[DS].base | segments[SS].base
+               | segments[CS].base == 0)  # fmt: skip
+        mode = self._modes.get(key)
+        if mode is None:
+            long = bool(core.efer & _LMA)
+            bits = 64 if long and cs & _LONG else 32 if cs & _DEFAULT_32 else 16
+            mode = self._modes[key] = Mode(
+                bits=bits,
+                user=cpl == 3,
+                flat=bits == 64 or bool(key[-1]),
+                no_fpu=bool(cr0 & _CR0_TS_EM),
+                stack_bits=64 if bits == 64 else 32 if ss & _DEFAULT_32 else 16,
+                other=(1 if cr4 & _CR4_TSD else 0) | (2 if cr4 & _CR4_FSGSBASE else 0),
+            )
+        self._mode = mode
+        core.mode = mode.key
+        number = mode.jump_cache
+        words = self._words
+        words[OFFSETS["JUMP_CACHE_CURRENT"] // 8] = core.address + OFFSETS[f"JUMP_CACHE_{mode.jump_cache_name}"]
+        words[OFFSETS["JUMP_CACHE_USED_CURRENT"] // 8] = core.address + OFFSETS["JUMP_CACHE_USED"] + 128 * number
+        if self._cache_keys[number] != mode.key:
+            self._cache_keys[number] = mode.key
+            self._flush_jumps[number](core.address)
+        native = core.efer & _LMA and cr0 & _CR0_PG and not cr4 & (_CR4_LA57 | _CR4_SMAP)
+        words[OFFSETS["PAGING_NATIVE"] // 8] = 1 if native else 0
+        reserved = ((1 << 52) - 1) & ~((1 << self._cpuid.physical_bits) - 1)
+        words[OFFSETS["PHYSICAL_LIMIT_MASK"] // 8] = reserved | (0 if core.efer & 0x800 else 1 << 63)
+
+    # -- running --------------------------------------------------------------------------------------------
+
+    def run(self) -> Exit:
+        started = time.perf_counter_ns()
+        if self._timer is None:
+            self._timer = HostTimer(self.core.address)
+        try:
+            while (exit_ := self._once(False)) is None:
+                pass
+            return exit_
+        finally:
+            self._total_ns += time.perf_counter_ns() - started
+
+    def step(self) -> Exit:
+        exit_ = self._once(True)
+        return DebugStop(self.core.rip) if exit_ is None else exit_
+
+    def _once(self, single: bool) -> Exit | None:
+        """Serve what waits, then run translated code until it comes back, or one instruction."""
+        words, core = self._words, self.core
+        if words[_PENDING] or (self._waiting and core.interrupt_flag):
+            if core.interrupt_shadow:
+                core.interrupt_shadow = False
+                return self._single_step()
+            exit_ = self._serve()
+            if exit_ is not None:
+                return exit_
+        core.interrupt_shadow = False
+        if single or core.rflags & _TF:
+            return self._single_step()
+        target = self._next
+        if target is None:
+            try:
+                block = self.blocks.block(self._mode, core.rip)
+            except GuestException as fault:
+                return events.raise_exception(self, fault)
+            target = self._cache.base + block.body
+        else:
+            self._next = None
+        return self.handle(self.enter(target))
+
+    def enter(self, target: int) -> int:
+        """Run host code at `target` until it leaves; returns the exit's number."""
+        started = time.perf_counter_ns()
+        number: int = self._enter(self.core.address, target)
+        self._translated_ns += time.perf_counter_ns() - started
+        name = self._names[number]
+        self._counts[name] = self._counts.get(name, 0) + 1
+        return number
+
+    def enter_step(self, block: Block) -> int:
+        """Run a single-step block."""
+        self._next = None
+        return self.enter(self._cache.base + block.body)
+
+    def enter_next(self) -> int:
+        """Go on in the middle of an instruction, at `resume_at`'s address."""
+        target, self._next = self._next, None
+        assert target is not None
+        return self.enter(target)
+
+    def handle(self, number: int) -> Exit | None:
+        """Act on an exit."""
+        try:
+            return self._handlers[number]()
+        except GuestException as fault:
+            return events.raise_exception(self, fault)
+        except UnsupportedFeature as missing:
+            return Unsupported(f"{missing} at {self.core.rip:#x}", self.core.rip)
+
+    def count(self, name: str) -> None:
+        """Count an event of the Python side."""
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def _serve(self) -> Exit | None:
+        """Timers, kicks and interrupts."""
+        words = self._words
+        words[_PENDING] = 0
+        words[_ARMED] = words[_POLL] = words[_GOOD]
+        self._waiting = False
+        board = self.board
+        board.clock.run_due()
+        deadline = board.clock.next_deadline()
+        if deadline is not None:
+            self._arm_timer(deadline)
+        if self._kicked or board.stop_reason is not None:
+            self._kicked = False
+            words[_PENDING] = 1
+            return Kicked()
+        interrupts = board.interrupts
+        if not interrupts.pending():
+            return None
+        if self.core.interrupt_flag:
+            self.count("interrupt")
+            self._next = None
+            self.interrupt(interrupts.acknowledge())
+            if not interrupts.pending():
+                return None
+        self._waiting = True
+        words[_ARMED] = words[_BAD]
+        if self.core.interrupt_flag:
+            words[_POLL] = words[_BAD]
+        return None
+
+    def interrupt(self, vector: int) -> None:
+        """Deliver an external interrupt now."""
+        try:
+            events.deliver(self, vector, external=True)
+        except GuestException as fault:
+            shutdown = events.raise_exception(self, fault)
+            if shutdown is not None:
+                self._kicked = True
+
+    def _arm_timer(self, deadline: int) -> None:
+        if self._timer is not None:
+            self._timer.arm(deadline - self.board.clock.now())
+
+    def kick(self) -> None:
+        self._kicked = True
+        self.attention()
+
+    def attention(self) -> None:
+        """Have the run loop look at timers and interrupts soon; from any thread."""
+        words = self._words
+        words[_PENDING] = 1
+        words[_ARMED] = words[_BAD]
+        words[_POLL] = words[_BAD]
+        self._wake.set()
+
+    def _idle(self) -> Exit | None:
+        """HLT with interrupts on: sleep until one comes."""
+        started = time.perf_counter_ns()
+        clock = self.board.clock
+        try:
+            while True:
+                clock.run_due()
+                if self._kicked or self._words[_PENDING] or self.board.interrupts.pending():
+                    self._words[_PENDING] = 1
+                    return None
+                deadline = clock.next_deadline()
+                self._wake.clear()
+                if self._words[_PENDING]:
+                    continue
+                wait = None if deadline is None else max(0, deadline - clock.now()) / 1e9
+                self._wake.wait(wait)
+        finally:
+            self._idle_ns += time.perf_counter_ns() - started
+
+    def _single_step(self) -> Exit | None:
+        """One instruction, and the debug trap that TF asks for."""
+        core = self.core
+        trap = core.rflags & _TF
+        try:
+            exit_ = slow_access.step(self, [])
+            if trap and exit_ is None and core.rflags & _TF:
+                core.dr[6] |= 1 << 14
+                return events.raise_exception(self, GuestException(DEBUG))
+            return exit_
+        except GuestException as fault:
+            return events.raise_exception(self, fault)
+        except UnsupportedFeature as missing:
+            return Unsupported(f"{missing} at {core.rip:#x}", core.rip)
+
+    # -- exits ----------------------------------------------------------------------------------------------
+
+    def _on_chain(self) -> Exit | None:
+        link = self.blocks.translator.links[self._words[_EXIT_A]]
+        self.core.rip = link.target
+        target = self.blocks.block(self._mode, link.target)
+        if target.key == link.key and not target.dead:
+            # The code cache may have been flushed to make room for the target, and the link with it.
+            links = self.blocks.translator.links
+            index = self._words[_EXIT_A]
+            if index < len(links) and links[index] is link:
+                self.blocks.translator.connect(link, target)
+        self._next = self._cache.base + target.polled
+        return None
+
+    def _on_exception(self) -> Exit | None:
+        words = self._words
+        vector, error = words[_EXIT_A], words[_EXIT_B]
+        raise GuestException(vector, None if error >> 63 else error, self.core.cr2 if vector == 14 else None)
+
+    def _on_call_out(self) -> Exit | None:
+        instruction = self.blocks.instruction(self._mode, self.core.rip)
+        return self.execute(instruction)
+
+    def execute(self, instruction: Instruction) -> Exit | None:
+        """Do a sensitive instruction in Python."""
+        self._counts[instruction.mnemonic] = self._counts.get(instruction.mnemonic, 0) + 1  # type: ignore[index,call-overload]
+        result = system.execute(self, instruction)
+        if isinstance(result, Halt):
+            return self._idle() if result.interrupts_enabled else result
+        if self.board.stop_reason is not None:
+            return Kicked()
+        return result
+
+    def _on_undefined(self) -> Exit | None:
+        instruction = self.blocks.instruction(self._mode, self.core.rip)
+        return Unsupported(f"{instruction} at {self.core.rip:#x}", self.core.rip)
+
+    def _on_host_fault(self) -> Exit | None:
+        words, core = self._words, self.core
+        host = words[_FAULT_IP]
+        number = words[OFFSETS["HOST_FAULT_SIGNAL"] // 8]
+        address = words[OFFSETS["HOST_FAULT_ADDRESS"] // 8]
+        block = self.blocks.at_host(host)
+        if block is None:
+            raise RuntimeError(f"host signal {number} at {host:#x}, outside every block")
+        self._locate(block, host)
+        if address == self._unreadable:
+            words[_POLL] = words[_GOOD]
+            self._counts["poll"] = self._counts.get("poll", 0) + 1
+            return None
+        instruction = self.blocks.instruction(self._mode, core.rip)
+        if instruction.mnemonic in _XSAVE_FAMILY:
+            core.regs[0] = words[OFFSETS["SPILL"] // 8]
+            core.regs[2] = words[OFFSETS["SPILL_2"] // 8]
+        if number == signal.SIGFPE:
+            if instruction.mnemonic in (Mnemonic.DIV, Mnemonic.IDIV):
+                raise GuestException(0)
+            raise GuestException(16 if _is_x87(instruction) else 19)
+        if number == signal.SIGILL:
+            return Unsupported(f"{instruction} (this host refuses it) at {core.rip:#x}", core.rip)
+        if number == signal.SIGSEGV:
+            raise GuestException(13, 0)
+        raise OSError(f"host signal {number} while running {instruction} at {core.rip:#x}: out of memory?")
+
+    def _locate(self, block: Block, host: int) -> None:
+        """Set rip and flags to where host code at `host` stands for."""
+        core, words = self.core, self._words
+        rip, parked = block.locate(host - self._cache.base)
+        core.rip = rip
+        if parked:
+            parked_flags = words[OFFSETS["FLAGS_AX"] // 8]
+            flags = parked_flags >> 8 & 0xD5 | (0x800 if parked_flags & 1 else 0)
+            words[OFFSETS["FLAGS"] // 8] = words[OFFSETS["FLAGS"] // 8] & 0x400 | flags
+
+    # -- the rest of the protocol ---------------------------------------------------------------------------
+
+    @property
+    def mode(self) -> Mode:
+        """The translation mode of the code at rip."""
+        return self._mode
+
+    def resume_at(self, host: int) -> None:
+        """Go on at a host address, in the middle of an instruction."""
+        self._next = host
+
+    def memory_written(self, address: int, length: int) -> None:
+        self.blocks.written(address, length)
+
+    def statistics(self) -> dict[str, Any]:
+        words = self._words
+        blocks = self.blocks
+        names = {number: name for name, number in vars(Mnemonic).items() if isinstance(number, int)}
+        exits = {k: v for k, v in self._counts.items() if isinstance(k, str)}
+        instructions = {names[k].lower(): v for k, v in self._counts.items() if isinstance(k, int)}
+        native = {
+            name.removeprefix("COUNT_").lower(): words[at // 8]
+            for name, at in OFFSETS.items()
+            if name.startswith("COUNT_")
+        }
+        python = self._total_ns - self._translated_ns - self._idle_ns - blocks.translating
+        return {
+            "exits": dict(sorted(exits.items(), key=lambda item: -item[1])),
+            "instructions done by Python": dict(sorted(instructions.items(), key=lambda item: -item[1])),
+            "native helpers": native,
+            "translation": {
+                "instructions": blocks.translator.instructions,
+                "blocks": blocks.made,
+                "recipes": blocks.translator.recipes_made,
+                "invalidated": blocks.invalidated,
+                "code cache flushes": blocks.flushes,
+                "code cache bytes": self._cache.used,
+            },
+            "seconds": {
+                "translated code": self._translated_ns / 1e9,
+                "python": python / 1e9,
+                "translating": blocks.translating / 1e9,
+                "idle": self._idle_ns / 1e9,
+            },
+        }
+
+
+_X87 = {CpuidFeature.FPU, CpuidFeature.FPU287, CpuidFeature.FPU387}
+
+
+def _is_x87(instruction: Instruction) -> bool:
+    return not _X87.isdisjoint(instruction.cpuid_features())

@@ -1,0 +1,229 @@
+"""Laying out one block: entries, code, the end, and what stands out of line."""
+
+from __future__ import annotations
+
+from array import array
+from struct import pack, pack_into
+
+from trivisor.translation.block import Block, Link
+from trivisor.translation.layout import EXITS, OFFSETS
+from trivisor.translation.modes import (
+    Branch,
+    CallOut,
+    Indirect,
+    Jump,
+    Missing,
+    Mode,
+    Raise,
+    Repeat,
+    RepeatCompare,
+)
+from trivisor.translation.recipe import ARITHMETIC, POLL, RESTORE, Recipe, Variant, asm
+
+_MASK64 = (1 << 64) - 1
+
+_CALL_MISS = int.from_bytes(asm("call qword [rsp+MISS]"), "little")
+assert _CALL_MISS >> 24, "the call is four bytes long"
+_CALL_CHAIN = asm("call qword [rsp+CHAIN]")
+_CALL_OUT = asm("call qword [rsp+CALL_OUT]")
+_LEAVE = asm("jmp qword [rsp+LEAVE]")
+_JUMP_INDEXED = {
+    name: asm(f"movzx r11d, r10w\n jmp qword [rsp+r11*8+JUMP_CACHE_{name}]") for name in ("KERNEL", "USER", "OTHER")
+}
+_STORE_RIP_R10 = asm("mov [rsp+GUEST_RIP], r10")
+
+
+def _set_exit(name: str) -> bytes:
+    return asm(f"mov qword [rsp+EXIT], {EXITS[name]}")
+
+
+_STEPPED = _STORE_RIP_R10 + _set_exit("EXIT_STEPPED") + _LEAVE
+
+
+class Emission:
+    """The making of one block; `base` is where in the code cache its code will stand."""
+
+    __slots__ = ("base", "block", "links", "lookup", "misses", "mode", "near", "out", "single")
+
+    def __init__(self, mode: Mode, near: bool, block: Block, base: int, lookup: int, single: bool) -> None:
+        self.mode = mode
+        self.near = near
+        """Guest addresses fit sign-extended 32-bit immediates."""
+        self.block = block
+        self.base = base
+        self.lookup = lookup
+        self.single = single
+        """The block is one instruction that leaves to Python when it is done."""
+        self.out = bytearray()
+        self.misses: list[tuple[int, int, int, int]] = []
+        self.links: list[Link] = []
+
+    def emit(self, recipes: list[Recipe], poll_at_end: bool, first_link: int) -> None:
+        """Emit everything; links that want stubs are numbered from `first_link`."""
+        # Liveness, backwards: what comes after the block is not known, so all flags are live there.
+        live = ARITHMETIC
+        lives = []
+        for recipe in reversed(recipes):
+            lives.append(live)
+            live = recipe.reads | (live & ~recipe.writes)
+        block, out, base = self.block, self.out, self.base
+        rip = at = block.rip
+        if not self.single:
+            self._prologue(bool(live))
+            block.polled = base + len(out)
+            out += POLL
+        body = len(out)
+        block.checked = base
+        block.body = base + body
+        parked = False
+        locations = array("I")
+        for recipe in recipes:
+            variant = recipe.variant(parked, lives.pop())
+            start = len(out)
+            locations.append((start - body) | variant.fault_parked << 16 | (at - rip) << 17)
+            out += variant.code
+            for jump_end, retry, kind in variant.misses:
+                self.misses.append((start + jump_end, start + retry, kind, at))
+            at += recipe.length
+            if variant.absolutes:
+                _patch_absolutes(out, start, variant, at)
+            parked = variant.parked
+        if parked:
+            out += RESTORE
+        if poll_at_end:
+            locations.append((len(out) - body) | (at - rip) << 17)
+            out += POLL
+        block.map = locations.tobytes()
+        self._ending(recipes[-1], at)
+        self._out_of_line(first_link)
+        block.end = base + len(out)
+
+    def _prologue(self, flags_live: bool) -> None:
+        """The checked entry: on with the block if r10 is its address, else to the look-up."""
+        out, rip = self.out, self.block.rip
+        if flags_live:
+            # Comparing without flags: r10 - rip in rcx, and JRCXZ.
+            out += b"\x49\xbb" + pack("<Q", -rip & _MASK64)  # mov r11, -rip
+            out += _COMPARE_START
+            out += b"\x49\xbb" + pack("<Q", rip)  # mov r11, rip
+            out += _COMPARE_DIFFERS
+            out += b"\xe9" + pack("<i", self.lookup - (self.base + len(out) + 5))
+            out += _COMPARE_SAME
+            return
+        if self.near:
+            out += b"\x49\x81\xfa" + pack("<I", rip & 0xFFFFFFFF)  # cmp r10, rip
+        else:
+            out += b"\x49\xbb" + pack("<Q", rip) + b"\x4d\x39\xda"  # mov r11, rip; cmp r10, r11
+        out += b"\x0f\x85" + pack("<i", self.lookup - (self.base + len(out) + 6))
+
+    def _ending(self, last: Recipe, next_rip: int) -> None:
+        out = self.out
+        ends = last.ends
+        here = next_rip - last.length
+        after = next_rip & ((1 << self.mode.bits) - 1)
+        if ends is None:
+            self._go(after, here)
+        elif isinstance(ends, Jump):
+            self._go(after + ends.displacement, here)
+        elif isinstance(ends, Branch):
+            self._branch(ends, after, here)
+        elif isinstance(ends, Indirect):
+            out += _STEPPED if self.single else _JUMP_INDEXED[self.mode.jump_cache_name]
+        elif isinstance(ends, CallOut):
+            out += _CALL_OUT + pack("<Q", here & _MASK64)
+        elif isinstance(ends, Raise):
+            out += _rip_into_r10(here) + _STORE_RIP_R10
+            out += asm(f"mov qword [rsp+EXIT_A], {ends.vector}\n mov qword [rsp+EXIT_B], -1")
+            out += _set_exit("EXIT_EXCEPTION") + _LEAVE
+        elif isinstance(ends, Missing):
+            out += _rip_into_r10(here) + _STORE_RIP_R10 + _set_exit("EXIT_UNDEFINED") + _LEAVE
+        elif isinstance(ends, Repeat):
+            again = _rip_into_r10(here) + _STEPPED
+            out += b"\xe3" + bytes((len(again),)) + again + _rip_into_r10(after) + _STEPPED
+        elif isinstance(ends, RepeatCompare):
+            again = _rip_into_r10(here) + _STEPPED
+            done = _rip_into_r10(after) + _STEPPED
+            out += b"\xe3" + bytes((len(again) + 2,))  # jrcxz done
+            out += bytes((0x74 if ends.until_equal else 0x75, len(again))) + again + done
+        else:
+            raise TypeError(ends)
+
+    def _branch(self, ends: Branch, after: int, here: int) -> None:
+        out = self.out
+        target = after + ends.displacement
+        if ends.prelude:
+            out += ends.prelude
+            jump = len(out)
+            self._go(after, here)
+            out[jump - 1] = len(out) - jump
+        else:
+            out += bytes((0x0F, 0x80 | ends.condition))
+            if self._is_linkable(target, here):
+                self._link(target, here)
+                self._go(after, here)
+                return
+            out += bytes(4)
+            jump = len(out)
+            self._go(after, here)
+            pack_into("<i", out, jump - 4, len(out) - jump)
+        self._go(target, here)
+
+    def _is_linkable(self, target: int, here: int) -> bool:
+        """Direct jumps stay within a page, where no change of mappings can come between."""
+        return not self.single and target >> 12 == here >> 12 and not self.block.crosses
+
+    def _go(self, target: int, here: int) -> None:
+        """Continue at `target`, from the instruction at `here`."""
+        target &= (1 << self.mode.bits) - 1
+        if self.single:
+            self.out += _rip_into_r10(target) + _STEPPED
+        elif self._is_linkable(target, here):
+            self.out += b"\xe9"
+            self._link(target, here)
+        else:
+            # Another page: by way of the jump cache, which is emptied when mappings change.
+            slot = OFFSETS[f"JUMP_CACHE_{self.mode.jump_cache_name}"] + 8 * (target & 0xFFFF)
+            self.out += _rip_into_r10(target) + b"\xff\xa4\x24" + pack("<I", slot)
+
+    def _link(self, target: int, here: int) -> None:
+        """Append a jump's displacement, to be filled in."""
+        self.links.append(Link(self.base + len(self.out), target, target <= here, self.block.key))
+        self.out += bytes(4)
+
+    def _out_of_line(self, first_link: int) -> None:
+        """The ways out of TLB checks, and the jumps to code that is not there yet."""
+        out = self.out
+        for jump_end, retry, kind, where in self.misses:
+            stub = len(out)
+            pack_into("<I", out, jump_end - 4, stub - jump_end)
+            out += pack("<IIIQ", _CALL_MISS, stub + 4 - retry, kind, where & _MASK64)
+        for number, link in enumerate(self.links, first_link):
+            link.stub = self.base + len(out)
+            pack_into("<i", out, link.site - self.base, link.stub - link.site - 4)
+            out += _CALL_CHAIN + pack("<I", number)
+
+
+_COMPARE_DIFFERS = asm("mov rcx, [rsp+SCRATCH_0]\n lea r10, [r10+r11]")
+_COMPARE_SAME = asm("mov rcx, [rsp+SCRATCH_0]")
+_COMPARE_START = (
+    asm("lea r10, [r10+r11]\n mov [rsp+SCRATCH_0], rcx\n mov rcx, r10")
+    + b"\xe3"
+    + bytes((10 + len(_COMPARE_DIFFERS) + 5,))
+)
+
+
+def _rip_into_r10(rip: int) -> bytes:
+    rip &= _MASK64
+    signed = rip - (1 << 64) if rip >> 63 else rip
+    if -(1 << 31) <= signed < 1 << 31:
+        return b"\x49\xc7\xc2" + pack("<i", signed)
+    return b"\x49\xba" + pack("<Q", rip)
+
+
+def _patch_absolutes(out: bytearray, start: int, variant: Variant, next_rip: int) -> None:
+    for offset, width, displacement in variant.absolutes:
+        value = next_rip + displacement
+        if width == 4:
+            pack_into("<I", out, start + offset, value & 0xFFFFFFFF)
+        else:
+            pack_into("<Q", out, start + offset, value & _MASK64)

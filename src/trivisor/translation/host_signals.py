@@ -1,0 +1,207 @@
+"""Host signals that guest code causes or that must reach it: faults in translated code, and the host's timer.
+
+One native handler serves SIGSEGV, SIGFPE, SIGBUS and SIGILL of the whole
+process.  When the fault lies in a registered code cache, it sends the thread
+to the engine's way out, with every register as it was; any other fault goes to
+whatever handler was there before (Python's faulthandler, say), or dies as it
+would have without us.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import signal
+import threading
+
+from trivisor.translation.code_cache import CodeCache
+from trivisor.translation.layout import SYMBOLS
+from trivisor.x86.assembler import assemble
+
+FAULTS = (signal.SIGSEGV, signal.SIGFPE, signal.SIGBUS, signal.SIGILL)
+TIMER_SIGNAL = signal.SIGRTMIN + 9
+_MAXIMUM_REGIONS = 64
+
+_SA_SIGINFO = 4
+_SA_RESTORER = 0x04000000
+_SA_NODEFER = 0x40000000
+_SA_RESTART = 0x10000000
+_SYS_RT_SIGACTION = 13
+_SYS_GETTID = 186
+_SYS_TIMER_CREATE = 222
+_SYS_TIMER_SETTIME = 223
+_SYS_TIMER_DELETE = 226
+_CLOCK_MONOTONIC = 1
+_SIGEV_THREAD_ID = 4
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+# ucontext_t of x86-64 Linux (asm/sigcontext.h): offsets of the saved rsp and rip.
+_HANDLER = """
+REGISTER_RSP equ 160
+REGISTER_RIP equ 168
+; handler(edi = signal, rsi = siginfo, rdx = ucontext)
+fault:
+    mov rax, [rdx+REGISTER_RIP]
+    mov rcx, REGIONS
+    mov r8d, MAXIMUM_REGIONS
+next:
+    cmp rax, [rcx]
+    jb other
+    cmp rax, [rcx+8]
+    jb ours
+other:
+    add rcx, 32
+    dec r8d
+    jnz next
+    ; not ours: go on to the handler that was there before, or to the default action
+    mov rcx, PREVIOUS
+    movsxd r8, edi
+    mov rax, [rcx+r8*8]
+    cmp rax, 1
+    jbe default_action
+    jmp rax
+default_action:
+    ; restore the default and return: the instruction faults again, now fatally
+    push rdi
+    mov rsi, DEFAULT_ACTION
+    xor edx, edx
+    mov r10d, 8
+    mov eax, 13
+    syscall
+    pop rdi
+    ret
+ours:
+    mov r9, [rdx+REGISTER_RSP]
+    cmp r9, [rcx+16]
+    jne other
+    mov [r9+HOST_FAULT_IP], rax
+    movsxd rdi, edi
+    mov [r9+HOST_FAULT_SIGNAL], rdi
+    mov rax, [rsi+16]
+    mov [r9+HOST_FAULT_ADDRESS], rax
+    mov rax, [rcx+24]
+    mov [rdx+REGISTER_RIP], rax
+    ret
+restorer:
+    mov eax, 15
+    syscall
+timer:
+    mov rax, [rsi+24]
+    mov rcx, [rax+POLL_BAD]
+    mov qword [rax+PENDING], 1
+    mov [rax+ARMED], rcx
+    mov [rax+POLL], rcx
+    ret
+"""
+
+
+class _SigAction(ctypes.Structure):
+    """struct kernel_sigaction."""
+
+    _fields_ = (
+        ("handler", ctypes.c_uint64),
+        ("flags", ctypes.c_uint64),
+        ("restorer", ctypes.c_uint64),
+        ("mask", ctypes.c_uint64),
+    )
+
+
+class HostSignals:
+    """The process-wide handlers; made once, by `instance()`."""
+
+    _instance: HostSignals | None = None
+    _lock = threading.Lock()
+
+    @classmethod
+    def instance(cls) -> HostSignals:
+        with cls._lock:
+            if cls._instance is None:
+                cls._instance = cls()
+            return cls._instance
+
+    def __init__(self) -> None:
+        # The tables the handler reads: regions of (start, end, state pointer, way out), then old handlers.
+        self._tables = mmap.mmap(-1, 8192)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._tables))
+        self._words = memoryview(self._tables).cast("Q")
+        self._previous_at = _MAXIMUM_REGIONS * 4
+        self._code = CodeCache(4096)
+        program = assemble(
+            _HANDLER,
+            origin=self._code.base,
+            symbols={
+                **SYMBOLS,
+                "REGIONS": address,
+                "MAXIMUM_REGIONS": _MAXIMUM_REGIONS,
+                "PREVIOUS": address + 8 * self._previous_at,
+                "DEFAULT_ACTION": address + 8 * (self._previous_at + 128),
+            },
+        )
+        self._code.append(program.code)
+        self._labels = program.labels
+        for number in FAULTS:
+            old = self._install(number, "fault", _SA_SIGINFO | _SA_NODEFER)
+            self._words[self._previous_at + number] = old.handler
+        self._install(TIMER_SIGNAL, "timer", _SA_SIGINFO | _SA_RESTART)
+
+    def _install(self, number: int, label: str, flags: int) -> _SigAction:
+        new = _SigAction(self._labels[label], flags | _SA_RESTORER, self._labels["restorer"], 0)
+        old = _SigAction()
+        if _libc.syscall(_SYS_RT_SIGACTION, number, ctypes.byref(new), ctypes.byref(old), 8):
+            raise OSError(ctypes.get_errno(), f"cannot handle host signal {number}")
+        return old
+
+    def register(self, start: int, end: int, state: int, way_out: int) -> int:
+        """Send faults in [start, end) with rsp = `state` to `way_out`; returns a slot for `unregister`."""
+        with self._lock:
+            for slot in range(_MAXIMUM_REGIONS):
+                if self._words[slot * 4 + 1] == 0:
+                    self._words[slot * 4 + 2] = state
+                    self._words[slot * 4 + 3] = way_out
+                    self._words[slot * 4] = start
+                    self._words[slot * 4 + 1] = end
+                    return slot
+        raise OSError(f"at most {_MAXIMUM_REGIONS} virtual processors in one process")
+
+    def unregister(self, slot: int) -> None:
+        """Free the slot."""
+        self._words[slot * 4 + 1] = 0
+        self._words[slot * 4] = 0
+
+
+class _SigEvent(ctypes.Structure):
+    """struct sigevent."""
+
+    _fields_ = (
+        ("value", ctypes.c_uint64),
+        ("signo", ctypes.c_int),
+        ("notify", ctypes.c_int),
+        ("thread", ctypes.c_int),
+        ("padding", ctypes.c_int * 11),
+    )
+
+
+class HostTimer:
+    """A host timer that asks translated code of one state block to come back to Python."""
+
+    def __init__(self, state: int) -> None:
+        HostSignals.instance()
+        event = _SigEvent(state, TIMER_SIGNAL, _SIGEV_THREAD_ID, _libc.syscall(_SYS_GETTID))
+        self._timer = ctypes.c_int()
+        if _libc.syscall(
+            _SYS_TIMER_CREATE, _CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(self._timer)
+        ):
+            raise OSError(ctypes.get_errno(), "cannot create a host timer")
+        self._specification = (ctypes.c_int64 * 4)()
+        self._pointer = ctypes.addressof(self._specification)
+
+    def arm(self, delay: int) -> None:
+        """Fire once, `delay` nanoseconds from now (at least one)."""
+        self._specification[2], self._specification[3] = divmod(max(delay, 1), 1_000_000_000)
+        _libc.syscall(_SYS_TIMER_SETTIME, self._timer.value, 0, ctypes.c_void_p(self._pointer), None)
+
+    def close(self) -> None:
+        """Delete the host timer."""
+        _libc.syscall(_SYS_TIMER_DELETE, self._timer.value)

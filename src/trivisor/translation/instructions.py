@@ -1,0 +1,434 @@
+"""Guest instructions into recipes: what is copied, what is rebuilt around a TLB check, what is done elsewhere.
+
+Nearly every instruction runs as itself.  One with a memory operand gets its
+address computed, checked and replaced by [r10]; one that names a register that
+lives in a slot gets it through scratch registers; sensitive ones become inline
+code on the virtual state or a call-out to Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from iced_x86 import (
+    Code,
+    CpuidFeature,
+    Encoder,
+    FlowControl,
+    Instruction,
+    InstructionInfoFactory,
+    MemorySizeExt,
+    Mnemonic,
+    OpAccess,
+    OpKind,
+    Register,
+    RegisterExt,
+)
+
+from trivisor.translation import inline
+from trivisor.translation.modes import CallOut, Jump, Missing, Mode, Raise
+from trivisor.translation.recipe import ARITHMETIC, Recipe, asm
+from trivisor.translation.registers import (
+    BY_SIZE,
+    DISPLACED,
+    GPR,
+    HIGH_BYTES,
+    RSP,
+    S1,
+    S2,
+    SEGMENTS,
+    STACK,
+)
+
+_CALL_OUTS = {
+    getattr(Mnemonic, name)
+    for name in ["CPUID", "SGDT", "SIDT", "SLDT", "STR", "SMSW", "LGDT", "LIDT", "LLDT", "LTR", "LMSW", "LAR", "LSL", "VERR", "VERW", "ARPL", "IRET", "IRETD", "IRETQ", "INT", "INT3", "INTO", "SYSCALL", "SYSRET", "SYSRETQ", "SYSENTER", "SYSEXIT", "SYSEXITQ", "IN", "OUT", "INSB", "INSW", "INSD", "OUTSB", "OUTSW", "OUTSD", "RDPMC", "RDTSCP", "XGETBV", "XSETBV", "CLAC", "STAC", "RDMSR", "WRMSR", "HLT", "WBINVD", "INVD", "INVLPG", "INVPCID", "CLTS", "LDS", "LES", "LFS", "LGS", "LSS", "AAA", "AAS", "DAA", "DAS", "AAM", "AAD", "SALC", "PUSHA", "PUSHAD", "POPA", "POPAD", "BOUND", "ENTER", "XLATB", "RDPID", "WRFSBASE", "WRGSBASE", "LEAVE", "VMCALL", "VMMCALL", "MONITOR", "MWAIT", "RSM", "GETSEC", "VMXON", "VMXOFF", "VMLAUNCH", "VMRESUME", "VMREAD", "VMWRITE", "VMPTRLD", "VMPTRST", "VMCLEAR", "INVEPT", "INVVPID", "VMFUNC", "VMRUN", "VMLOAD", "VMSAVE", "STGI", "CLGI", "SKINIT", "INVLPGA", "RETF", "CLFLUSH", "CLFLUSHOPT", "CLWB"]
+    if hasattr(Mnemonic, name)
+} - {Mnemonic.LEAVE}
+
+_IGNORED = {
+    getattr(Mnemonic, name)
+    for name in ["CLFLUSH", "CLFLUSHOPT", "CLWB", "PREFETCHNTA", "PREFETCHT0", "PREFETCHT1", "PREFETCHT2", "PREFETCHW", "PREFETCH", "ENDBR64", "ENDBR32", "NOP", "RESERVED_NOP", "WAIT_NOT", "CLDEMOTE", "PREFETCHWT1"]
+    if hasattr(Mnemonic, name)
+}
+
+_SHIFTS = {
+    getattr(Mnemonic, name) for name in ["SHL", "SHR", "SAR", "SAL", "ROL", "ROR", "RCL", "RCR", "SHLD", "SHRD"] if hasattr(Mnemonic, name)
+}
+
+_XSAVE_FAMILY = {
+    Mnemonic.XSAVE, Mnemonic.XSAVE64, Mnemonic.XRSTOR, Mnemonic.XRSTOR64,
+    Mnemonic.XSAVEOPT, Mnemonic.XSAVEOPT64, Mnemonic.XSAVEC, Mnemonic.XSAVEC64,
+}  # fmt: skip
+
+_MOFFS = {
+    Code.MOV_AL_MOFFS8: Code.MOV_R8_RM8, Code.MOV_AX_MOFFS16: Code.MOV_R16_RM16,
+    Code.MOV_EAX_MOFFS32: Code.MOV_R32_RM32, Code.MOV_RAX_MOFFS64: Code.MOV_R64_RM64,
+    Code.MOV_MOFFS8_AL: Code.MOV_RM8_R8, Code.MOV_MOFFS16_AX: Code.MOV_RM16_R16,
+    Code.MOV_MOFFS32_EAX: Code.MOV_RM32_R32, Code.MOV_MOFFS64_RAX: Code.MOV_RM64_R64,
+}  # fmt: skip
+
+# inc/dec r32 and r16 have one-byte encodings that 64-bit mode lacks.
+_SHORT_INC_DEC = {
+    Code.INC_R16: Code.INC_RM16, Code.INC_R32: Code.INC_RM32,
+    Code.DEC_R16: Code.DEC_RM16, Code.DEC_R32: Code.DEC_RM32,
+}  # fmt: skip
+
+_WRITES = {OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE}
+_READS = {
+    OpAccess.READ, OpAccess.COND_READ, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE, OpAccess.COND_WRITE,
+}  # fmt: skip
+_FPU_FEATURES = {
+    getattr(CpuidFeature, n)
+    for n in ["FPU", "FPU287", "FPU387", "MMX", "FXSR", "SSE", "SSE2", "SSE3", "SSSE3", "SSE4_1", "SSE4_2", "AVX", "AVX2", "FMA", "F16C", "AES", "PCLMULQDQ", "VAES", "VPCLMULQDQ", "SHA", "GFNI"]
+    if hasattr(CpuidFeature, n)
+}
+
+class InstructionMaker:
+    """Makes recipes for one mode."""
+
+    def __init__(self, mode: Mode, near: bool, features: frozenset[int], xsave_size: int) -> None:
+        """`features`: the CpuidFeature numbers that this processor has; `xsave_size`: bytes of XSAVE's area."""
+        self.mode = mode
+        self.near = near
+        self.features = features
+        self.xsave_size = xsave_size
+        self._encoder = Encoder(64)
+        self._info = InstructionInfoFactory()
+        self._special: dict[int, Callable[[Recipe, Instruction], None]] = inline.table(self)
+
+    # -- the way in -----------------------------------------------------------------------------------------
+
+    def make(self, instruction: Instruction, raw: bytes, loose: int = -1, single: bool = False) -> Recipe:
+        """The recipe of one decoded instruction; `raw` are its bytes."""
+        recipe = Recipe(self.mode.user, self.near, length=len(raw), loose=loose, single=single)
+        self._raw = raw
+        mnemonic = instruction.mnemonic
+        if instruction.is_invalid or not self._available(instruction):
+            recipe.ends = Raise(6)
+        elif self.mode.no_fpu and not _FPU_FEATURES.isdisjoint(instruction.cpuid_features()):
+            recipe.ends = CallOut() if mnemonic in (Mnemonic.FXSAVE,) else Raise(7)
+        elif mnemonic in self._special:
+            self._special[mnemonic](recipe, instruction)
+        elif mnemonic in _IGNORED:
+            pass
+        elif mnemonic in _CALL_OUTS or self.is_sensitive(instruction):
+            recipe.ends = CallOut()
+        elif instruction.flow_control != FlowControl.NEXT:
+            self._control(recipe, instruction)
+        else:
+            self.plain(recipe, instruction)
+        return recipe
+
+    def _available(self, instruction: Instruction) -> bool:
+        return all(feature in self.features for feature in instruction.cpuid_features())
+
+    def is_sensitive(self, instruction: Instruction) -> bool:
+        if instruction.is_privileged:
+            return True
+        return any(
+            instruction.op_kind(i) == OpKind.REGISTER
+            and (
+                instruction.op_register(i) in SEGMENTS
+                or RegisterExt.is_cr(instruction.op_register(i))
+                or RegisterExt.is_dr(instruction.op_register(i))
+            )
+            for i in range(instruction.op_count)
+        )
+
+    # -- flags ----------------------------------------------------------------------------------------------
+
+    def flags(self, recipe: Recipe, instruction: Instruction) -> None:
+        """Note which flags the instruction reads and surely writes."""
+        reads = instruction.rflags_read & ARITHMETIC
+        writes = instruction.rflags_modified & ARITHMETIC
+        if instruction.mnemonic in _SHIFTS:
+            # A count of zero leaves every flag as it was.
+            last = instruction.op_count - 1
+            counted = instruction.op_kind(last) == OpKind.REGISTER
+            count = 0 if counted else instruction.immediate(last) & (0x3F if self.mode.bits == 64 else 0x1F)
+            if counted or count == 0:
+                reads |= writes
+                writes = 0
+        elif instruction.has_rep_prefix or instruction.has_repne_prefix:
+            reads |= writes
+            writes = 0
+        recipe.reads |= reads
+        recipe.writes |= writes
+
+    # -- addresses ------------------------------------------------------------------------------------------
+
+    def address(
+        self, recipe: Recipe, instruction: Instruction, adjust: int = 0, *, segmented: bool = True
+    ) -> None:
+        """Put the linear address of the memory operand, plus `adjust`, into r10; uses r11."""
+        base, index = instruction.memory_base, instruction.memory_index
+        displacement = instruction.memory_displacement
+        segment = SEGMENTS[instruction.memory_segment]
+        address_bits = self._address_bits(instruction)
+        if instruction.is_ip_rel_memory_operand:
+            target = instruction.ip_rel_memory_address - instruction.next_ip + adjust
+            recipe.absolute("r10", (target + (1 << 63)) % (1 << 64) - (1 << 63))
+        elif base == Register.NONE and index == Register.NONE:
+            recipe.code(f"mov r10, {_signed((displacement + adjust) & ((1 << address_bits) - 1), 64)}")
+        else:
+            parts = []
+            for register, scratch, scale in ((base, "r10", 1), (index, "r11", instruction.memory_index_scale)):
+                if register == Register.NONE:
+                    continue
+                number = GPR[register][0]
+                name = f"r{number}" if number >= 8 else _NAMES[number]
+                if number in DISPLACED:
+                    recipe.code(f"mov {scratch}, [rsp+GPR_R{number}]")
+                    name = scratch
+                elif number == RSP:
+                    name = "r15"
+                parts.append(f"{name}*{scale}" if scale > 1 else name)
+            offset = _signed(displacement, address_bits) + adjust
+            width = "r10" if address_bits == 64 else "r10d"
+            recipe.code(f"lea {width}, [{'+'.join(parts)}+({offset})]")
+            if address_bits == 16:
+                recipe.code("movzx r10d, r10w")
+        if segmented:
+            self.add_segment(recipe, segment)
+
+    def _address_bits(self, instruction: Instruction) -> int:
+        for register in (instruction.memory_base, instruction.memory_index):
+            if register in GPR:
+                return GPR[register][1] * 8
+        size = instruction.memory_displ_size
+        return size * 8 if size in (2, 4, 8) and self.mode.bits != 64 else self.mode.bits
+
+    def add_segment(self, recipe: Recipe, segment: str) -> None:
+        """Add a segment's base to r10; uses r11."""
+        if segment in ("FS", "GS") or (self.mode.bits != 64 and not self.mode.flat):
+            width = "" if self.mode.bits == 64 else "d"
+            recipe.code(f"mov r11, [rsp+{segment}_BASE]\n lea r10{width}, [r10+r11]")
+
+    # -- ordinary instructions ------------------------------------------------------------------------------
+
+    def plain(self, recipe: Recipe, instruction: Instruction) -> None:
+        """An instruction that runs as itself, on the host's registers and memory."""
+        self.flags(recipe, instruction)
+        info = self._info.info(instruction)
+        if instruction.is_vsib or any(
+            instruction.op_kind(i)
+            in (OpKind.MEMORY_SEG_DI, OpKind.MEMORY_SEG_EDI, OpKind.MEMORY_SEG_RDI, OpKind.MEMORY_SEG_SI,
+                OpKind.MEMORY_ESDI, OpKind.MEMORY_ESEDI, OpKind.MEMORY_ESRDI, OpKind.MEMORY_SEG_ESI,
+                OpKind.MEMORY_SEG_RSI)
+            for i in range(instruction.op_count)
+        ):  # fmt: skip
+            recipe.ends = Missing()
+            return
+        memory = any(instruction.op_kind(i) == OpKind.MEMORY for i in range(instruction.op_count))
+        reads: set[int] = set()
+        writes: set[int] = set()
+        high = False
+        for used in info.used_registers():
+            register = used.register
+            if register in HIGH_BYTES:
+                high = True
+            full = RegisterExt.full_register(register)
+            if full in GPR:
+                number, size = GPR.get(register, (0, 1))
+                number = GPR[full][0]
+                if used.access in _READS or (used.access in _WRITES and size < 4 and size > 0):
+                    reads.add(number)
+                if used.access in _WRITES:
+                    writes.add(number)
+        if self.mode.bits == 64 and not memory and not (reads | writes) & (DISPLACED | {RSP}):
+            recipe.op(self._raw)
+            return
+        is_lea = instruction.mnemonic == Mnemonic.LEA
+        if is_lea:
+            self._lea(recipe, instruction)
+            return
+        if memory:
+            operand = next(i for i in range(instruction.op_count) if instruction.op_kind(i) == OpKind.MEMORY)
+            access = info.op_access(operand)
+            self._with_memory(recipe, instruction, access, high)
+        else:
+            recipe.op(self._substituted(instruction, reads, writes, (S1, S2)))
+
+    def _lea(self, recipe: Recipe, instruction: Instruction) -> None:
+        number, size = GPR[instruction.op0_register]
+        target = STACK if number == RSP else number
+        if instruction.is_ip_rel_memory_operand and size == 8 and number not in DISPLACED | {RSP}:
+            self._absolute_into(recipe, number, instruction)
+            return
+        self.address(recipe, instruction, segmented=False)
+        slot = number in DISPLACED
+        if size == 2:
+            if slot:
+                recipe.op(asm(f"mov [rsp+GPR_R{number}], r10w"))
+            else:
+                recipe.op(asm(f"mov {inline.name(target, 2)}, r10w"))
+        elif slot:
+            recipe.op(asm(("mov r10d, r10d\n" if size == 4 else "") + f"mov [rsp+GPR_R{number}], r10"))
+        else:
+            recipe.op(asm(f"mov {inline.name(target, size)}, {'r10' if size == 8 else 'r10d'}"))
+
+    def _absolute_into(self, recipe: Recipe, number: int, instruction: Instruction) -> None:
+        recipe.absolute("r10", _signed(instruction.ip_rel_memory_address - instruction.next_ip, 64))
+        recipe.op(asm(f"mov {inline.name(number, 8)}, r10"))
+
+    def _with_memory(self, recipe: Recipe, instruction: Instruction, access: int, high: bool) -> None:
+        mnemonic = instruction.mnemonic
+        if mnemonic in _XSAVE_FAMILY:
+            inline.xsave(self, recipe, instruction)
+            return
+        if access == OpAccess.NO_MEM_ACCESS:
+            return
+        write = access in _WRITES
+        size = MemorySizeExt.size(instruction.memory_size)
+        if mnemonic in _BIT_STRING and instruction.op1_kind == OpKind.REGISTER:
+            inline.bit_string_address(self, recipe, instruction, size)
+        else:
+            self.address(recipe, instruction)
+        if size == 0:
+            recipe.ends = Missing()
+            return
+        recipe.check(size, write=write)
+        recipe.op(self.on_host_address(instruction, high, write, access in _READS, size))
+
+    def on_host_address(
+        self, instruction: Instruction, high: bool, write: bool, read: bool, size: int
+    ) -> bytes:
+        """The instruction with its memory operand at [r10]; other operands get r11 where they need it."""
+        host = instruction.copy()
+        host.memory_base = Register.R10
+        host.memory_index = Register.NONE
+        host.memory_index_scale = 1
+        host.memory_displacement = 0
+        host.memory_displ_size = 0
+        host.segment_prefix = Register.NONE
+        if instruction.code in _MOFFS:
+            host.code = _MOFFS[instruction.code]
+        numbers = self._explicit_registers(instruction)
+        displaced = [n for n, (_, _) in numbers.items() if n in DISPLACED]
+        written = [n for n in displaced if numbers[n][1]]
+        if not high and len(written) <= 1 and len([n for n in displaced if numbers[n][0] or True]) <= 1:
+            reads = {n for n in displaced if numbers[n][0]}
+            return self._substituted(host, reads, set(written), (S2,))
+        # No register is left, or a high byte register forbids a REX prefix: go through a slot.
+        host.memory_base = Register.RSP
+        host.memory_displacement = inline.SLOT
+        host.memory_displ_size = 8
+        before = _copy(size, "r10", f"rsp+{inline.SLOT}") if read or (write and size > 8) else b""
+        after = _copy(size, f"rsp+{inline.SLOT}", "r10") if write else b""
+        keep = asm(f"mov [rsp+{inline.SLOT_ADDRESS}], r10") if write else b""
+        back = asm(f"mov r10, [rsp+{inline.SLOT_ADDRESS}]") if write else b""
+        reads = {n for n in displaced if numbers[n][0]}
+        body = self._substituted(host, reads, set(written), (S1, S2))
+        return before + keep + body + back + after
+
+    def _explicit_registers(self, instruction: Instruction) -> dict[int, tuple[bool, bool]]:
+        """Register operands: number -> (read, written)."""
+        info = self._info.info(instruction)
+        out: dict[int, tuple[bool, bool]] = {}
+        for i in range(instruction.op_count):
+            if instruction.op_kind(i) != OpKind.REGISTER:
+                continue
+            register = instruction.op_register(i)
+            if register not in GPR:
+                continue
+            number, size = GPR[register]
+            access = info.op_access(i)
+            read = access in _READS or size < 4
+            write = access in _WRITES
+            old = out.get(number, (False, False))
+            out[number] = (old[0] or read, old[1] or write)
+        return out
+
+    def _substituted(
+        self, instruction: Instruction, reads: set[int], writes: set[int], scratch: tuple[int, ...]
+    ) -> bytes:
+        """Encode with slotted registers in `scratch` registers, loaded before and stored after as needed."""
+        host = instruction.copy()
+        if host.code in _SHORT_INC_DEC:
+            host.code = _SHORT_INC_DEC[host.code]
+        displaced_reads = sorted(reads & DISPLACED)
+        displaced_writes = sorted(writes & DISPLACED)
+        places: dict[int, int] = {}
+        free = list(scratch)
+        # A register only read may share with one only written: operands are read before results are written.
+        for number in displaced_reads:
+            places[number] = free.pop(0)
+        shared = [places[n] for n in displaced_reads if n not in displaced_writes]
+        for number in displaced_writes:
+            if number not in places:
+                places[number] = free.pop(0) if free else shared.pop(0)
+        for i in range(host.op_count):
+            if host.op_kind(i) != OpKind.REGISTER:
+                continue
+            register = host.op_register(i)
+            if register in GPR:
+                number, size = GPR[register]
+                if number == RSP:
+                    host.set_op_register(i, BY_SIZE[size][STACK])
+                elif number in places:
+                    host.set_op_register(i, BY_SIZE[size][places[number]])
+        loads = b"".join(asm(f"mov r{places[n]}, [rsp+GPR_R{n}]") for n in displaced_reads)
+        stores = b"".join(asm(f"mov [rsp+GPR_R{n}], r{places[n]}") for n in displaced_writes)
+        return loads + self.encode(host) + stores
+
+    def encode(self, instruction: Instruction) -> bytes:
+        """The host's encoding; the instruction must not be relative to its address."""
+        self._encoder.encode(instruction, 0)
+        out: bytes = self._encoder.take_buffer()
+        return out
+
+    # -- control transfers ----------------------------------------------------------------------------------
+
+    def _control(self, recipe: Recipe, instruction: Instruction) -> None:
+        kind = instruction.flow_control
+        bits = self.mode.bits
+        if kind == FlowControl.UNCONDITIONAL_BRANCH and instruction.is_jmp_short_or_near:
+            recipe.ends = Jump(self.displacement(instruction))
+        elif kind == FlowControl.CONDITIONAL_BRANCH:
+            inline.conditional(self, recipe, instruction)
+        elif kind == FlowControl.CALL and instruction.is_call_near:
+            inline.push_return(self, recipe)
+            recipe.ends = Jump(self.displacement(instruction))
+        elif kind in (FlowControl.INDIRECT_BRANCH, FlowControl.INDIRECT_CALL) and not (
+            instruction.is_jmp_far_indirect or instruction.is_call_far_indirect
+        ):
+            inline.indirect(self, recipe, instruction, call=kind == FlowControl.INDIRECT_CALL)
+        elif kind == FlowControl.RETURN and instruction.mnemonic == Mnemonic.RET:
+            inline.near_return(self, recipe, instruction)
+        elif instruction.mnemonic in (Mnemonic.UD0, Mnemonic.UD1, Mnemonic.UD2):
+            recipe.ends = Raise(6)
+        else:
+            recipe.ends = CallOut()
+        if bits == 16:
+            recipe.ends = Missing()
+
+    def displacement(self, instruction: Instruction) -> int:
+        return _signed(instruction.near_branch_target - instruction.next_ip, self.mode.bits)
+
+
+_BIT_STRING = {Mnemonic.BT, Mnemonic.BTS, Mnemonic.BTR, Mnemonic.BTC}
+
+_NAMES = ("rax", "rcx", "rdx", "rbx", "r15", "rbp", "rsi", "rdi")
+"""Host names of guest registers 0 to 7 (rsp is in r15)."""
+
+def _signed(value: int, bits: int) -> int:
+    value &= (1 << bits) - 1
+    return value - (1 << bits) if value >> (bits - 1) else value
+
+
+def _copy(size: int, source: str, target: str) -> bytes:
+    """Copy a small operand between two places through r11."""
+    lines = []
+    for width, name, at in _pieces(size):
+        lines.append(f"mov {name}, {width} [{source}+{at}]\n mov {width} [{target}+{at}], {name}")
+    return asm("\n".join(lines))
+
+
+def _pieces(size: int) -> list[tuple[str, str, int]]:
+    out, at = [], 0
+    for step, width, name in ((8, "qword", "r11"), (4, "dword", "r11d"), (2, "word", "r11w"), (1, "byte", "r11b")):
+        while size - at >= step:
+            out.append((width, name, at))
+            at += step
+    return out

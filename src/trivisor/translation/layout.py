@@ -1,0 +1,216 @@
+"""Where everything lives in the state block that translated code reaches through the host's rsp.
+
+The host's rsp always points at offset 0 of the state block while translated
+code runs: the guest's state and the tables lie above it, and the stack of the
+native helpers (and of host signal handlers) lies below.  Offsets here are
+used as symbols by the native helpers' assembly and by the translator.
+
+Host registers while translated code runs:
+
+* r10 and r11 are scratch (S1 and S2); r15 holds the guest's rsp.
+* every other general register holds the guest register of its own name;
+* the guest's r10, r11 and r15 live in their slots of `GPR`.
+* arithmetic flags and DF are the guest's own; the other bits of RFLAGS are in
+  the block (`IF`, `SYSTEM_FLAGS`).
+* x87, SSE and AVX state are the guest's own.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+
+STACK_SIZE = 512 * 1024
+"""Bytes below the state block; deep enough for the host's signal frames (AMX makes them 11 KiB)."""
+
+TLB_ENTRIES = 1024
+TLB_ENTRY_SIZE = 32
+EXEC_TLB_ENTRIES = 512
+EXEC_TLB_ENTRY_SIZE = 16  # linear page; physical page | global in bit 0
+JUMP_CACHE_ENTRIES = 65536
+BLOCK_TABLE_ENTRIES = 65536
+BLOCK_TABLE_ENTRY_SIZE = 32
+FPU_AREA_SIZE = 4096
+
+OFFSETS: dict[str, int] = {}
+"""Offset in bytes from the state pointer of every named field."""
+
+
+class _Cursor:
+    def __init__(self) -> None:
+        self.at = 0
+
+    def field(self, name: str, size: int = 8, align: int = 8) -> None:
+        self.at = (self.at + align - 1) & -align
+        OFFSETS[name] = self.at
+        self.at += size
+
+
+_cursor = _Cursor()
+
+# The first four are within reach of an 8-bit displacement, as are GPR r0 to r11.
+_HOT = (
+    "POLL",  # address loaded at every poll; kick() makes it unreadable
+    "FLAGS_AX",  # flags parked by LAHF; SETO AL while checks clobber the host's
+    "MISS",  # address of the TLB miss helper
+    "RIP",  # guest rip, exact whenever the engine is outside translated code
+)
+for _name in _HOT:
+    _cursor.field(_name)
+_cursor.field("GPR", 16 * 8)
+
+_FIELDS = (
+    "FLAGS",  # the host-held guest flags (arithmetic and DF), when outside translated code
+    "IF",  # the guest's interrupt flag, in its place: 0 or 0x200
+    "SYSTEM_FLAGS",  # the rest of RFLAGS: bit 1, TF, IOPL, NT, RF, VM, AC, VIF, VIP, ID
+    "ARMED",  # what POLL becomes when interrupts get enabled: good or bad address
+    "POLL_GOOD",
+    "POLL_BAD",
+    "PENDING",  # nonzero: Python wants control at the next boundary with IF=1
+    "EXIT",  # why translated code left (an EXIT_ constant)
+    "EXIT_A",  # arguments of the exit
+    "EXIT_B",
+    "EXIT_C",
+    "HOST_RSP",
+    "HOST_FAULT_IP",  # where in the code cache a host signal struck
+    "HOST_FAULT_SIGNAL",
+    "HOST_FAULT_CODE",
+    "LEAVE",  # address of the code that leaves to Python
+    "LOOKUP",  # address of the jump cache miss helper
+    "CHAIN",  # address of the helper for not yet linked direct jumps
+    "DISPATCH",  # continue at RIP by lookup: used after helpers that changed RIP
+    "PAGE_FAULT",
+    "SYSCALL",
+    "SYSRET",
+    "IRET",
+    "DELIVER",
+    "RAM_BASE",  # host address of guest physical 0
+    "RAM_LOW_END",  # end of RAM below 4 GiB
+    "RAM_HIGH_END",  # end of RAM above 4 GiB (0 when there is none)
+    "CODE_PAGES",  # host address of a byte per physical page: nonzero when blocks came from it
+    "MODE",  # translation mode key of the running code
+    "JUMP_CACHE_CURRENT",  # address of the jump cache of the current mode
+    "JUMP_CACHE_USED_CURRENT",  # and of its map of used chunks
+    "KERNEL_JUMPS_LOCAL",  # nonzero: the kernel's jump cache leads into pages that are not global
+    "CALL_OUT",  # address of the helper that has Python do the instruction
+    "ESCAPE",  # the same, from the middle of an instruction's code
+    "HOST_FAULT_ADDRESS",
+    "CR0",
+    "CR2",
+    "CR3",
+    "CR4",
+    "CR8",
+    "EFER",
+    "XCR0",
+    "STAR",
+    "LSTAR",
+    "CSTAR",
+    "FMASK",
+    "KERNEL_GS_BASE",
+    "SYSENTER_CS",
+    "SYSENTER_ESP",
+    "SYSENTER_EIP",
+    "TSC_OFFSET",
+    "TSC_AUX",
+    "GDTR_BASE",
+    "GDTR_LIMIT",
+    "IDTR_BASE",
+    "IDTR_LIMIT",
+    "CPL",
+    "SCRATCH_0",
+    "SCRATCH_1",
+    "SCRATCH_2",
+    "SCRATCH_3",
+    "SPILL",
+    "SPILL_2",
+    "PAGING_NATIVE",  # 1 when the native walker may be used (long mode, 4-level)
+    "PHYSICAL_LIMIT_MASK",  # reserved physical address bits of a page-table entry
+    "KNOWN_CS",  # descriptor that IRET loaded last to user mode, raw; with its selector
+    "KNOWN_CS_SELECTOR",
+    "KNOWN_SS",
+    "KNOWN_SS_SELECTOR",
+    "KNOWN_KERNEL_CS",
+    "KNOWN_KERNEL_CS_SELECTOR",
+    "COUNT_TLB_MISS",
+    "COUNT_LOOKUP",
+    "COUNT_LOOKUP_MISS",
+    "COUNT_PAGE_FAULT",
+    "COUNT_EXCEPTION",
+    "COUNT_SYSCALL",
+    "COUNT_SYSRET",
+    "COUNT_IRET",
+    "COUNT_CR3",
+    "COUNT_INVLPG",
+    "COUNT_EXEC_TLB_MISS",
+    "COUNT_INTERRUPT",
+)
+for _name in _FIELDS:
+    _cursor.field(_name)
+
+SEGMENT_ORDER = ("ES", "CS", "SS", "DS", "FS", "GS", "LDTR", "TR")
+for _segment in SEGMENT_ORDER:
+    for _part in ("SELECTOR", "BASE", "LIMIT", "ATTRIBUTES"):
+        _cursor.field(f"{_segment}_{_part}")
+
+_cursor.field("SLOT", 64, 64)  # an operand on its way
+_cursor.field("SLOT_ADDRESS")
+_cursor.field("MARKS", 8 * 64)  # free-running counters of inline events, by index
+_cursor.field("BOUNCE", 4 * 8192, 4096)  # where single accesses to MMIO and across pages happen
+_cursor.field("FPU", FPU_AREA_SIZE, 64)
+_cursor.field("TLB_KERNEL", TLB_ENTRIES * TLB_ENTRY_SIZE, 4096)
+_cursor.field("TLB_USER", TLB_ENTRIES * TLB_ENTRY_SIZE, 4096)
+_cursor.field("EXEC_TLB_KERNEL", EXEC_TLB_ENTRIES * EXEC_TLB_ENTRY_SIZE, 4096)
+_cursor.field("EXEC_TLB_USER", EXEC_TLB_ENTRIES * EXEC_TLB_ENTRY_SIZE, 4096)
+_cursor.field("JUMP_PAGES", 65536, 64)  # a byte per linear page (hashed) with jump cache entries
+_cursor.field("JUMP_CACHE_USED", 3 * 128, 64)  # a byte per 4 KiB of jump cache that holds something
+_cursor.field("JUMP_CACHE_KERNEL", JUMP_CACHE_ENTRIES * 8, 4096)
+_cursor.field("JUMP_CACHE_USER", JUMP_CACHE_ENTRIES * 8, 4096)
+_cursor.field("JUMP_CACHE_OTHER", JUMP_CACHE_ENTRIES * 8, 4096)
+_cursor.field("BLOCK_TABLE", BLOCK_TABLE_ENTRIES * BLOCK_TABLE_ENTRY_SIZE, 4096)
+
+STATE_SIZE = (_cursor.at + 4095) & -4096
+
+# Offsets within a TLB entry.
+TLB_READ = 0  # linear page that may be read, or an address of another set
+TLB_WRITE = 8
+TLB_HOST = 16  # host address of the page
+TLB_INFO = 24  # bit 0: global; bit 1: piece of a large page
+# Offsets within a block table entry.
+BLOCK_LINEAR = 0
+BLOCK_KEY = 8  # physical page address | mode key
+BLOCK_ENTRY = 16  # host address of the checked entry
+
+_exit = count(1)
+EXITS: dict[str, int] = {
+    name: next(_exit)
+    for name in (
+        "EXIT_LOOKUP",  # no translation known for RIP
+        "EXIT_CHAIN",  # a direct jump wants linking: EXIT_A is the link's number
+        "EXIT_SLOW_ACCESS",  # memory access at EXIT_A needs Python; EXIT_B describes it
+        "EXIT_EXCEPTION",  # deliver EXIT_A (vector), EXIT_B (error code or -1), CR2 is set
+        "EXIT_CALL_OUT",  # the instruction at RIP is done by Python
+        "EXIT_STEPPED",  # a single-step block ran to its end
+        "EXIT_POLL",  # interrupt window check wanted at RIP
+        "EXIT_HOST_FAULT",  # a host signal struck translated code at HOST_FAULT_IP
+        "EXIT_IRET",  # the native IRET gave up: Python does it
+        "EXIT_UNDEFINED",
+    )
+}
+
+SYMBOLS: dict[str, int] = {
+    **OFFSETS,
+    **{f"GUEST_{name}": OFFSETS[name] for name in ("RIP", "CR0", "CR2", "CR3", "CR4", "CR8")},
+    "XCR0_FIELD": OFFSETS["XCR0"],
+    **EXITS,
+    **{f"GPR_{name.upper()}": OFFSETS["GPR"] + 8 * i for i, name in enumerate(
+        ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
+         "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"))},
+    "TLB_READ": TLB_READ,
+    "TLB_WRITE": TLB_WRITE,
+    "TLB_HOST": TLB_HOST,
+    "TLB_INFO": TLB_INFO,
+    "TLB_ENTRIES": TLB_ENTRIES,
+    "EXEC_TLB_ENTRIES": EXEC_TLB_ENTRIES,
+    "JUMP_CACHE_ENTRIES": JUMP_CACHE_ENTRIES,
+    "BLOCK_TABLE_ENTRIES": BLOCK_TABLE_ENTRIES,
+}  # fmt: skip
+"""Everything the helpers' assembly may name."""

@@ -1,0 +1,225 @@
+"""The slow, exact side of memory: page walks, loads and stores in Python, and filling the software TLBs."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable
+
+from trivisor.machine.bus import Bus
+from trivisor.machine.exits import MmioRead, MmioWrite
+from trivisor.machine.memory import GuestMemory, host_map
+from trivisor.translation.core import Core
+from trivisor.translation.layout import (
+    EXEC_TLB_ENTRIES,
+    OFFSETS,
+    TLB_ENTRIES,
+    TLB_ENTRY_SIZE,
+)
+from trivisor.x86 import paging
+from trivisor.x86.exceptions import GuestException
+from trivisor.x86.paging import Access, PagingMode
+
+GENERAL_PROTECTION = 13
+_CR0_WP = 1 << 16
+
+
+class _Tables:
+    """Guest memory for page walks: what is not RAM reads as all ones and takes no writes."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._memory = memory
+
+    def read_u32(self, address: int) -> int:
+        return self._memory.read_u32(address) if self._memory.is_ram(address, 4) else 0xFFFFFFFF
+
+    def read_u64(self, address: int) -> int:
+        return self._memory.read_u64(address) if self._memory.is_ram(address, 8) else (1 << 64) - 1
+
+    def write_u32(self, address: int, value: int) -> None:
+        if self._memory.is_ram(address, 4):
+            self._memory.write_u32(address, value)
+
+    def write_u64(self, address: int, value: int) -> None:
+        if self._memory.is_ram(address, 8):
+            self._memory.write_u64(address, value)
+
+
+class Mmu:
+    """Translates addresses for the Python side, and reads and writes memory as instructions do."""
+
+    def __init__(self, core: Core, memory: GuestMemory, mmio: Bus, physical_bits: int) -> None:
+        self.core = core
+        self.memory = memory
+        self.mmio = mmio
+        self.physical_bits = physical_bits
+        self.observed: dict[type, list[Callable[[object], None]]] = {}
+        self.on_code_write: Callable[[int, int], None] = lambda address, length: None
+        """Called before a store of (physical address, length) into a page that code was translated from."""
+        self._tables = _Tables(memory)
+        self._paging: tuple[tuple[int, int, int, int], PagingMode] | None = None
+        pages = memory.span >> 12
+        self._map_length = (pages + 4095) & ~4095
+        self._map_at = host_map(self._map_length, mmap.PROT_READ | mmap.PROT_WRITE)
+        self.code_pages = memoryview((ctypes.c_ubyte * self._map_length).from_address(self._map_at)).cast("B")
+        """A byte per physical page: nonzero when code was translated from it."""
+        words = core.words
+        words[OFFSETS["CODE_PAGES"] // 8] = self._map_at
+        words[OFFSETS["RAM_BASE"] // 8] = memory.base
+        words[OFFSETS["RAM_LOW_END"] // 8] = memory.low_end
+        words[OFFSETS["RAM_HIGH_END"] // 8] = memory.high_end
+
+    def close(self) -> None:
+        """Give the page map back to the host."""
+        if self._map_at:
+            self.code_pages.release()
+            ctypes.CDLL(None).munmap(ctypes.c_void_p(self._map_at), ctypes.c_size_t(self._map_length))
+            self._map_at = 0
+
+    # -- translation ----------------------------------------------------------------------------------------
+
+    def paging(self) -> PagingMode:
+        """The paging mode that the control registers select now."""
+        core = self.core
+        key = (core.cr0, core.cr3, core.cr4, core.efer)
+        if self._paging is None or self._paging[0] != key:
+            mode = PagingMode.from_registers(*key, physical_bits=self.physical_bits)
+            self._paging = (key, mode)
+        return self._paging[1]
+
+    def physical(self, linear: int, access: Access, user: bool, *, implicit: bool = False) -> int:
+        """The physical address, by a page walk; raises GuestException."""
+        return self.walk(linear, access, user, implicit=implicit).physical
+
+    def walk(
+        self, linear: int, access: Access, user: bool, *, implicit: bool = False
+    ) -> paging.Translation:
+        """A page walk with accessed and dirty bits set; raises GuestException."""
+        mode = self.paging()
+        if mode.mode is paging.Mode.LEVEL4 and not paging.is_canonical(linear):
+            raise GuestException(GENERAL_PROTECTION, 0)
+        if mode.mode is not paging.Mode.LEVEL4:
+            linear &= 0xFFFFFFFF if mode.mode is not paging.Mode.NONE or self.core.efer & 0x400 == 0 else -1
+        ac = bool(self.core.rflags & 0x40000)
+        return paging.walk(self._tables, mode, linear, access, user=user, ac=ac, implicit=implicit)
+
+    # -- loads and stores -----------------------------------------------------------------------------------
+
+    def load(self, linear: int, size: int, user: bool) -> int:
+        """Read up to 64 bytes as the guest would."""
+        room = 0x1000 - (linear & 0xFFF)
+        if size <= room:
+            return self._read(self.physical(linear, Access.READ, user), size)
+        low = self.physical(linear, Access.READ, user)
+        high = self.physical(linear + room & self._mask(), Access.READ, user)
+        return self._read(low, room) | self._read(high, size - room) << 8 * room
+
+    def store(self, linear: int, size: int, value: int, user: bool) -> None:
+        """Write up to 64 bytes, all or nothing."""
+        room = 0x1000 - (linear & 0xFFF)
+        if size <= room:
+            self._write(self.physical(linear, Access.WRITE, user), size, value)
+            return
+        low = self.physical(linear, Access.WRITE, user)
+        high = self.physical(linear + room & self._mask(), Access.WRITE, user)
+        self._write(low, room, value & ((1 << 8 * room) - 1))
+        self._write(high, size - room, value >> 8 * room)
+
+    def probe_write(self, linear: int, size: int, user: bool) -> None:
+        """Raise what `store` would raise."""
+        self.physical(linear, Access.WRITE, user)
+        if (linear & 0xFFF) + size > 0x1000:
+            self.physical((linear | 0xFFF) + 1 & self._mask(), Access.WRITE, user)
+
+    def _mask(self) -> int:
+        return (1 << 64) - 1 if self.core.efer & 0x400 else 0xFFFFFFFF
+
+    def _read(self, address: int, size: int) -> int:
+        if self.memory.is_ram(address, size):
+            return int.from_bytes(self.memory.view[address : address + size], "little")
+        return self.read_device(address, size)
+
+    def _write(self, address: int, size: int, value: int) -> None:
+        if self.memory.is_ram(address, size):
+            if self.code_pages[address >> 12]:
+                self.on_code_write(address, size)
+            self.memory.view[address : address + size] = value.to_bytes(size, "little")
+        else:
+            self.write_device(address, size, value)
+
+    def read_physical(self, address: int, size: int) -> bytes:
+        """`size` bytes within a page of RAM or of a device."""
+        return self._read(address, size).to_bytes(size, "little")
+
+    def write_physical(self, address: int, data: bytes) -> None:
+        """Store within a page of RAM or of a device."""
+        self._write(address, len(data), int.from_bytes(data, "little"))
+
+    def read_device(self, address: int, size: int) -> int:
+        """A load from physical memory that is not RAM, in pieces that devices take."""
+        value = shift = 0
+        while size:
+            piece = 1 << min(size.bit_length() - 1, 3)
+            part = self.mmio.read(address, piece)
+            for subscriber in self.observed.get(MmioRead, ()):
+                subscriber(MmioRead(address, piece, part))
+            value |= part << shift
+            shift += 8 * piece
+            address += piece
+            size -= piece
+        return value
+
+    def write_device(self, address: int, size: int, value: int) -> None:
+        """A store to physical memory that is not RAM."""
+        while size:
+            piece = 1 << min(size.bit_length() - 1, 3)
+            part = value & ((1 << 8 * piece) - 1)
+            for subscriber in self.observed.get(MmioWrite, ()):
+                subscriber(MmioWrite(address, piece, part))
+            self.mmio.write(address, piece, part)
+            value >>= 8 * piece
+            address += piece
+            size -= piece
+
+    # -- the TLBs -------------------------------------------------------------------------------------------
+
+    def entry(self, linear: int, user: bool) -> int:
+        """Index into the state block's words of the data TLB entry that `linear` belongs to."""
+        table = OFFSETS["TLB_USER" if user else "TLB_KERNEL"]
+        return (table + (linear >> 12) % TLB_ENTRIES * TLB_ENTRY_SIZE) // 8
+
+    def fill(self, linear: int, user: bool, found: paging.Translation) -> None:
+        """Enter a page of RAM into a data TLB, with the rights that it has."""
+        words, page = self.core.words, linear & ~0xFFF & ((1 << 64) - 1)
+        physical = found.physical & ~0xFFF
+        writable = (found.writable or (not user and not self.core.cr0 & _CR0_WP)) and found.dirty
+        if self.paging().mode is paging.Mode.NONE:
+            writable = True
+        if self.code_pages[physical >> 12]:
+            writable = False
+        at = self.entry(linear, user)
+        words[at] = page
+        words[at + 1] = page if writable else page ^ 0x1000
+        words[at + 2] = self.memory.base + physical
+        words[at + 3] = (1 if found.global_ else 0) | (2 if found.page_size > 4096 else 0)
+
+    def invalidate_entry(self, linear: int, user: bool) -> None:
+        """Make the data TLB forget what it has in `linear`'s place."""
+        at = self.entry(linear, user)
+        other = (linear & ~0xFFF & ((1 << 64) - 1)) ^ 0x1000
+        self.core.words[at] = other
+        self.core.words[at + 1] = other
+
+    def fetch(self, linear: int, user: bool) -> tuple[int, bool]:
+        """(physical page, global) for executing at `linear`, through the fetch TLB; raises GuestException."""
+        words = self.core.words
+        table = OFFSETS["EXEC_TLB_USER" if user else "EXEC_TLB_KERNEL"]
+        at = table // 8 + (linear >> 12) % EXEC_TLB_ENTRIES * 2
+        page = linear & ~0xFFF
+        if words[at] == page:
+            return words[at + 1] & ~0xFFF, bool(words[at + 1] & 1)
+        found = self.walk(linear, Access.EXECUTE, user)
+        physical = found.physical & ~0xFFF
+        words[at] = page
+        words[at + 1] = physical | (1 if found.global_ else 0) | (2 if found.page_size > 4096 else 0)
+        return physical, found.global_

@@ -1,0 +1,253 @@
+"""How one guest instruction becomes host code: a recipe, and its variants by what happens to the flags.
+
+Guest flags live in the host's flags.  A TLB check destroys those, so where
+they are still needed they are parked first (`FLAGS_AX`), and restored only when
+an instruction that reads them or changes some of them comes along.  A recipe is
+turned into bytes once for each way that it meets the flags, and is then reused
+for every instruction with the same bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import NamedTuple
+
+from trivisor.translation.layout import SYMBOLS, TLB_ENTRIES
+from trivisor.x86.assembler import assemble
+
+ALL_FLAGS = 0x7F
+"""The arithmetic flags and DF in iced's RflagsBits order: OF SF ZF AF CF PF DF."""
+ARITHMETIC = 0x3F
+
+
+@cache
+def asm(source: str) -> bytes:
+    """Assemble a fixed sequence; the state block's fields are symbols."""
+    return assemble(source, bits=64, symbols=SYMBOLS).code
+
+
+PARK = asm("mov r11, rax\n lahf\n seto al\n mov [rsp+FLAGS_AX], ax\n mov rax, r11")
+RESTORE = asm("mov r11, rax\n movzx eax, word [rsp+FLAGS_AX]\n add al, 0x7f\n sahf\n mov rax, r11")
+POLL = asm("mov r11, [rsp+POLL]\n mov r11d, [r11]")
+
+
+KIND_WRITE = 1
+KIND_USER = 2
+KIND_PARKED = 4
+
+
+class Miss(NamedTuple):
+    """A TLB check's way out: where its jump ends, where to try again, and the kind and size of the access.
+
+    The kind's low bits are the `KIND_` constants; from bit 4 it has the check's number in the instruction.
+    """
+
+    jump_end: int
+    retry: int
+    kind_and_size: int
+
+
+class Fragment(NamedTuple):
+    """Assembled text with its TLB checks and its escapes to Python (offsets of their descriptions)."""
+
+    code: bytes
+    misses: tuple[Miss, ...] = ()
+    escapes: tuple[int, ...] = ()
+    restart: bool = False
+    """A later access that misses starts again after this."""
+
+
+@cache
+def fragment(source: str, user: bool, first: int, loose: int) -> Fragment:
+    """Assemble text in which these lines stand for more:
+
+    `retry` - an access that misses starts again here;
+    `check read|write SIZE` - turn r10 from a linear into a host address, by way of the TLB;
+    `escape` - have Python do the instruction instead.
+
+    Checks are numbered from `first`; the one with number `loose` accepts accesses over the page's end.
+    """
+    view = "TLB_USER" if user else "TLB_KERNEL"
+    lines: list[str] = []
+    kinds: list[tuple[int, int, int]] = []
+    retries = escapes = 0
+    for line in source.splitlines():
+        words = line.split()
+        if words[:1] == ["retry"]:
+            retries += 1
+            lines.append(f"retry_{retries}:")
+        elif words[:1] == ["check"]:
+            number = first + len(kinds)
+            size = int(words[2])
+            write = words[1] == "write"
+            kind = (KIND_WRITE if write else 0) | (KIND_USER if user else 0) | number << 4
+            kinds.append((kind, 1 if number == loose else size, retries))
+            lines.append(
+                f"""
+                mov r11d, r10d
+                shr r11d, 7
+                and r11d, {(TLB_ENTRIES - 1) * 32}
+                xor r10, [rsp+r11+{view}+{"TLB_WRITE" if write else "TLB_READ"}]
+                cmp r10, dword {4095 if number == loose else 4096 - size}
+                db 0x0f, 0x87, 0, 0, 0, 0
+                check_{len(kinds) - 1}:
+                add r10, [rsp+r11+{view}+TLB_HOST]"""
+            )
+        elif words[:1] == ["escape"]:
+            lines.append(f"call qword [rsp+ESCAPE]\n escape_{escapes}: dq 0\n dd 0")
+            escapes += 1
+        else:
+            lines.append(line)
+    program = assemble("\n".join(lines), bits=64, symbols=SYMBOLS)
+    labels = program.labels
+    return Fragment(
+        program.code,
+        tuple(
+            Miss(labels[f"check_{i}"], labels[f"retry_{retry}"] if retry else 0, kind | size << 16)
+            for i, (kind, size, retry) in enumerate(kinds)
+        ),
+        tuple(labels[f"escape_{i}"] for i in range(escapes)),
+        retries > (kinds[-1][2] if kinds else 0),
+    )
+
+
+class Variant(NamedTuple):
+    """A recipe as bytes, for one way of meeting the flags."""
+
+    code: bytes
+    misses: tuple[Miss, ...]
+    absolutes: tuple[tuple[int, int, int], ...]
+    """(offset, width, displacement): an immediate that becomes the next instruction's address + displacement."""
+    parked: bool
+    """Whether the flags are parked afterwards."""
+    fault_parked: bool
+    """Whether they are parked where the host may fault."""
+
+
+class Item(NamedTuple):
+    """A step of a recipe."""
+
+    is_op: bool
+    code: bytes
+    misses: tuple[Miss, ...] = ()
+    escapes: tuple[int, ...] = ()
+    restart: bool = False
+    width: int = 0
+    displacement: int = 0
+
+
+@dataclass(slots=True)
+class Recipe:
+    """The steps of one instruction.
+
+    Code leaves flags alone, a clobber destroys them, and an op is the
+    instruction's own effect: it alone reads or writes the guest's flags.
+    """
+
+    user: bool
+    near: bool
+    """Addresses of this code fit a sign-extended 32-bit immediate."""
+    loose: int = -1
+    """The number of the check that lets an access run over the page's end (the engine has prepared both)."""
+    single: bool = False
+    """Of a repeated string instruction do one element only."""
+    reads: int = 0
+    """Flags (iced's bits) that the op needs."""
+    writes: int = 0
+    """Flags that the op surely overwrites."""
+    items: list[Item] = field(default_factory=list)
+    clobbers: bool = False
+    length: int = 0
+    """Bytes of the guest instruction."""
+    ends: object | None = None
+    """How the block ends, when this instruction ends it (one of `modes`' terminators)."""
+    shadow: bool = False
+    """Interrupts are held off until the next instruction is done; then the block must look for them."""
+    polls: bool = False
+    """Interrupts may have become possible: look for them right after this instruction."""
+    _variants: dict[tuple[bool, int], Variant] = field(default_factory=dict)
+    _checks: int = 0
+
+    def code(self, source: str) -> None:
+        """Add assembly that leaves the flags alone."""
+        self.items.append(Item(False, asm(source)))
+
+    def clobber(self, source: str) -> None:
+        """Add assembly that destroys the host's flags; `fragment`'s pseudo-instructions may be used."""
+        made = fragment(source, self.user, self._checks, self.loose)
+        self._checks += len(made.misses)
+        self.items.append(Item(False, *made))
+        self.clobbers = True
+
+    def op(self, code: bytes) -> None:
+        """Add the instruction itself."""
+        self.items.append(Item(True, code))
+
+    def check(self, size: int, *, write: bool) -> None:
+        """Turn r10 from a linear into a host address for an access of `size` bytes.
+
+        A miss starts again at the first item since the last op or check.
+        """
+        self.clobber(f"check {'write' if write else 'read'} {size}")
+
+    def absolute(self, register: str, displacement: int) -> None:
+        """Load r10 or r11 with the next instruction's address plus `displacement`."""
+        number = int(register[1:]) - 8
+        if self.near:
+            code, width = bytes((0x49, 0xC7, 0xC0 + number, 0, 0, 0, 0)), 4
+        else:
+            code, width = bytes((0x49, 0xB8 + number)) + bytes(8), 8
+        self.items.append(Item(False, code, width=width, displacement=displacement))
+
+    def variant(self, parked: bool, live: int) -> Variant:
+        """The bytes when flags are parked (or not) on entry and `live` flags are needed afterwards."""
+        needed = self.reads | (live & ~self.writes)
+        if not needed:
+            way = DEAD
+        elif self.reads | self.writes:
+            way = WANTED
+        else:
+            way = KEPT if self.clobbers else UNTOUCHED
+        key = (parked, way)
+        found = self._variants.get(key)
+        if found is None:
+            found = self._variants[key] = self._build(parked, way)
+        return found
+
+    def _build(self, parked: bool, way: int) -> Variant:
+        out = bytearray()
+        misses: list[Miss] = []
+        absolutes: list[tuple[int, int, int]] = []
+        if way in (KEPT, WANTED) and self.clobbers and not parked:
+            out += PARK
+            parked = True
+        elif way == DEAD:
+            parked = False
+        kind = KIND_PARKED if parked else 0
+        again = len(out)
+        for item in self.items:
+            if item.is_op and parked and way == WANTED:
+                out += RESTORE
+                parked = False
+            at = len(out)
+            out += item.code
+            for miss in item.misses:
+                retry = at + miss.retry if miss.retry else again
+                misses.append(Miss(at + miss.jump_end, retry, miss.kind_and_size | kind))
+            for escape in item.escapes:
+                out[at + escape + 8 : at + escape + 12] = kind.to_bytes(4, "little")
+                absolutes.append((at + escape, 8, -self.length))
+            if item.width:
+                absolutes.append((len(out) - item.width, item.width, item.displacement))
+            if item.is_op or item.misses or item.restart:
+                again = len(out)
+        fault_parked = parked
+        if parked and way == WANTED:
+            out += RESTORE
+            parked = False
+        return Variant(bytes(out), tuple(misses), tuple(absolutes), parked, fault_parked)
+
+
+# How a recipe meets the flags: nobody needs them; somebody does, later; the op does; nothing touches them.
+DEAD, KEPT, WANTED, UNTOUCHED = range(4)

@@ -1,0 +1,40 @@
+"""Where guest registers live while translated code runs (see layout.py)."""
+
+from __future__ import annotations
+
+from iced_x86 import Register
+
+_NAMES8 = ("al", "cl", "dl", "bl", "spl", "bpl", "sil", "dil")
+_NAMES16 = ("ax", "cx", "dx", "bx", "sp", "bp", "si", "di")
+
+
+def _register(name: str) -> int:
+    number: int = getattr(Register, name.upper())
+    return number
+
+
+BY_SIZE: dict[int, list[int]] = {
+    1: [_register(n) for n in _NAMES8] + [_register(f"r{i}l") for i in range(8, 16)],
+    2: [_register(n) for n in _NAMES16] + [_register(f"r{i}w") for i in range(8, 16)],
+    4: [_register(f"e{n}") for n in _NAMES16] + [_register(f"r{i}d") for i in range(8, 16)],
+    8: [_register(f"r{n}") for n in _NAMES16] + [_register(f"r{i}") for i in range(8, 16)],
+}
+"""iced's registers by size in bytes and encoding number."""
+
+GPR: dict[int, tuple[int, int]] = {
+    register: (number, size) for size, registers in BY_SIZE.items() for number, register in enumerate(registers)
+}
+"""(number, size) of every general register but AH, CH, DH and BH."""
+
+HIGH_BYTES = {_register(n): i for i, n in enumerate(("ah", "ch", "dh", "bh"))}
+"""AH, CH, DH, BH and the number of the register they are part of."""
+
+SEGMENTS = {_register(n): n.upper() for n in ("es", "cs", "ss", "ds", "fs", "gs")}
+
+S1, S2, STACK = 10, 11, 15
+"""Host registers: scratch, scratch, and the guest's rsp."""
+RSP = 4
+DISPLACED = frozenset((S1, S2, STACK))
+"""Guest registers that live in their slots."""
+
+__all__ = ["BY_SIZE", "DISPLACED", "GPR", "HIGH_BYTES", "RSP", "S1", "S2", "SEGMENTS", "STACK"]

@@ -1,0 +1,161 @@
+"""Memory accesses that the TLB cannot serve: device registers, page crossings, writes to translated code.
+
+Such an instruction is run by itself, as translated code, with the TLB entry of
+the access pointing at a bounce buffer (or, for a write to a page with
+translated code, at the page itself) for just that one instruction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from iced_x86 import InstructionInfoFactory, OpAccess
+
+from trivisor.machine.exits import Exit
+from trivisor.translation.contract import UnsupportedFeature
+from trivisor.translation.layout import EXITS, OFFSETS
+from trivisor.x86.paging import Access, Translation
+
+if TYPE_CHECKING:
+    from trivisor.translation.cpu import TranslationVcpu
+
+_EXIT_A, _EXIT_B, _EXIT_C = (OFFSETS[name] // 8 for name in ("EXIT_A", "EXIT_B", "EXIT_C"))
+_STEPPED = EXITS["EXIT_STEPPED"]
+_SLOW_ACCESS = EXITS["EXIT_SLOW_ACCESS"]
+_BOUNCE_SLOT = 8192
+_MAXIMUM_PREPARED = 4
+_READING = {OpAccess.READ, OpAccess.READ_WRITE, OpAccess.COND_READ, OpAccess.READ_COND_WRITE}
+_PAGE = ~0xFFF & ((1 << 64) - 1)
+
+_info = InstructionInfoFactory()
+
+
+@dataclass(slots=True)
+class Prepared:
+    """One access of the instruction, made possible for the instruction alone."""
+
+    check: int
+    linear: int
+    size: int
+    write: bool
+    user: bool
+    pieces: list[tuple[int, int]]
+    """(physical address, length): two when it crosses pages."""
+    bounce: int = -1
+    """Offset in the state block of the buffer, or -1 for a write to a code page."""
+
+    @property
+    def crosses(self) -> bool:
+        return len(self.pieces) > 1
+
+
+def handle(cpu: TranslationVcpu) -> Exit | None:
+    """EXIT_SLOW_ACCESS: fill the TLB and go on, or do the instruction with what it needs prepared."""
+    access = _access(cpu)
+    if access is None:
+        return None
+    return step(cpu, [access])
+
+
+def _access(cpu: TranslationVcpu) -> Prepared | None:
+    """What the exit describes; None when the TLB has it now and the access can be tried again.
+
+    Raises GuestException for an access that faults.
+    """
+    words, mmu = cpu.core.words, cpu.mmu
+    linear, description, retry = words[_EXIT_A], words[_EXIT_B], words[_EXIT_C]
+    write, user = bool(description & 1), bool(description & 2)
+    check, size = description >> 4 & 15, description >> 16
+    kind = Access.WRITE if write else Access.READ
+    found = mmu.walk(linear, kind, user)
+    room = 0x1000 - (linear & 0xFFF)
+    pieces = [(found.physical, min(size, room))]
+    ram = mmu.memory.is_ram(found.physical & ~0xFFF, 0x1000)
+    if size > room:
+        second = mmu.walk(linear + room & ((1 << 64) - 1), kind, user)
+        pieces.append((second.physical, size - room))
+    elif ram and not (write and mmu.code_pages[found.physical >> 12]):
+        cpu.count("tlb fill")
+        mmu.fill(linear, user, found)
+        cpu.resume_at(retry)
+        return None
+    return Prepared(check, linear, size, write, user, pieces)
+
+
+def step(cpu: TranslationVcpu, prepared: list[Prepared]) -> Exit | None:
+    """Run the one instruction at rip, with these accesses prepared, and with more as it asks for them."""
+    mmu, words = cpu.mmu, cpu.core.words
+    while True:
+        loose = [access.check for access in prepared if access.crosses]
+        if len(loose) > 1 or len(prepared) > _MAXIMUM_PREPARED:
+            raise UnsupportedFeature("two page crossings in one instruction")
+        block = cpu.blocks.step_block(cpu.mode, cpu.core.rip, loose[0] if loose else -1)
+        for number, access in enumerate(prepared):
+            _prepare(cpu, access, number)
+        try:
+            exit_number = cpu.enter_step(block)
+            while exit_number == _SLOW_ACCESS and (another := _access(cpu)) is None:
+                exit_number = cpu.enter_next()
+        finally:
+            for access in prepared:
+                mmu.invalidate_entry(access.linear, access.user)
+        if exit_number == _SLOW_ACCESS:
+            assert another is not None
+            if any(access.check == another.check for access in prepared):
+                raise UnsupportedFeature("an instruction whose memory operands exclude each other")
+            prepared.append(another)
+            continue
+        if exit_number == _STEPPED:
+            for access in prepared:
+                _finish(cpu, access)
+            return None
+        return cpu.handle(exit_number)
+
+
+def _prepare(cpu: TranslationVcpu, access: Prepared, number: int) -> None:
+    mmu, core = cpu.mmu, cpu.core
+    physical, length = access.pieces[0]
+    page = access.linear & _PAGE
+    at = mmu.entry(access.linear, access.user)
+    in_ram = mmu.memory.is_ram(physical & ~0xFFF, 0x1000)
+    if not access.crosses and in_ram:
+        # A write to a page with translated code: what it hits is forgotten first.
+        cpu.count("code page write")
+        cpu.blocks.written(physical, length)
+        mmu.fill(access.linear, access.user, Translation(physical & ~0xFFF, 4096, True, True, False, False, True, 0))
+        core.words[at + 1] = page
+        return
+    cpu.count("page crossing" if access.crosses else "mmio access")
+    access.bounce = OFFSETS["BOUNCE"] + number * _BOUNCE_SLOT
+    offset = access.linear & 0xFFF
+    if not access.write or _reads(cpu, access):
+        where = access.bounce + offset
+        for piece, size in access.pieces:
+            data = mmu.read_physical(piece, size)
+            core.bytes[where : where + size] = data
+            where += size
+    core.words[at] = page
+    core.words[at + 1] = page
+    core.words[at + 2] = core.address + access.bounce
+
+
+def _reads(cpu: TranslationVcpu, access: Prepared) -> bool:
+    """Whether the instruction also reads what it writes; RAM may always be read."""
+    if all(cpu.mmu.memory.is_ram(piece, size) for piece, size in access.pieces):
+        return True
+    instruction = cpu.blocks.instruction(cpu.mode, cpu.core.rip)
+    return any(
+        memory.access in _READING and memory.access != OpAccess.READ
+        for memory in _info.info(instruction).used_memory()
+    )
+
+
+def _finish(cpu: TranslationVcpu, access: Prepared) -> None:
+    """Carry out the write that went to the bounce buffer."""
+    if access.bounce < 0 or not access.write:
+        return
+    where = access.bounce + (access.linear & 0xFFF)
+    for piece, size in access.pieces:
+        cpu.mmu.write_physical(piece, bytes(cpu.core.bytes[where : where + size]))
+        where += size

@@ -312,7 +312,7 @@ def _advance(maker: InstructionMaker, register: str, by: str) -> str:
 
 
 def _stride(size: int) -> str:
-    """SCRATCH_3 = the element's size, negative when DF is set."""
+    """STRIDE = the element's size, negative when DF is set."""
     return f"""
         pushfq
         pop r11
@@ -320,13 +320,13 @@ def _stride(size: int) -> str:
         shr r11d, {9 - size.bit_length() + 1}
         neg r11
         add r11, {size}
-        mov [rsp+SCRATCH_3], r11
+        mov [rsp+STRIDE], r11
         """
 
 
 def _step(maker: InstructionMaker, *registers: str) -> str:
     """Move index registers on by the stride."""
-    return "mov r11, [rsp+SCRATCH_3]\n" + "".join(_advance(maker, register, "r11") for register in registers)
+    return "mov r11, [rsp+STRIDE]\n" + "".join(_advance(maker, register, "r11") for register in registers)
 
 
 _POLL = "mov r11, [rsp+POLL]\n mov r11d, [r11]\n"

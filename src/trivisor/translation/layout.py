@@ -119,7 +119,8 @@ _FIELDS = (
     "SCRATCH_0",
     "SCRATCH_1",
     "SCRATCH_2",
-    "SCRATCH_3",
+    "SCRATCH_3",  # where helpers go on; not for translated code
+    "STRIDE",  # of a string instruction
     "SPILL",
     "SPILL_2",
     "PAGING_NATIVE",  # 1 when the native walker may be used (long mode, 4-level)

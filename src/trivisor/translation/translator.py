@@ -72,8 +72,8 @@ class Translator:
             decoder.decode_out(instruction)
             length = instruction.len
             end = position + length
-            if chosen and end > room:
-                break
+            if end >= room and chosen and (end > room or instruction.is_invalid):
+                break  # it runs into the next page (or seems invalid for the bytes missing here)
             raw = code[position:end]
             recipe = recipes.get(raw)
             if recipe is None:

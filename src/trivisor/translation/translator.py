@@ -65,7 +65,7 @@ class Translator:
         decoder = Decoder(mode.bits, code, ip=rip)
         instruction = self._instruction
         chosen: list[Recipe] = []
-        room = 0x1000 - (rip & 0xFFF)
+        room = min(0x1000 - (rip & 0xFFF), len(code))
         position = 0
         shadow = False
         while True:

@@ -696,7 +696,23 @@ def bit_string_address(maker: InstructionMaker, recipe: Recipe, instruction: Ins
             4: f"movsxd r11, {'dword ' if number in DISPLACED else ''}{source}",
             8: f"mov r11, {source}"}[width]  # fmt: skip
     narrow = "" if maker.mode.bits == 64 else "mov r10d, r10d"
-    recipe.clobber(f"{load}\n sar r11, {shift}\n lea r10, [r10+r11*{size}]\n {narrow}")
+    recipe.clobber(
+        f"""
+        {load}
+        mov [rsp+SLOT], r11
+        and dword [rsp+SLOT], {size * 8 - 1}
+        sar r11, {shift}
+        lea r10, [r10+r11*{size}]
+        {narrow}
+        """
+    )
+
+
+def bit_string_op(maker: InstructionMaker, instruction: Instruction) -> bytes:
+    """The instruction on the host address in r10, with the bit's number within the operand."""
+    host = instruction.copy()
+    host.set_op_register(1, BY_SIZE[GPR[instruction.op1_register][1]][11])
+    return asm("mov r11, [rsp+SLOT]") + maker.on_host_address(host, False, False, True, 8, displaced=False)
 
 
 def xsave(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:

@@ -283,6 +283,9 @@ class InstructionMaker:
         size = MemorySizeExt.size(instruction.memory_size)
         if mnemonic in _BIT_STRING and instruction.op1_kind == OpKind.REGISTER:
             inline.bit_string_address(self, recipe, instruction, size)
+            recipe.check(size, write=write)
+            recipe.op(inline.bit_string_op(self, instruction))
+            return
         else:
             self.address(recipe, instruction)
         if size == 0:
@@ -292,7 +295,7 @@ class InstructionMaker:
         recipe.op(self.on_host_address(instruction, high, write, access in _READS, size))
 
     def on_host_address(
-        self, instruction: Instruction, high: bool, write: bool, read: bool, size: int
+        self, instruction: Instruction, high: bool, write: bool, read: bool, size: int, *, displaced: bool = True
     ) -> bytes:
         """The instruction with its memory operand at [r10]; other operands get r11 where they need it."""
         host = instruction.copy()
@@ -304,11 +307,13 @@ class InstructionMaker:
         host.segment_prefix = Register.NONE
         if instruction.code in _MOFFS:
             host.code = _MOFFS[instruction.code]
+        if not displaced:
+            return self.encode(host)
         numbers = self._explicit_registers(instruction)
-        displaced = [n for n, (_, _) in numbers.items() if n in DISPLACED]
-        written = [n for n in displaced if numbers[n][1]]
-        if not high and len(written) <= 1 and len([n for n in displaced if numbers[n][0] or True]) <= 1:
-            reads = {n for n in displaced if numbers[n][0]}
+        slotted = [n for n in numbers if n in DISPLACED]
+        written = [n for n in slotted if numbers[n][1]]
+        if not high and len(slotted) <= 1:
+            reads = {n for n in slotted if numbers[n][0]}
             return self._substituted(host, reads, set(written), (S2,))
         # No register is left, or a high byte register forbids a REX prefix: go through a slot.
         host.memory_base = Register.RSP
@@ -318,7 +323,7 @@ class InstructionMaker:
         after = _copy(size, f"rsp+{inline.SLOT}", "r10") if write else b""
         keep = asm(f"mov [rsp+{inline.SLOT_ADDRESS}], r10") if write else b""
         back = asm(f"mov r10, [rsp+{inline.SLOT_ADDRESS}]") if write else b""
-        reads = {n for n in displaced if numbers[n][0]}
+        reads = {n for n in slotted if numbers[n][0]}
         body = self._substituted(host, reads, set(written), (S1, S2))
         return before + keep + body + back + after
 

@@ -91,8 +91,10 @@ class BlockStore:
         self._blocks[rip, block.key] = block
         self._add(block)
         self._own(page).blocks.append(block)
+        self._mark(page, rip & 0xFFF, min((rip & 0xFFF) + block.length, 0x1000))
         if block.crosses:
             self._own(second).blocks.append(block)
+            self._mark(second, 0, 15)
         self.made += 1
         self.translating += time.perf_counter_ns() - started
         return block
@@ -135,8 +137,10 @@ class BlockStore:
                 block = self.translator.translate_step(mode, rip, page, code, loose)
             self._add(block)
             own.steps[key] = block
+            self._mark(page, rip & 0xFFF, min((rip & 0xFFF) + block.length, 0x1000))
             if block.crosses:
                 self._own(second).steps[key] = block
+                self._mark(second, 0, 15)
         return block
 
     def instruction(self, mode: Mode, rip: int) -> Instruction:
@@ -156,9 +160,14 @@ class BlockStore:
         if own is None:
             own = self._pages[page] = _Page()
             if self.mmu.memory.is_ram(page, 0x1000):
-                self.mmu.code_pages[page >> 12] = 1
                 self._purge_writes(self.mmu.memory.base + page)
         return own
+
+    def _mark(self, page: int, start: int, end: int) -> None:
+        """Note that code was translated from bytes [start, end) of a page."""
+        if self.mmu.memory.is_ram(page, 0x1000):
+            lines = (1 << ((end - 1) >> 6) + 1) - (1 << (start >> 6))
+            self.mmu.code_lines[page >> 12] |= lines
 
     def _add(self, block: Block) -> None:
         self._starts.append(block.checked)
@@ -189,9 +198,16 @@ class BlockStore:
             self._forget(block)
         own.steps.clear()
         own.decoded.clear()
+        self.mmu.code_lines[page >> 12] = 0
         if not own.blocks:
             del self._pages[page]
-            self.mmu.code_pages[page >> 12] = 0
+        for block in own.blocks:
+            first = block.rip & 0xFFF if block.key & ~0xFFF == page else 0
+            self._mark(page, first, min(first + block.length, 0x1000))
+
+    def forget_page(self, page: int) -> None:
+        """The whole page is about to be overwritten."""
+        self.written(page, 0x1000)
 
     def _overlaps(self, block: Block, page: int, start: int, end: int) -> bool:
         first = block.physical
@@ -225,7 +241,7 @@ class BlockStore:
         self.flushes += 1
         for page in self._pages:
             if self.mmu.memory.is_ram(page, 0x1000):
-                self.mmu.code_pages[page >> 12] = 0
+                self.mmu.code_lines[page >> 12] = 0
         self._blocks.clear()
         self._pages.clear()
         self._starts.clear()

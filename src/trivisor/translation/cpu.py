@@ -11,7 +11,7 @@ from typing import Any
 
 from iced_x86 import CpuidFeature, Instruction, Mnemonic
 
-from trivisor.machine.exits import DebugStop, Exit, Halt, Kicked, Unsupported
+from trivisor.machine.exits import DebugStop, ExceptionExit, Exit, Halt, Kicked, Unsupported
 from trivisor.machine.memory import host_map
 from trivisor.machine.state import CpuState
 from trivisor.machine.vcpu import Surroundings
@@ -20,7 +20,7 @@ from trivisor.translation.block import Block
 from trivisor.translation.block_store import BlockStore
 from trivisor.translation.code_cache import CodeCache
 from trivisor.translation.contract import UnsupportedFeature
-from trivisor.translation.core import CS, DS, ES, SS, Core
+from trivisor.translation.core import CS, DS, ES, MASK64, SS, Core
 from trivisor.translation.cpuid import guest_cpuid
 from trivisor.translation.features import decoder_features
 from trivisor.translation.host_signals import HostSignals, HostTimer
@@ -46,10 +46,10 @@ _CR4_LA57 = 1 << 12
 _CR4_SMAP = 1 << 21
 _TF = 0x100
 
-_RIP, _PENDING, _ARMED, _POLL, _GOOD, _BAD, _EXIT_A, _EXIT_B, _EXIT_C, _FAULT_IP = (
+_MODE, _NATIVE_EVENTS, _PENDING, _ARMED, _POLL, _GOOD, _BAD, _EXIT_A, _EXIT_B, _EXIT_C, _FAULT_IP = (
     OFFSETS[name] // 8
     for name in (
-        "RIP", "PENDING", "ARMED", "POLL", "POLL_GOOD", "POLL_BAD", "EXIT_A", "EXIT_B", "EXIT_C", "HOST_FAULT_IP"
+        "MODE", "NATIVE_EVENTS", "PENDING", "ARMED", "POLL", "POLL_GOOD", "POLL_BAD", "EXIT_A", "EXIT_B", "EXIT_C", "HOST_FAULT_IP"
     )
 )  # fmt: skip
 
@@ -84,7 +84,7 @@ class TranslationVcpu:
         self._kicked = False
         self._waiting = False  # an interrupt waits for IF
         self._wake = threading.Event()
-        self._mode = Mode()
+        self._by_key: dict[int, Mode] = {}
         self._modes: dict[tuple[Any, ...], Mode] = {}
         self._cache_keys = [-1, -1, -1]
         self._counts: dict[str, int] = {}
@@ -105,6 +105,7 @@ class TranslationVcpu:
         board.clock.on_earlier = self._arm_timer
         self._handlers: dict[int, Callable[[], Exit | None]] = {
             EXITS["EXIT_LOOKUP"]: lambda: None,
+            EXITS["EXIT_POLL"]: lambda: None,
             EXITS["EXIT_CHAIN"]: self._on_chain,
             EXITS["EXIT_SLOW_ACCESS"]: lambda: slow_access.handle(self),
             EXITS["EXIT_EXCEPTION"]: self._on_exception,
@@ -128,6 +129,8 @@ class TranslationVcpu:
         words, core = self._words, self.core
         for field, label in POINTERS.items():
             words[OFFSETS[field] // 8] = self._address(label)
+        for field in ("KNOWN_CS", "KNOWN_SS", "KNOWN_KERNEL_CS"):
+            words[OFFSETS[f"{field}_SELECTOR"] // 8] = MASK64
         words[_GOOD] = core.address
         self._unreadable = host_map(4096, 0)
         words[_BAD] = self._unreadable
@@ -237,19 +240,54 @@ class TranslationVcpu:
                 stack_bits=64 if bits == 64 else 32 if ss & _DEFAULT_32 else 16,
                 other=(1 if cr4 & _CR4_TSD else 0) | (2 if cr4 & _CR4_FSGSBASE else 0),
             )
-        self._mode = mode
-        core.mode = mode.key
-        number = mode.jump_cache
         words = self._words
+        core.mode = mode.key
+        self._by_key[mode.key] = mode
+        number = mode.jump_cache
         words[OFFSETS["JUMP_CACHE_CURRENT"] // 8] = core.address + OFFSETS[f"JUMP_CACHE_{mode.jump_cache_name}"]
         words[OFFSETS["JUMP_CACHE_USED_CURRENT"] // 8] = core.address + OFFSETS["JUMP_CACHE_USED"] + 128 * number
-        if self._cache_keys[number] != mode.key:
-            self._cache_keys[number] = mode.key
-            self._flush_jumps[number](core.address)
+        self._claim_jumps(mode)
         native = core.efer & _LMA and cr0 & _CR0_PG and not cr4 & (_CR4_LA57 | _CR4_SMAP)
         words[OFFSETS["PAGING_NATIVE"] // 8] = 1 if native else 0
+        natively = native and mode.bits == 64 and not core.nmi_blocked and ExceptionExit not in self.observed
+        words[_NATIVE_EVENTS] = 1 if natively else 0
+        if natively:
+            for user, field in ((False, "MODE_KERNEL"), (True, "MODE_USER")):
+                sibling = mode.at_level(user)
+                words[OFFSETS[field] // 8] = sibling.key
+                self._by_key[sibling.key] = sibling
+                self._claim_jumps(sibling)
+            self._note_segments()
         reserved = ((1 << 52) - 1) & ~((1 << self._cpuid.physical_bits) - 1)
         words[OFFSETS["PHYSICAL_LIMIT_MASK"] // 8] = reserved | (0 if core.efer & 0x800 else 1 << 63)
+
+    def _claim_jumps(self, mode: Mode) -> None:
+        """The mode's jump cache is for it alone from now on."""
+        number = mode.jump_cache
+        if self._cache_keys[number] != mode.key:
+            self._cache_keys[number] = mode.key
+            self._flush_jumps[number](self.core.address)
+
+    def _note_segments(self) -> None:
+        """Have the native helpers know the flat segments in use now, by selector and descriptor."""
+        core, words = self.core, self._words
+        fields = (("KNOWN_CS", CS, 0x00A0FB00), ("KNOWN_SS", SS, 0x00C0F300)) if core.cpl == 3 else (
+            ("KNOWN_KERNEL_CS", CS, 0x00A09B00),)  # fmt: skip
+        for field, index, expected in fields:
+            selector = core.segments[index].selector
+            at = OFFSETS[f"{field}_SELECTOR"] // 8
+            if words[at] == selector:
+                continue
+            words[at] = MASK64
+            try:
+                raw = self.load(core.gdtr_base + (selector & 0xFFF8), 8, system=True)
+            except GuestException:
+                continue
+            # flat, present, accessed, of the right kind; the limit of a long code segment does not matter
+            flat = raw >> 16 & 0xFFFFFF == 0 and raw >> 56 == 0
+            if flat and raw >> 32 & 0x00E0FF00 == expected & 0x00E0FF00 and not selector & 4:
+                words[OFFSETS[field] // 8] = raw
+                words[at] = selector
 
     # -- running --------------------------------------------------------------------------------------------
 
@@ -284,7 +322,7 @@ class TranslationVcpu:
         target = self._next
         if target is None:
             try:
-                block = self.blocks.block(self._mode, core.rip)
+                block = self.blocks.block(self.mode, core.rip)
             except GuestException as fault:
                 return events.raise_exception(self, fault)
             target = self._cache.base + block.body
@@ -419,7 +457,7 @@ class TranslationVcpu:
     def _on_chain(self) -> Exit | None:
         link = self.blocks.translator.links[self._words[_EXIT_A]]
         self.core.rip = link.target
-        target = self.blocks.block(self._mode, link.target)
+        target = self.blocks.block(self.mode, link.target)
         if target.key == link.key and not target.dead:
             # The code cache may have been flushed to make room for the target, and the link with it.
             links = self.blocks.translator.links
@@ -435,7 +473,7 @@ class TranslationVcpu:
         raise GuestException(vector, None if error >> 63 else error, self.core.cr2 if vector == 14 else None)
 
     def _on_call_out(self) -> Exit | None:
-        instruction = self.blocks.instruction(self._mode, self.core.rip)
+        instruction = self.blocks.instruction(self.mode, self.core.rip)
         return self.execute(instruction)
 
     def execute(self, instruction: Instruction) -> Exit | None:
@@ -449,7 +487,7 @@ class TranslationVcpu:
         return result
 
     def _on_undefined(self) -> Exit | None:
-        instruction = self.blocks.instruction(self._mode, self.core.rip)
+        instruction = self.blocks.instruction(self.mode, self.core.rip)
         return Unsupported(f"{instruction} at {self.core.rip:#x}", self.core.rip)
 
     def _on_host_fault(self) -> Exit | None:
@@ -465,7 +503,7 @@ class TranslationVcpu:
             words[_POLL] = words[_GOOD]
             self._counts["poll"] = self._counts.get("poll", 0) + 1
             return None
-        instruction = self.blocks.instruction(self._mode, core.rip)
+        instruction = self.blocks.instruction(self.mode, core.rip)
         if instruction.mnemonic in _XSAVE_FAMILY:
             core.regs[0] = words[OFFSETS["SPILL"] // 8]
             core.regs[2] = words[OFFSETS["SPILL_2"] // 8]
@@ -494,7 +532,7 @@ class TranslationVcpu:
     @property
     def mode(self) -> Mode:
         """The translation mode of the code at rip."""
-        return self._mode
+        return self._by_key[self._words[_MODE]]
 
     def resume_at(self, host: int) -> None:
         """Go on at a host address, in the middle of an instruction."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from struct import pack, pack_into
+from struct import Struct, pack, pack_into
 
 from trivisor.translation.block import Block, Link
 from trivisor.translation.layout import EXITS, OFFSETS
@@ -14,16 +14,19 @@ from trivisor.translation.modes import (
     Jump,
     Missing,
     Mode,
+    Native,
     Raise,
     Repeat,
     RepeatCompare,
 )
-from trivisor.translation.recipe import ARITHMETIC, POLL, RESTORE, Recipe, Variant, asm
+from trivisor.translation.recipe import ARITHMETIC, CHECK_TAIL, POLL, RESTORE, Miss, Recipe, Variant, asm
 
 _MASK64 = (1 << 64) - 1
 
 _CALL_MISS = int.from_bytes(asm("call qword [rsp+MISS]"), "little")
 assert _CALL_MISS >> 24, "the call is four bytes long"
+_DESCRIPTION = Struct("<IIIQII").pack
+_CALL_CROSSED = asm("call qword [rsp+CROSSED]")
 _CALL_CHAIN = asm("call qword [rsp+CHAIN]")
 _CALL_OUT = asm("call qword [rsp+CALL_OUT]")
 _LEAVE = asm("jmp qword [rsp+LEAVE]")
@@ -55,7 +58,8 @@ class Emission:
         self.single = single
         """The block is one instruction that leaves to Python when it is done."""
         self.out = bytearray()
-        self.misses: list[tuple[int, int, int, int]] = []
+        self.misses: list[tuple[int, int, Miss, int]] = []
+        """(start and end of the instruction's code, the check, guest rip)."""
         self.links: list[Link] = []
 
     def emit(self, recipes: list[Recipe], poll_at_end: bool, first_link: int) -> None:
@@ -82,8 +86,8 @@ class Emission:
             start = len(out)
             locations.append((start - body) | variant.fault_parked << 16 | (at - rip) << 17)
             out += variant.code
-            for jump_end, retry, kind in variant.misses:
-                self.misses.append((start + jump_end, start + retry, kind, at))
+            for miss in variant.misses:
+                self.misses.append((start, len(out), miss, at))
             at += recipe.length
             if variant.absolutes:
                 _patch_absolutes(out, start, variant, at)
@@ -131,6 +135,8 @@ class Emission:
             out += _STEPPED if self.single else _JUMP_INDEXED[self.mode.jump_cache_name]
         elif isinstance(ends, CallOut):
             out += _CALL_OUT + pack("<Q", here & _MASK64)
+        elif isinstance(ends, Native):
+            out += b"\xff\x94\x24" + pack("<IQI", OFFSETS[ends.name], here & _MASK64, last.length)
         elif isinstance(ends, Raise):
             out += _rip_into_r10(here) + _STORE_RIP_R10
             out += asm(f"mov qword [rsp+EXIT_A], {ends.vector}\n mov qword [rsp+EXIT_B], -1")
@@ -193,10 +199,17 @@ class Emission:
     def _out_of_line(self, first_link: int) -> None:
         """The ways out of TLB checks, and the jumps to code that is not there yet."""
         out = self.out
-        for jump_end, retry, kind, where in self.misses:
-            stub = len(out)
-            pack_into("<I", out, jump_end - 4, stub - jump_end)
-            out += pack("<IIIQ", _CALL_MISS, stub + 4 - retry, kind, where & _MASK64)
+        for start, end, miss, rip in self.misses:
+            jump_end, retry, kind, crossing = miss
+            described = len(out) + 4
+            pack_into("<I", out, start + jump_end - 4, described - 4 - start - jump_end)
+            resume = described - (start + jump_end + CHECK_TAIL)
+            out += _DESCRIPTION(
+                _CALL_MISS, described - start - retry, kind, rip & _MASK64, resume, 24 if crossing else 0
+            )
+            if crossing:
+                out += crossing + _CALL_CROSSED
+                out += b"\xe9" + pack("<i", end - (len(out) + 5))
         for number, link in enumerate(self.links, first_link):
             link.stub = self.base + len(out)
             pack_into("<i", out, link.site - self.base, link.stub - link.site - 4)

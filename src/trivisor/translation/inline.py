@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from iced_x86 import Code, Instruction, MemorySizeExt, Mnemonic, OpKind, Register
 
 from trivisor.translation.layout import OFFSETS
-from trivisor.translation.modes import Branch, CallOut, Indirect, Missing, Repeat, RepeatCompare
+from trivisor.translation.modes import Branch, CallOut, Indirect, Missing, Native, Repeat, RepeatCompare
 from trivisor.translation.recipe import ARITHMETIC, Item, Recipe, asm
 from trivisor.translation.registers import BY_SIZE, DISPLACED, GPR, RSP, SEGMENTS, STACK
 
@@ -55,6 +55,12 @@ def table(maker: InstructionMaker) -> dict[int, Make]:
     for text in ["LODSB", "LODSW", "LODSD", "LODSQ", "SCASB", "SCASW", "SCASD", "SCASQ", "CMPSB", "CMPSW", "CMPSQ", "CMPSD"]:
         out[getattr(Mnemonic, text)] = bind(element_string)
     if maker.mode.bits == 64:
+        out[Mnemonic.IRETQ] = bind(iret)
+        out[Mnemonic.SYSCALL] = bind(syscall)
+        out[Mnemonic.SYSRETQ] = bind(sysret)
+        out[Mnemonic.WRFSBASE] = bind(write_base)
+        out[Mnemonic.WRGSBASE] = bind(write_base)
+        out[Mnemonic.RDTSCP] = bind(rdtsc)
         out[Mnemonic.PUSHFQ] = bind(pushf)
         out[Mnemonic.POPFQ] = bind(popf)
         out[Mnemonic.SWAPGS] = bind(swapgs)
@@ -359,7 +365,7 @@ def stos(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
     body = f"retry\n {target}\n check write {size}\n mov [r10], {name(0, size)}\n {_step(maker, 'rdi')}"
     elements = _element_loop(instruction, recipe, size, body, "jmp top")
     if not _repeated(instruction) or recipe.single:
-        recipe.clobber(elements)
+        recipe.clobber(elements, loops=True)
         _finish_single(recipe, instruction)
         return
     recipe.clobber(
@@ -375,7 +381,7 @@ def stos(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
         pages:
         retry
         {target}
-        check write {size}
+        check write {size} chunk
         mov r11d, r10d
         and r11d, 0xfff
         neg r11d
@@ -397,7 +403,8 @@ def stos(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
         jmp done
         backward:
         {elements}
-        """
+        """,
+        loops=True,
     )
 
 
@@ -427,7 +434,7 @@ def movs(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
         """
     elements = _element_loop(instruction, recipe, size, body, "jmp top")
     if not _repeated(instruction) or recipe.single:
-        recipe.clobber(elements)
+        recipe.clobber(elements, loops=True)
         _finish_single(recipe, instruction)
         return
     recipe.clobber(
@@ -447,7 +454,7 @@ def movs(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
         mov [rsp+SLOT_ADDRESS], r10
         retry
         {target}
-        check write {size}
+        check write {size} chunk
         ; r11 = elements that both pages have: the greater offset decides
         mov [rsp+SCRATCH_0], rcx
         mov [rsp+SCRATCH_1], rdi
@@ -478,7 +485,8 @@ def movs(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
         jmp done
         backward:
         {elements}
-        """
+        """,
+        loops=True,
     )
 
 
@@ -519,7 +527,7 @@ def element_string(maker: InstructionMaker, recipe: Recipe, instruction: Instruc
         work += _PARK
         again = "test byte [rsp+FLAGS_AX+1], 0x40\n"
         again += f"{'jnz' if instruction.has_repne_prefix else 'jz'} done\n jmp top"
-    recipe.clobber(_element_loop(instruction, recipe, size, work + moved, again))
+    recipe.clobber(_element_loop(instruction, recipe, size, work + moved, again), loops=True)
     if recipe.single and _repeated(instruction):
         recipe.ends = RepeatCompare(bool(instruction.has_repne_prefix)) if family != "LODS" else Repeat()
 
@@ -644,6 +652,23 @@ def rdtsc(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> 
         mov eax, eax
         """
     )
+    if instruction.mnemonic == Mnemonic.RDTSCP:
+        recipe.code("mov ecx, [rsp+TSC_AUX]")
+
+
+def iret(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """IRETQ."""
+    recipe.ends = CallOut() if maker.mode.user else Native("IRET")
+
+
+def syscall(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """SYSCALL."""
+    recipe.ends = Native("SYSCALL") if maker.mode.user else CallOut()
+
+
+def sysret(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """SYSRET to 64-bit code."""
+    recipe.ends = CallOut() if maker.mode.user else Native("SYSRET")
 
 
 _READABLE_CONTROL = {Register.CR0: "CR0", Register.CR2: "CR2", Register.CR3: "CR3", Register.CR4: "CR4"}
@@ -653,7 +678,12 @@ def mov(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> No
     """MOV; reading a control register or a selector is inline."""
     source = instruction.op1_register if instruction.op1_kind == OpKind.REGISTER else Register.NONE
     target = instruction.op0_register if instruction.op0_kind == OpKind.REGISTER else Register.NONE
-    if source in _READABLE_CONTROL and not maker.mode.user:
+    if target == Register.CR3 and not maker.mode.user and maker.mode.bits == 64:
+        number = GPR[source][0]
+        place = f"[rsp+GPR_R{number}]" if number in DISPLACED else name(STACK if number == RSP else number, 8)
+        recipe.code(f"mov r10, {place}")
+        recipe.ends = Native("WRITE_CR3")
+    elif source in _READABLE_CONTROL and not maker.mode.user:
         _store(recipe, GPR[target][0], f"mov r10, [rsp+{OFFSETS[_READABLE_CONTROL[source]]}]")
     elif source in SEGMENTS and target in GPR and GPR[target][1] >= 4:
         _store(recipe, GPR[target][0], f"movzx r10d, word [rsp+{SEGMENTS[source]}_SELECTOR]")
@@ -675,6 +705,29 @@ def read_base(maker: InstructionMaker, recipe: Recipe, instruction: Instruction)
     number, size = GPR[instruction.op0_register]
     segment = "FS" if instruction.mnemonic == Mnemonic.RDFSBASE else "GS"
     _store(recipe, number, f"mov {name(10, size)}, [rsp+{segment}_BASE]")
+
+
+def write_base(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """WRFSBASE, WRGSBASE of a canonical address; the rest is Python's."""
+    if not maker.mode.other & 2:
+        recipe.ends = CallOut()
+        return
+    number, size = GPR[instruction.op0_register]
+    place = f"[rsp+GPR_R{number}]" if number in DISPLACED else name(STACK if number == RSP else number, size)
+    segment = "FS" if instruction.mnemonic == Mnemonic.WRFSBASE else "GS"
+    recipe.clobber(
+        f"""
+        mov {name(10, size)}, {place}
+        mov r11, r10
+        sar r11, 47
+        inc r11
+        cmp r11, 1
+        jbe canonical
+        escape
+        canonical:
+        mov [rsp+{segment}_BASE], r10
+        """
+    )
 
 
 def _store(recipe: Recipe, number: int, load: str) -> None:

@@ -46,6 +46,11 @@ _CALL_OUTS = {
     if hasattr(Mnemonic, name)
 } - {Mnemonic.LEAVE}
 
+_HINTS = {
+    getattr(Mnemonic, name) for name in "NOP RESERVEDNOP ENDBR64 ENDBR32 RDSSPD RDSSPQ CLDEMOTE".split()
+}
+"""No-operations on every processor, though newer ones make something of them."""
+
 _IGNORED = {
     getattr(Mnemonic, name)
     for name in ["CLFLUSH", "CLFLUSHOPT", "CLWB", "PREFETCHNTA", "PREFETCHT0", "PREFETCHT1", "PREFETCHT2", "PREFETCHW", "PREFETCH", "ENDBR64", "ENDBR32", "NOP", "RESERVED_NOP", "WAIT_NOT", "CLDEMOTE", "PREFETCHWT1"]
@@ -104,7 +109,9 @@ class InstructionMaker:
         recipe = Recipe(self.mode.user, self.near, length=len(raw), loose=loose, single=single)
         self._raw = raw
         mnemonic = instruction.mnemonic
-        if instruction.is_invalid or not self._available(instruction):
+        if mnemonic in _HINTS:
+            pass
+        elif instruction.is_invalid or not self._available(instruction):
             recipe.ends = Raise(6)
         elif self.mode.no_fpu and not _FPU_FEATURES.isdisjoint(instruction.cpuid_features()):
             recipe.ends = CallOut() if mnemonic in (Mnemonic.FXSAVE,) else Raise(7)

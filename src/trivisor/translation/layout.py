@@ -77,16 +77,22 @@ _FIELDS = (
     "LEAVE",  # address of the code that leaves to Python
     "LOOKUP",  # address of the jump cache miss helper
     "CHAIN",  # address of the helper for not yet linked direct jumps
-    "DISPATCH",  # continue at RIP by lookup: used after helpers that changed RIP
-    "PAGE_FAULT",
-    "SYSCALL",
+    "SYSCALL",  # addresses of the helpers for these instructions
     "SYSRET",
     "IRET",
-    "DELIVER",
+    "WRITE_CR3",
+    "CROSSED",  # ... that writes back what an access across pages has left in the bounce buffer
+    "CROSS_LOW",  # host addresses and lengths of the two pieces of such an access
+    "CROSS_LOW_LENGTH",
+    "CROSS_HIGH",
+    "CROSS_HIGH_LENGTH",
+    "NATIVE_EVENTS",  # 1 when exceptions, IRET and the like may be done natively
+    "MODE_KERNEL",  # mode keys of 64-bit code at CPL 0 and 3
+    "MODE_USER",
     "RAM_BASE",  # host address of guest physical 0
     "RAM_LOW_END",  # end of RAM below 4 GiB
     "RAM_HIGH_END",  # end of RAM above 4 GiB (0 when there is none)
-    "CODE_PAGES",  # host address of a byte per physical page: nonzero when blocks came from it
+    "CODE_LINES",  # host address of 64 bits per physical page: which of its 64-byte lines hold translated code
     "MODE",  # translation mode key of the running code
     "JUMP_CACHE_CURRENT",  # address of the jump cache of the current mode
     "JUMP_CACHE_USED_CURRENT",  # and of its map of used chunks
@@ -142,6 +148,8 @@ _FIELDS = (
     "COUNT_CR3",
     "COUNT_INVLPG",
     "COUNT_EXEC_TLB_MISS",
+    "COUNT_CODE_PAGE_WRITE",
+    "COUNT_PAGE_CROSSING",
     "COUNT_INTERRUPT",
 )
 for _name in _FIELDS:
@@ -156,6 +164,7 @@ _cursor.field("SLOT", 64, 64)  # an operand on its way
 _cursor.field("SLOT_ADDRESS")
 _cursor.field("MARKS", 8 * 64)  # free-running counters of inline events, by index
 _cursor.field("BOUNCE", 4 * 8192, 4096)  # where single accesses to MMIO and across pages happen
+_cursor.field("CROSS", 128, 64)  # an access across pages
 _cursor.field("FPU", FPU_AREA_SIZE, 64)
 _cursor.field("TLB_KERNEL", TLB_ENTRIES * TLB_ENTRY_SIZE, 4096)
 _cursor.field("TLB_USER", TLB_ENTRIES * TLB_ENTRY_SIZE, 4096)

@@ -59,12 +59,13 @@ class Mmu:
         self._tables = _Tables(memory)
         self._paging: tuple[tuple[int, int, int, int], PagingMode] | None = None
         pages = memory.span >> 12
-        self._map_length = (pages + 4095) & ~4095
+        self._map_length = (pages * 8 + 4095) & ~4095
         self._map_at = host_map(self._map_length, mmap.PROT_READ | mmap.PROT_WRITE)
-        self.code_pages = memoryview((ctypes.c_ubyte * self._map_length).from_address(self._map_at)).cast("B")
-        """A byte per physical page: nonzero when code was translated from it."""
+        whole = (ctypes.c_ubyte * self._map_length).from_address(self._map_at)
+        self.code_lines = memoryview(whole).cast("B").cast("Q")
+        """64 bits per physical page: which of its 64-byte lines hold code that was translated."""
         words = core.words
-        words[OFFSETS["CODE_PAGES"] // 8] = self._map_at
+        words[OFFSETS["CODE_LINES"] // 8] = self._map_at
         words[OFFSETS["RAM_BASE"] // 8] = memory.base
         words[OFFSETS["RAM_LOW_END"] // 8] = memory.low_end
         words[OFFSETS["RAM_HIGH_END"] // 8] = memory.high_end
@@ -72,7 +73,7 @@ class Mmu:
     def close(self) -> None:
         """Give the page map back to the host."""
         if self._map_at:
-            self.code_pages.release()
+            self.code_lines.release()
             ctypes.CDLL(None).munmap(ctypes.c_void_p(self._map_at), ctypes.c_size_t(self._map_length))
             self._map_at = 0
 
@@ -141,7 +142,7 @@ class Mmu:
 
     def _write(self, address: int, size: int, value: int) -> None:
         if self.memory.is_ram(address, size):
-            if self.code_pages[address >> 12]:
+            if self.code_lines[address >> 12]:
                 self.on_code_write(address, size)
             self.memory.view[address : address + size] = value.to_bytes(size, "little")
         else:
@@ -195,7 +196,7 @@ class Mmu:
         writable = (found.writable or (not user and not self.core.cr0 & _CR0_WP)) and found.dirty
         if self.paging().mode is paging.Mode.NONE:
             writable = True
-        if self.code_pages[physical >> 12]:
+        if self.code_lines[physical >> 12]:
             writable = False
         at = self.entry(linear, user)
         words[at] = page

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 
@@ -30,6 +30,10 @@ class Mode:
             | {16: 0, 32: 32, 64: 64}[self.stack_bits]
             | self.other << 7
         )
+
+    def at_level(self, user: bool) -> Mode:
+        """The same mode at CPL 3 or not."""
+        return replace(self, user=user)
 
     @property
     def jump_cache(self) -> int:
@@ -66,6 +70,12 @@ class Indirect(NamedTuple):
 
 class CallOut(NamedTuple):
     """Ends a block: Python does this instruction."""
+
+
+class Native(NamedTuple):
+    """Ends a block: the helper whose address is in the state block's field `name` does this instruction."""
+
+    name: str
 
 
 class Raise(NamedTuple):

@@ -35,6 +35,11 @@ POLL = asm("mov r11, [rsp+POLL]\n mov r11d, [r11]")
 KIND_WRITE = 1
 KIND_USER = 2
 KIND_PARKED = 4
+KIND_CHUNK = 0x100
+"""More than the size named is accessed, up to the end of the page."""
+
+CHECK_TAIL = 8
+"""Bytes from the end of a check's jump to the end of the check."""
 
 
 class Miss(NamedTuple):
@@ -46,6 +51,8 @@ class Miss(NamedTuple):
     jump_end: int
     retry: int
     kind_and_size: int
+    crossing: bytes = b""
+    """What follows the check, again, for a write across pages: it goes to a buffer first."""
 
 
 class Fragment(NamedTuple):
@@ -63,7 +70,7 @@ def fragment(source: str, user: bool, first: int, loose: int) -> Fragment:
     """Assemble text in which these lines stand for more:
 
     `retry` - an access that misses starts again here;
-    `check read|write SIZE` - turn r10 from a linear into a host address, by way of the TLB;
+    `check read|write SIZE [chunk]` - turn r10 from a linear into a host address, by way of the TLB;
     `escape` - have Python do the instruction instead.
 
     Checks are numbered from `first`; the one with number `loose` accepts accesses over the page's end.
@@ -82,6 +89,7 @@ def fragment(source: str, user: bool, first: int, loose: int) -> Fragment:
             size = int(words[2])
             write = words[1] == "write"
             kind = (KIND_WRITE if write else 0) | (KIND_USER if user else 0) | number << 4
+            kind |= KIND_CHUNK if words[3:] == ["chunk"] else 0
             kinds.append((kind, 1 if number == loose else size, retries))
             lines.append(
                 f"""
@@ -133,6 +141,7 @@ class Item(NamedTuple):
     misses: tuple[Miss, ...] = ()
     escapes: tuple[int, ...] = ()
     restart: bool = False
+    loops: bool = False
     width: int = 0
     displacement: int = 0
 
@@ -173,11 +182,14 @@ class Recipe:
         """Add assembly that leaves the flags alone."""
         self.items.append(Item(False, asm(source)))
 
-    def clobber(self, source: str) -> None:
-        """Add assembly that destroys the host's flags; `fragment`'s pseudo-instructions may be used."""
+    def clobber(self, source: str, *, loops: bool = False) -> None:
+        """Add assembly that destroys the host's flags; `fragment`'s pseudo-instructions may be used.
+
+        `loops`: it jumps around its checks.
+        """
         made = fragment(source, self.user, self._checks, self.loose)
         self._checks += len(made.misses)
-        self.items.append(Item(False, *made))
+        self.items.append(Item(False, *made, loops=loops))
         self.clobbers = True
 
     def op(self, code: bytes) -> None:
@@ -225,6 +237,7 @@ class Recipe:
         elif way == DEAD:
             parked = False
         kind = KIND_PARKED if parked else 0
+        loops = False
         again = len(out)
         for item in self.items:
             if item.is_op and parked and way == WANTED:
@@ -238,6 +251,7 @@ class Recipe:
             for escape in item.escapes:
                 out[at + escape + 8 : at + escape + 12] = kind.to_bytes(4, "little")
                 absolutes.append((at + escape, 8, -self.length))
+            loops = loops or item.loops
             if item.width:
                 absolutes.append((len(out) - item.width, item.width, item.displacement))
             if item.is_op or item.misses or item.restart:
@@ -246,6 +260,11 @@ class Recipe:
         if parked and way == WANTED:
             out += RESTORE
             parked = False
+        if misses and misses[-1].kind_and_size & KIND_WRITE and not loops:
+            last = misses[-1]
+            tail = last.jump_end + CHECK_TAIL
+            if not any(offset > tail for offset, _, _ in absolutes):
+                misses[-1] = last._replace(crossing=bytes(out[tail:]))
         return Variant(bytes(out), tuple(misses), tuple(absolutes), parked, fault_parked)
 
 

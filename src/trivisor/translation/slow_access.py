@@ -15,6 +15,7 @@ from iced_x86 import InstructionInfoFactory, OpAccess
 from trivisor.machine.exits import Exit
 from trivisor.translation.contract import UnsupportedFeature
 from trivisor.translation.layout import EXITS, OFFSETS
+from trivisor.translation.recipe import KIND_CHUNK
 from trivisor.x86.paging import Access, Translation
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def _access(cpu: TranslationVcpu) -> Prepared | None:
     words, mmu = cpu.core.words, cpu.mmu
     linear, description, retry = words[_EXIT_A], words[_EXIT_B], words[_EXIT_C]
     write, user = bool(description & 1), bool(description & 2)
-    check, size = description >> 4 & 15, description >> 16
+    check, size, chunk = description >> 4 & 15, description >> 16, description & KIND_CHUNK
     kind = Access.WRITE if write else Access.READ
     found = mmu.walk(linear, kind, user)
     room = 0x1000 - (linear & 0xFFF)
@@ -75,12 +76,21 @@ def _access(cpu: TranslationVcpu) -> Prepared | None:
     if size > room:
         second = mmu.walk(linear + room & ((1 << 64) - 1), kind, user)
         pieces.append((second.physical, size - room))
-    elif ram and not (write and mmu.code_pages[found.physical >> 12]):
+    elif ram and write and chunk and not _runs_in(cpu, found.physical):
+        cpu.count("code page overwritten")
+        cpu.blocks.forget_page(found.physical & ~0xFFF)
+    if ram and size <= room and not (write and mmu.code_lines[found.physical >> 12]):
         cpu.count("tlb fill")
         mmu.fill(linear, user, found)
         cpu.resume_at(retry)
         return None
     return Prepared(check, linear, size, write, user, pieces)
+
+
+def _runs_in(cpu: TranslationVcpu, physical: int) -> bool:
+    """Whether the instruction itself stands in the page."""
+    page, _ = cpu.mmu.fetch(cpu.core.rip, cpu.mode.user)
+    return page == physical & ~0xFFF
 
 
 def step(cpu: TranslationVcpu, prepared: list[Prepared]) -> Exit | None:

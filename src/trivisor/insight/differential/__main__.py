@@ -1,0 +1,48 @@
+"""The hunt from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from trivisor.insight.differential.hunt import Hunt, Report
+
+
+def main() -> int:
+    """Hunt, print differences as they come and a summary; the exit status is 1 when there were any."""
+    parser = argparse.ArgumentParser(prog="python -m trivisor.insight.differential", description=__doc__)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--count", type=int, default=None)
+    parser.add_argument("--minutes", type=float, default=None)
+    parser.add_argument("--stop-after", type=int, default=20, help="differences (default 20)")
+    arguments = parser.parse_args()
+    if arguments.count is None and arguments.minutes is None:
+        arguments.count = 3000
+    hunt, report, shown = Hunt(), Report(), 0
+    started = time.monotonic()
+    number = arguments.first
+    try:
+        while arguments.count is None or number < arguments.first + arguments.count:
+            hunt.try_one(f"{arguments.seed}:{number}", report)
+            number += 1
+            for difference in report.differences[shown:]:
+                print(difference, flush=True)
+            shown = len(report.differences)
+            if shown >= arguments.stop_after:
+                break
+            if arguments.minutes is not None and time.monotonic() - started > 60 * arguments.minutes:
+                break
+    except KeyboardInterrupt:
+        pass
+    hunt.close()
+    report.seconds = time.monotonic() - started
+    print(report)
+    for what, times in report.skipped.most_common(10):
+        print(f"  not supported: {what} ({times})")
+    return 1 if report.differences else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

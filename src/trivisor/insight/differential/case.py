@@ -1,0 +1,106 @@
+"""What a comparison is made of: where things lie, what goes in, what comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from iced_x86 import Encoder, Instruction
+
+PAGE = 4096
+DATA = 0x20000000
+DATA_PAGES = 4
+"""The last one is read-only; the pages before and after are not mapped."""
+READ_ONLY = DATA + (DATA_PAGES - 1) * PAGE
+DATA_END = DATA + DATA_PAGES * PAGE
+CODE_NEAR = 0x30000000
+CODE_FAR = 0x600000000000
+CODE_PAGES = 2
+CODE_DATA = 0x800
+"""Offset in the first code page of bytes that serve as data; `CODE_DATA_SIZE` of them."""
+CODE_DATA_SIZE = 0x400
+FPU_SIZE = 832
+"""x87, SSE and AVX state in XSAVE's standard format (Intel SDM 1, 13.4)."""
+
+GPR_NAMES = (
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
+    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+)  # fmt: skip
+
+_PLACEHOLDER_DISTANCE = 0x10
+
+
+@dataclass(slots=True)
+class Item:
+    """One instruction; a branch leads to the item of number `target` (one past the last is the end)."""
+
+    instruction: Instruction
+    target: int | None = None
+    prefix: bytes = b""
+
+
+@dataclass(slots=True)
+class Case:
+    """The state before, and the code."""
+
+    items: list[Item]
+    gpr: list[int]
+    rflags: int
+    fs_base: int
+    gs_base: int
+    fpu: bytes
+    data: bytes
+    code_data: bytes
+    code_page: int
+    code_offset: int
+    user: bool
+    pokes: list[tuple[int, int]] = field(default_factory=list)
+    """(address in the data pages, item number): the item's address is stored there beforehand."""
+
+    @property
+    def rip(self) -> int:
+        return self.code_page + self.code_offset
+
+    def layout(self) -> tuple[bytes, list[int]]:
+        """The code's bytes and the address of every item and of the end."""
+        return lay_out(self.items, self.rip)
+
+
+def lay_out(items: list[Item], rip: int) -> tuple[bytes, list[int]]:
+    """Encode items one after the other from `rip`; raises ValueError for what cannot be encoded there."""
+    encoder = Encoder(64)
+    addresses = [rip]
+    code = bytearray()
+    for item in items:
+        at = addresses[-1]
+        if item.target is not None:
+            item.instruction.near_branch64 = at + _PLACEHOLDER_DISTANCE
+        encoder.encode(item.instruction, at + len(item.prefix))
+        code += item.prefix + encoder.take_buffer()
+        addresses.append(rip + len(code))
+    if any(item.target is not None for item in items):
+        code.clear()
+        for item, at in zip(items, addresses, strict=False):
+            if item.target is not None:
+                item.instruction.near_branch64 = addresses[min(item.target, len(items))]
+            encoder.encode(item.instruction, at + len(item.prefix))
+            code += item.prefix + encoder.take_buffer()
+    return bytes(code), addresses
+
+
+@dataclass(slots=True)
+class Result:
+    """The state after.  `vector` is -1 when the code ran to its end."""
+
+    gpr: list[int]
+    rip: int
+    rflags: int
+    fpu: bytes
+    data: bytes
+    code_data: bytes
+    vector: int = -1
+    error: int = 0
+    cr2: int = 0
+
+
+class Skipped(Exception):
+    """The engine does not have the instruction (its text is the argument)."""

@@ -1,0 +1,250 @@
+"""Running many cases, comparing, and shrinking what differs."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+from iced_x86 import Decoder, Formatter, FormatterSyntax, Instruction, RflagsBits
+
+from trivisor.insight.differential.case import DATA, GPR_NAMES, Case, Item, Result, Skipped
+from trivisor.insight.differential.generator import Generator
+from trivisor.insight.differential.native import NativeHost
+from trivisor.insight.differential.translated import TranslatedGuest
+from trivisor.translation.recipe import asm, fragment
+
+_END = -1
+_PAGE_FAULT = 14
+_RENEW = 4000
+"""Cases for one virtual processor."""
+_FPU_IGNORED = (slice(6, 24), slice(28, 32), slice(416, 576))
+"""x87 operation and its addresses, MXCSR_MASK, unused bytes and XSAVE's header."""
+_RFLAGS = {
+    RflagsBits.OF: 0x800, RflagsBits.SF: 0x80, RflagsBits.ZF: 0x40, RflagsBits.AF: 0x10, RflagsBits.CF: 1,
+    RflagsBits.PF: 4, RflagsBits.DF: 0x400,
+}  # fmt: skip
+_FLAG_NAMES = {0x800: "OF", 0x400: "DF", 0x80: "SF", 0x40: "ZF", 0x10: "AF", 4: "PF", 1: "CF", 0x40000: "AC",
+               0x200000: "ID", 0x4000: "NT", 0x200: "IF"}  # fmt: skip
+_COMPARED_FLAGS = 0x244CD5
+
+
+@dataclass(slots=True)
+class Difference:
+    """A case that ends differently."""
+
+    seed: str
+    case: Case
+    lines: list[str]
+
+    def __str__(self) -> str:
+        return "\n".join((f"seed {self.seed}", *describe(self.case), *self.lines))
+
+
+@dataclass(slots=True)
+class Report:
+    """What a hunt found."""
+
+    cases: int = 0
+    instructions: int = 0
+    codes: set[int] = field(default_factory=set)
+    faults: Counter[int] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    differences: list[Difference] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        rate = self.cases / self.seconds if self.seconds else 0
+        return (
+            f"{self.cases} cases, {self.instructions} instructions, {len(self.codes)} opcodes, "
+            f"{rate:.0f} cases a second; faults {dict(self.faults)}; not supported {self.skipped.total()}; "
+            f"{len(self.differences)} differences"
+        )
+
+
+class Hunt:
+    """Both sides, and the comparison."""
+
+    def __init__(self) -> None:
+        self.native = NativeHost.instance()
+        self._guest: TranslatedGuest | None = None
+        self._age = 0
+        self.generator = Generator(self._renewed().vcpu.blocks.translator.features)
+
+    def _renewed(self) -> TranslatedGuest:
+        """The guest; a new one every so often, since it keeps what it made of all code."""
+        if self._guest is None or self._age >= _RENEW:
+            self.close()
+            self._guest = TranslatedGuest()
+            self._age = 0
+        self._age += 1
+        return self._guest
+
+    def close(self) -> None:
+        """Give host resources back."""
+        if self._guest is not None:
+            self._guest.close()
+            self._guest = None
+            asm.cache_clear()
+            fragment.cache_clear()
+
+    def compare(self, case: Case) -> list[str]:
+        """Run on both sides; lines that tell the differences.  Raises Skipped."""
+        expected = self.native.run(case)
+        try:
+            found = self._renewed().run(case)
+        except Skipped:
+            raise
+        except Exception as problem:
+            self.close()
+            return [f"  translated: {type(problem).__name__}: {problem}"]
+        return differences(case, expected, found)
+
+    def shrink(self, case: Case) -> Case:
+        """Leave out instructions as long as there is a difference."""
+        at = len(case.items) - 1
+        while at >= 0 and len(case.items) > 1:
+            smaller = without(case, at)
+            try:
+                if self.compare(smaller):
+                    case = smaller
+            except (Skipped, ValueError):
+                pass
+            at = min(at - 1, len(case.items) - 1)
+        return case
+
+    def try_one(self, seed: str, report: Report) -> None:
+        """One case into the report."""
+        case = self.generator.case(seed)
+        report.cases += 1
+        report.instructions += len(case.items)
+        report.codes.update(item.instruction.code for item in case.items)
+        try:
+            if self.compare(case):
+                case = self.shrink(case)
+                report.differences.append(Difference(seed, case, self.compare(case)))
+        except Skipped as skipped:
+            report.skipped[str(skipped).split()[0]] += 1
+
+
+def run(seed: int, count: int, *, seconds: float | None = None, stop_after: int | None = None) -> Report:
+    """Try cases `seed:0` to `seed:count-1`, or what can be done in `seconds`."""
+    hunt = Hunt()
+    report = Report()
+    started = time.monotonic()
+    try:
+        for number in range(count):
+            hunt.try_one(f"{seed}:{number}", report)
+            if seconds is not None and time.monotonic() - started > seconds:
+                break
+            if stop_after is not None and len(report.differences) >= stop_after:
+                break
+    finally:
+        hunt.close()
+        report.seconds = time.monotonic() - started
+    return report
+
+
+def without(case: Case, number: int) -> Case:
+    """The case less one instruction."""
+    items = [
+        Item(
+            item.instruction.copy(),
+            item.target if item.target is None or item.target <= number else item.target - 1,
+            item.prefix,
+        )
+        for at, item in enumerate(case.items)
+        if at != number
+    ]
+    pokes = [(address, n if n <= number else n - 1) for address, n in case.pokes]
+    return replace(case, items=items, pokes=pokes)
+
+
+# -- comparing ----------------------------------------------------------------------------------------------
+
+
+def differences(case: Case, expected: Result, found: Result) -> list[str]:
+    """What is not the same, as lines of text."""
+    lines: list[str] = []
+    _, addresses = case.layout()
+
+    def differ(what: str, native: object, translated: object) -> None:
+        lines.append(f"  {what}: native {native}, translated {translated}")
+
+    if (expected.vector, expected.rip) != (found.vector, found.rip):
+        differ("end", _end(expected, addresses), _end(found, addresses))
+    elif expected.vector == _PAGE_FAULT:
+        mask = ~0 if case.user else ~4
+        if (expected.error & mask, expected.cr2) != (found.error & mask, found.cr2):
+            differ("page fault", f"{expected.error:#x} at {expected.cr2:#x}", f"{found.error:#x} at {found.cr2:#x}")
+    for name, native, translated in zip(GPR_NAMES, expected.gpr, found.gpr, strict=True):
+        if native != translated:
+            differ(name, f"{native:#x}", f"{translated:#x}")
+    mask = _COMPARED_FLAGS & ~_uncertain_flags(case, expected, addresses)
+    if (expected.rflags ^ found.rflags) & mask:
+        differ("flags", _flags(expected.rflags & mask), _flags(found.rflags & mask))
+    one, other = bytearray(expected.fpu), bytearray(found.fpu)
+    for ignored in _FPU_IGNORED:
+        one[ignored] = other[ignored] = bytes(ignored.stop - ignored.start)
+    _bytes_differ(lines, "fpu", 0, bytes(one), bytes(other))
+    _bytes_differ(lines, "memory", DATA, expected.data, found.data)
+    _bytes_differ(lines, "code page", 0, expected.code_data, found.code_data)
+    return lines
+
+
+def _uncertain_flags(case: Case, expected: Result, addresses: list[int]) -> int:
+    """RFLAGS bits that are not compared.
+
+    At a fault those that the rest of the block would overwrite before anyone could look at them: the
+    translator does not keep them.
+    """
+    if expected.vector == _END or expected.rip not in addresses:
+        return 0
+    dead = 0
+    read = 0
+    for item in case.items[addresses.index(expected.rip) :]:
+        instruction = item.instruction
+        read |= instruction.rflags_read & ~dead
+        dead |= instruction.rflags_modified & ~read
+    return sum(bit for flag, bit in _RFLAGS.items() if dead & flag)
+
+
+def _bytes_differ(lines: list[str], what: str, base: int, native: bytes, translated: bytes) -> None:
+    if native == translated:
+        return
+    at = next(i for i, (a, b) in enumerate(zip(native, translated, strict=True)) if a != b)
+    at &= ~7
+    last = next(i for i in range(len(native) - 1, -1, -1) if native[i] != translated[i])
+    end = min(last + 1, at + 32)
+    lines.append(
+        f"  {what} {base + at:#x} to {base + last:#x}: native {native[at:end].hex(' ')}, "
+        f"translated {translated[at:end].hex(' ')}"
+    )
+
+
+def _end(result: Result, addresses: list[int]) -> str:
+    where = f"instruction {addresses.index(result.rip)}" if result.rip in addresses else f"{result.rip:#x}"
+    return "ran to its end" if result.vector == _END else f"exception {result.vector} at {where}"
+
+
+def _flags(value: int) -> str:
+    return f"{value:#x} " + " ".join(name for bit, name in _FLAG_NAMES.items() if value & bit)
+
+
+def describe(case: Case) -> list[str]:
+    """The case as lines of text."""
+    formatter = Formatter(FormatterSyntax.INTEL)
+    code, addresses = case.layout()
+    lines = [f"  CPL {3 if case.user else 0}, flags {_flags(case.rflags)}"]
+    lines.append(f"  fs base {case.fs_base:#x}, gs base {case.gs_base:#x}")
+    for at in range(0, 16, 4):
+        lines.append("  " + "  ".join(f"{GPR_NAMES[i]:>3} {case.gpr[i]:016x}" for i in range(at, at + 4)))
+    decoder = Decoder(64, code, ip=case.rip)
+    for instruction in decoder:
+        start = instruction.ip - case.rip
+        raw = code[start : start + instruction.len].hex()
+        lines.append(f"  {instruction.ip:#x}  {raw:<30} {formatter.format(instruction)}")
+    return lines
+
+
+__all__ = ["Difference", "Hunt", "Instruction", "Report", "describe", "differences", "run"]

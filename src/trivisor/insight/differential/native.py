@@ -1,0 +1,223 @@
+"""Running a case on the host processor itself, faults included.
+
+The pages lie at fixed addresses below 4 GiB (and one far above), so that the
+native code sees the linear addresses that the guest sees.  A signal handler of
+machine code notes a fault and sends the thread to the way out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import signal
+from struct import pack_into, unpack_from
+
+from trivisor.insight.differential.case import (
+    CODE_DATA,
+    CODE_DATA_SIZE,
+    CODE_FAR,
+    CODE_NEAR,
+    CODE_PAGES,
+    DATA,
+    DATA_PAGES,
+    FPU_SIZE,
+    GPR_NAMES,
+    PAGE,
+    READ_ONLY,
+    Case,
+    Result,
+)
+from trivisor.translation.host_signals import HostSignals
+from trivisor.x86.assembler import assemble
+
+_CONTROL = 0x10000000
+_STUB = 0x10010000
+_STACK = 0x10020000
+_STACK_SIZE = 0x40000
+_FIELDS = {
+    "IN_GPR": 0, "IN_FLAGS": 0x80, "IN_FS": 0x88, "IN_GS": 0x90, "IN_RIP": 0x98,
+    "OUT_GPR": 0x100, "OUT_FLAGS": 0x180, "SIGNAL": 0x188, "VECTOR": 0x190, "ERROR": 0x198, "FAULT_ADDRESS": 0x1A0,
+    "FAULT_RIP": 0x1A8, "HOST_RSP": 0x1B0, "HOST_FS": 0x1B8, "ACTIVE": 0x1C0, "WAY_OUT": 0x1C8,
+    "PREVIOUS": 0x200, "IN_FPU": 0x400, "OUT_FPU": 0x800,
+}  # fmt: skip
+
+_SA_SIGINFO, _SA_ONSTACK, _SA_RESTORER, _SA_NODEFER = 4, 0x08000000, 0x04000000, 0x40000000
+_MAP_FIXED_NOREPLACE = 0x100000
+_SYS_RT_SIGACTION, _SYS_SIGALTSTACK = 13, 131
+_FAULTS = (signal.SIGSEGV, signal.SIGFPE, signal.SIGBUS, signal.SIGILL, signal.SIGTRAP)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+]  # fmt: skip
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.syscall.restype = ctypes.c_long
+
+
+def _map(at: int, length: int, protection: int) -> memoryview:
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED_NOREPLACE
+    found = _libc.mmap(at, length, protection, flags, -1, 0)
+    if found != at:
+        raise OSError(ctypes.get_errno(), f"cannot map {length:#x} bytes at {at:#x}")
+    return memoryview((ctypes.c_ubyte * length).from_address(at)).cast("B")
+
+
+def _program() -> str:
+    load = "\n".join(f"mov {name}, [IN_GPR+{8 * i}]" for i, name in enumerate(GPR_NAMES))
+    store = "\n".join(f"mov [OUT_GPR+{8 * i}], {name}" for i, name in enumerate(GPR_NAMES) if name != "rsp")
+    return f"""
+enter:
+    push rbx
+    push rbp
+    push r12
+    push r13
+    push r14
+    push r15
+    mov [HOST_RSP], rsp
+    rdfsbase rax
+    mov [HOST_FS], rax
+    mov eax, 7
+    xor edx, edx
+    xrstor [IN_FPU]
+    mov rax, [IN_FS]
+    wrfsbase rax
+    mov rax, [IN_GS]
+    wrgsbase rax
+    mov qword [ACTIVE], 1
+    push qword [IN_FLAGS]
+    popfq
+    {load}
+    jmp qword [IN_RIP]
+way_out:
+    mov [OUT_GPR+32], rsp
+    mov rsp, [HOST_RSP]
+    pushfq
+    pop qword [OUT_FLAGS]
+    cld
+    {store}
+    mov qword [ACTIVE], 0
+    mov eax, 7
+    xor edx, edx
+    xsave [OUT_FPU]
+    fninit
+    vzeroupper
+    ldmxcsr [rel default_mxcsr]
+    mov rax, [HOST_FS]
+    wrfsbase rax
+    xor eax, eax
+    wrgsbase rax
+    pop r15
+    pop r14
+    pop r13
+    pop r12
+    pop rbp
+    pop rbx
+    ret
+    align 4
+default_mxcsr: dd 0x1f80
+
+; handler(edi = signal, rsi = siginfo, rdx = ucontext); offsets as in asm/sigcontext.h
+fault:
+    cmp qword [ACTIVE], 0
+    je other
+    movsxd rax, edi
+    mov [SIGNAL], rax
+    mov rax, [rdx+168]
+    mov [FAULT_RIP], rax
+    mov rax, [rdx+192]
+    mov [ERROR], rax
+    mov rax, [rdx+200]
+    mov [VECTOR], rax
+    mov rax, [rdx+216]
+    mov [FAULT_ADDRESS], rax
+    mov rax, [WAY_OUT]
+    mov [rdx+168], rax
+    ret
+other:
+    movsxd rax, edi
+    jmp qword [PREVIOUS+rax*8]
+restorer:
+    mov eax, 15
+    syscall
+"""
+
+
+class _SigAction(ctypes.Structure):
+    """struct kernel_sigaction."""
+
+    _fields_ = (
+        ("handler", ctypes.c_uint64),
+        ("flags", ctypes.c_uint64),
+        ("restorer", ctypes.c_uint64),
+        ("mask", ctypes.c_uint64),
+    )
+
+
+class NativeHost:
+    """The host processor with the fixed pages; one in a process."""
+
+    _instance: NativeHost | None = None
+
+    @classmethod
+    def instance(cls) -> NativeHost:
+        if cls._instance is None:
+            cls._instance = cls()
+        return cls._instance
+
+    def __init__(self) -> None:
+        HostSignals.instance()  # its handler has no stack of its own, so ours must be the one in front
+        read_write = mmap.PROT_READ | mmap.PROT_WRITE
+        everything = read_write | mmap.PROT_EXEC
+        self.control = _map(_CONTROL, PAGE, read_write)
+        stub = _map(_STUB, PAGE, everything)
+        _map(_STACK, _STACK_SIZE, read_write)
+        self.data = _map(DATA, DATA_PAGES * PAGE, read_write)
+        self._code = {at: _map(at, CODE_PAGES * PAGE, everything) for at in (CODE_NEAR, CODE_FAR)}
+        symbols = {name: _CONTROL + offset for name, offset in _FIELDS.items()}
+        program = assemble(_program(), origin=_STUB, symbols=symbols)
+        stub[: len(program.code)] = program.code
+        labels = program.labels
+        pack_into("<Q", self.control, _FIELDS["WAY_OUT"], labels["way_out"])
+        self.exit = b"\xff\x24\x25" + (_CONTROL + _FIELDS["WAY_OUT"]).to_bytes(4, "little")
+        """Machine code that ends a case."""
+        self._enter = ctypes.CFUNCTYPE(None)(labels["enter"])
+        alternate = (ctypes.c_uint64 * 3)(_STACK, 0, _STACK_SIZE)
+        self._alternate = ctypes.addressof(alternate)
+        self._keep = alternate
+        flags = _SA_SIGINFO | _SA_ONSTACK | _SA_RESTORER | _SA_NODEFER
+        for number in _FAULTS:
+            new, old = _SigAction(labels["fault"], flags, labels["restorer"], 0), _SigAction()
+            _libc.syscall(_SYS_RT_SIGACTION, number, ctypes.byref(new), ctypes.byref(old), 8)
+            pack_into("<Q", self.control, _FIELDS["PREVIOUS"] + 8 * number, old.handler)
+
+    def run(self, case: Case) -> Result:
+        """Run the case natively."""
+        control, code, words = self.control, *case.layout()
+        _libc.mprotect(READ_ONLY, PAGE, mmap.PROT_READ | mmap.PROT_WRITE)
+        self.data[:] = case.data
+        for address, number in case.pokes:
+            pack_into("<Q", self.data, address - DATA, words[number])
+        _libc.mprotect(READ_ONLY, PAGE, mmap.PROT_READ)
+        page = self._code[case.code_page]
+        page[CODE_DATA : CODE_DATA + CODE_DATA_SIZE] = case.code_data
+        at = case.code_offset
+        full = code + self.exit
+        page[at : at + len(full)] = full
+        pack_into("<16Q4Q", control, 0, *case.gpr, case.rflags, case.fs_base, case.gs_base, case.rip)
+        pack_into("<5Q", control, _FIELDS["SIGNAL"], *[0] * 5)
+        control[_FIELDS["IN_FPU"] : _FIELDS["IN_FPU"] + FPU_SIZE] = case.fpu
+        _libc.syscall(_SYS_SIGALTSTACK, ctypes.c_void_p(self._alternate), None)
+        self._enter()
+        *gpr, flags, number, vector, error, cr2, rip = unpack_from("<22Q", control, _FIELDS["OUT_GPR"])
+        return Result(
+            gpr,
+            rip if number else words[-1],
+            flags,
+            bytes(control[_FIELDS["OUT_FPU"] : _FIELDS["OUT_FPU"] + FPU_SIZE]),
+            bytes(self.data),
+            bytes(page[CODE_DATA : CODE_DATA + CODE_DATA_SIZE]),
+            vector if number else -1,
+            error,
+            cr2,
+        )

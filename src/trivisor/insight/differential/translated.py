@@ -1,0 +1,180 @@
+"""Running a case on the translation engine: a small guest in long mode with the same linear addresses."""
+
+from __future__ import annotations
+
+from struct import pack_into, unpack_from
+
+from trivisor.insight.differential.case import (
+    CODE_DATA,
+    CODE_DATA_SIZE,
+    CODE_FAR,
+    CODE_NEAR,
+    CODE_PAGES,
+    DATA,
+    DATA_PAGES,
+    PAGE,
+    READ_ONLY,
+    Case,
+    Result,
+    Skipped,
+)
+from trivisor.machine.bus import Bus
+from trivisor.machine.clock import Clock
+from trivisor.machine.exits import Halt, Unsupported
+from trivisor.machine.memory import MIB, GuestMemory
+from trivisor.machine.state import CpuState, Segment, Table
+from trivisor.machine.vcpu import MsrHandler
+from trivisor.translation.cpu import TranslationVcpu
+
+KERNEL = 0xFFFF800000000000
+"""Where the guest's kernel sees the first 2 MiB of physical memory."""
+_IDT, _TSS, _HANDLERS, _STACK_TOP, _TABLES, _GDT = 0x2000, 0x3000, 0x4000, 0x7000, 0x10000, 0x8000
+_DATA_FRAMES = (0x400000, 0x640000, 0x410000, 0x500000)
+_CODE_FRAMES = {CODE_NEAR: (0x700000, 0x722000), CODE_FAR: (0x810000, 0x804000)}
+_UD2 = b"\x0f\x0b"
+_PRESENT, _WRITABLE, _USER, _LARGE = 1, 2, 4, 0x80
+_WITH_ERROR_CODE = {8, 10, 11, 12, 13, 14, 17, 21}
+_FRAME_FLAGS = 0x244DD5
+"""Of RFLAGS in the handler's frame: arithmetic, DF, IF, NT, AC, ID."""
+
+
+class _NoInterrupts:
+    def pending(self) -> bool:
+        return False
+
+    def acknowledge(self) -> int:
+        return 0xFF
+
+
+class _Board:
+    """A processor's surroundings with memory and nothing else."""
+
+    def __init__(self) -> None:
+        self.memory = GuestMemory(16 * MIB)
+        self.ports = Bus("ports")
+        self.mmio = Bus("mmio")
+        self.clock = Clock()
+        self.interrupts = _NoInterrupts()
+        self.msrs: dict[int, MsrHandler] = {}
+        self.apic_id = 0
+        self.tsc_frequency = 1_000_000_000
+        self.crystal_frequency = 25_000_000
+        self.stop_reason: object | None = None
+
+
+class _PageTables:
+    """Builds 4-level page tables in guest memory."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.memory = memory
+        self.root = _TABLES
+        self._free = _TABLES + PAGE
+
+    def map(self, linear: int, physical: int, flags: int) -> None:
+        """Map a 4 KiB page, or with `_LARGE` one of 2 MiB."""
+        table = self.root
+        for shift in (39, 30) if flags & _LARGE else (39, 30, 21):
+            entry = table + (linear >> shift & 0x1FF) * 8
+            if not self.memory.read_u64(entry):
+                self.memory.write_u64(entry, self._free | _PRESENT | _WRITABLE | _USER)
+                self._free += PAGE
+            table = self.memory.read_u64(entry) & ~0xFFF
+        shift = 21 if flags & _LARGE else 12
+        self.memory.write_u64(table + (linear >> shift & 0x1FF) * 8, physical | flags | _PRESENT)
+
+
+class TranslatedGuest:
+    """One virtual processor, used for many cases."""
+
+    def __init__(self) -> None:
+        self.board = _Board()
+        memory = self.memory = self.board.memory
+        tables = _PageTables(memory)
+        tables.map(KERNEL, 0, _LARGE | _WRITABLE)
+        for number, frame in enumerate(_DATA_FRAMES):
+            linear = DATA + number * PAGE
+            tables.map(linear, frame, _USER if linear == READ_ONLY else _USER | _WRITABLE)
+        for linear, frames in _CODE_FRAMES.items():
+            for number, frame in enumerate(frames):
+                tables.map(linear + number * PAGE, frame, _USER | _WRITABLE)
+        for vector in range(32):
+            handler = KERNEL + _HANDLERS + 16 * vector
+            memory.write_u8(_HANDLERS + 16 * vector, 0xF4)  # hlt
+            low, middle, high = handler & 0xFFFF, handler >> 16 & 0xFFFF, handler >> 32
+            gate = low | 8 << 16 | 1 << 32 | 0xEE << 40 | middle << 48
+            memory.write_u64(_IDT + 16 * vector, gate)
+            memory.write_u64(_IDT + 16 * vector + 8, high)
+        for number, descriptor in enumerate((0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF)):
+            memory.write_u64(_GDT + 8 * number, descriptor)
+        memory.write_u64(_TSS + 0x24, KERNEL + _STACK_TOP)  # IST1
+        self.vcpu = TranslationVcpu(self.board)
+        self._states = {user: self._state(user, tables.root) for user in (False, True)}
+
+    def _state(self, user: bool, root: int) -> CpuState:
+        dpl = 3 if user else 0
+        code = Segment(0x18 | dpl if user else 8, 0, 0xFFFFFFFF, 0xA09B | dpl << 5)
+        data = Segment(0x20 | dpl if user else 0x10, 0, 0xFFFFFFFF, 0xC093 | dpl << 5)
+        null = Segment(0, 0, 0xFFFFFFFF, 0xC093 | dpl << 5)
+        return CpuState(
+            cs=code, ss=data, ds=null, es=null, fs=null, gs=null,
+            tr=Segment(0x40, KERNEL + _TSS, 0x67, 0x8B),
+            gdtr=Table(KERNEL + _GDT, 0x17), idtr=Table(KERNEL + _IDT, 0x1FF),
+            cr0=0x80050033, cr3=root, cr4=0x506A0 | 0x10000, efer=0xD01, xcr0=7,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self.vcpu.close()
+        self.memory.close()
+
+    def run(self, case: Case) -> Result:
+        """Run the case; raises Skipped for what the engine does not have."""
+        view, vcpu = self.memory.view, self.vcpu
+        code, addresses = case.layout()
+        for number, frame in enumerate(_DATA_FRAMES):
+            view[frame : frame + PAGE] = case.data[number * PAGE : (number + 1) * PAGE]
+        for address, number in case.pokes:
+            offset = address - DATA
+            pack_into("<Q", view, _DATA_FRAMES[offset >> 12] + (offset & 0xFFF), addresses[number])
+        frames = _CODE_FRAMES[case.code_page]
+        full, at = code + _UD2, case.code_offset
+        before = full[: PAGE - at] if at < PAGE else b""
+        after = full[len(before) :]
+        if before:
+            self._write(frames[0] + at, before)
+        if after:
+            self._write(frames[1] + max(0, at - PAGE), after)
+        self._write(frames[0] + CODE_DATA, case.code_data)
+        state = self._states[case.user]
+        state.gpr[:] = case.gpr
+        state.rip, state.rflags, state.xsave = case.rip, case.rflags, case.fpu
+        state.fs = Segment(0, case.fs_base, 0xFFFFFFFF, 0xC093)
+        state.gs = Segment(0, case.gs_base, 0xFFFFFFFF, 0xC093)
+        vcpu.state = state
+        exit_ = vcpu.run()
+        if isinstance(exit_, Unsupported):
+            raise Skipped(exit_.what)
+        core = vcpu.core
+        offset = core.rip - KERNEL - _HANDLERS
+        if not isinstance(exit_, Halt) or not 0 <= offset < 16 * 32:
+            raise RuntimeError(f"{exit_} at {core.rip:#x}")
+        vector = offset // 16
+        error = 0
+        frame = _STACK_TOP - 40
+        if vector in _WITH_ERROR_CODE:
+            frame -= 8
+            (error,) = unpack_from("<Q", view, frame)
+        rip, _, flags, rsp, _ = unpack_from("<5Q", view, _STACK_TOP - 40)
+        out = vcpu.state
+        gpr = list(out.gpr)
+        gpr[4] = rsp
+        ended = vector == 6 and rip == addresses[-1]
+        data = b"".join(bytes(view[frame : frame + PAGE]) for frame in _DATA_FRAMES)
+        at = frames[0] + CODE_DATA
+        return Result(
+            gpr, rip, flags & _FRAME_FLAGS, out.xsave, data, bytes(view[at : at + CODE_DATA_SIZE]),
+            -1 if ended else vector, error, core.cr2,
+        )  # fmt: skip
+
+    def _write(self, physical: int, content: bytes) -> None:
+        self.vcpu.memory_written(physical, len(content))
+        self.memory.view[physical : physical + len(content)] = content

@@ -1,0 +1,52 @@
+"""The native helpers: machine code that translated code calls for what must be fast but is too long to inline.
+
+They are written in the project's assembler and assembled once per process.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from trivisor.translation.layout import OFFSETS, SYMBOLS
+from trivisor.translation.natives import entry, events, flush, lookup, miss, walk
+from trivisor.translation.natives.common import CONSTANTS
+from trivisor.x86.assembler import Program, assemble
+
+
+@cache
+def helpers(xsave_mask: int) -> Program:
+    """Assemble all helpers; `xsave_mask` is the guest-visible XCR0 on this host, or 0 without XSAVE."""
+    source = "\n".join(
+        (
+            CONSTANTS,
+            entry.ENTER_LEAVE,
+            lookup.LOOKUP,
+            walk.WALK,
+            walk.FILL_TLB,
+            miss.MISS,
+            events.EVENTS,
+            flush.C_FUNCTIONS,
+            flush.JUMP_FLUSHES,
+        )
+    )
+    source = source.replace("RESTORE_FPU", "xrstor" if xsave_mask else "fxrstor")
+    source = source.replace("SAVE_FPU", "xsave" if xsave_mask else "fxsave")
+    source = source.replace("CLEAN_UPPER", "vzeroupper" if xsave_mask & 4 else "")
+    return assemble(source, bits=64, symbols={**SYMBOLS, "XSAVE_MASK": xsave_mask or 3})
+
+
+POINTERS = {
+    "LEAVE": "leave_native",
+    "LOOKUP": "lookup",
+    "CHAIN": "chain",
+    "CALL_OUT": "call_out",
+    "ESCAPE": "escape",
+    "MISS": "miss",
+    "CROSSED": "crossed",
+    "IRET": "iret",
+    "SYSCALL": "syscall_native",
+    "SYSRET": "sysret_native",
+    "WRITE_CR3": "write_cr3",
+}
+"""Fields of the state block that hold the address of a helper."""
+assert all(name in OFFSETS for name in POINTERS)

@@ -1,0 +1,225 @@
+"""Flushing TLBs and jump caches: C functions that Python and the other helpers call."""
+
+from __future__ import annotations
+
+from trivisor.translation.layout import TLB_ENTRIES, TLB_ENTRY_SIZE
+
+_LAST_ENTRY = (TLB_ENTRIES - 1) * TLB_ENTRY_SIZE
+
+C_FUNCTIONS = f"""
+; void flush_everything(state, lookup): both TLBs, fetch TLBs and all jump caches.
+flush_everything:
+    push rdi
+    call flush_kernel_jumps
+    mov rdi, [rsp]
+    call flush_user_jumps
+    mov rdi, [rsp]
+    call flush_other_jumps
+    mov rdx, [rsp]
+    cld
+    mov rax, -1
+    lea rdi, [rdx+TLB_KERNEL]
+    mov ecx, {(TLB_ENTRIES * TLB_ENTRY_SIZE * 2 + 2 * 512 * 16) // 8}
+    rep stosq
+    xor eax, eax
+    mov [rdx+TLB_KERNEL+{_LAST_ENTRY}+TLB_READ], rax
+    mov [rdx+TLB_KERNEL+{_LAST_ENTRY}+TLB_WRITE], rax
+    mov [rdx+TLB_USER+{_LAST_ENTRY}+TLB_READ], rax
+    mov [rdx+TLB_USER+{_LAST_ENTRY}+TLB_WRITE], rax
+    mov [rdx+KERNEL_JUMPS_LOCAL], rax
+    pop rdi
+    ret
+
+; void flush_local(state): everything that is not global (a CR3 write).
+flush_local:
+    push rdi
+    cmp qword [rdi+KERNEL_JUMPS_LOCAL], 0
+    je flush_local_user
+    mov qword [rdi+KERNEL_JUMPS_LOCAL], 0
+    call flush_kernel_jumps
+    mov rdi, [rsp]
+flush_local_user:
+    call flush_user_jumps
+    mov rdi, [rsp]
+    call flush_other_jumps
+    pop rdx
+    ; user view: everything that is not global; in practice nothing of it is global
+    xor r8d, r8d
+    lea rdi, [rdx+TLB_KERNEL]
+    mov ecx, {2 * TLB_ENTRIES}
+flush_local_next:
+    test byte [rdi+TLB_INFO], 1
+    jnz flush_local_keep
+    ; an address of the neighbouring set never matches here
+    mov eax, r8d
+    xor eax, 1
+    shl eax, 12
+    mov [rdi+TLB_READ], rax
+    mov [rdi+TLB_WRITE], rax
+flush_local_keep:
+    inc r8d
+    and r8d, TLB_ENTRIES-1
+    add rdi, {TLB_ENTRY_SIZE}
+    dec ecx
+    jnz flush_local_next
+    lea rdi, [rdx+EXEC_TLB_KERNEL]
+    mov ecx, 2*EXEC_TLB_ENTRIES
+    mov rax, -1
+flush_local_exec:
+    test byte [rdi+8], 1
+    jnz flush_local_exec_keep
+    mov [rdi], rax
+flush_local_exec_keep:
+    add rdi, 16
+    dec ecx
+    jnz flush_local_exec
+    ret
+
+; void invalidate_page(state, linear): INVLPG.
+invalidate_page:
+    push rdi
+    push rsi
+    mov r9, rdi
+    mov rdx, rsi
+    shr rdx, 12
+    movzx edx, dx
+    cmp byte [rdi+rdx+JUMP_PAGES], 0
+    je invalidate_tlb
+    mov byte [rdi+rdx+JUMP_PAGES], 0
+    ; jump cache entries of the page, and of an instruction that runs into it
+    movzx edx, si
+    and edx, 0xf000
+    mov ecx, 4096
+    mov r8, [rdi+LOOKUP]
+invalidate_jump:
+    lea r10, [rdi+rdx*8]
+    mov [r10+JUMP_CACHE_KERNEL], r8
+    mov [r10+JUMP_CACHE_USER], r8
+    mov [r10+JUMP_CACHE_OTHER], r8
+    inc edx
+    dec ecx
+    jnz invalidate_jump
+    movzx edx, si
+    and edx, 0xf000
+    mov ecx, 16
+invalidate_jump_before:
+    dec dx
+    movzx edx, dx
+    lea r10, [rdi+rdx*8]
+    mov [r10+JUMP_CACHE_KERNEL], r8
+    mov [r10+JUMP_CACHE_USER], r8
+    mov [r10+JUMP_CACHE_OTHER], r8
+    dec ecx
+    jnz invalidate_jump_before
+invalidate_tlb:
+    ; pieces of a large page around the address go too
+    mov r11d, 0
+    lea rdi, [r9+TLB_KERNEL]
+    mov ecx, {2 * TLB_ENTRIES}
+    xor r8d, r8d
+invalidate_next:
+    mov rax, [rdi+TLB_READ]
+    xor rax, rsi
+    mov edx, 0x1000
+    test byte [rdi+TLB_INFO], 2
+    jz invalidate_small
+    mov edx, 0x40000000
+invalidate_small:
+    cmp rax, rdx
+    jae invalidate_keep
+    mov eax, r8d
+    xor eax, 1
+    shl eax, 12
+    mov [rdi+TLB_READ], rax
+    mov [rdi+TLB_WRITE], rax
+    mov qword [rdi+TLB_INFO], 0
+invalidate_keep:
+    inc r8d
+    and r8d, TLB_ENTRIES-1
+    add rdi, {TLB_ENTRY_SIZE}
+    dec ecx
+    jnz invalidate_next
+    ; the fetch TLB: any piece within 1 GiB goes, and with a large one all jumps
+    lea rdi, [r9+EXEC_TLB_KERNEL]
+    mov ecx, 2*EXEC_TLB_ENTRIES
+    mov r8, -1
+invalidate_exec:
+    mov rax, [rdi]
+    xor rax, rsi
+    mov edx, 0x1000
+    test byte [rdi+8], 2
+    jz invalidate_exec_small
+    mov edx, 0x40000000
+invalidate_exec_small:
+    cmp rax, rdx
+    jae invalidate_exec_keep
+    mov [rdi], r8
+    test byte [rdi+8], 2
+    jz invalidate_exec_keep
+    mov r11d, 1
+invalidate_exec_keep:
+    add rdi, 16
+    dec ecx
+    jnz invalidate_exec
+    pop rsi
+    pop rdi
+    test r11d, r11d
+    jz invalidate_done
+    push rdi
+    call flush_kernel_jumps
+    mov rdi, [rsp]
+    call flush_user_jumps
+    pop rdi
+    jmp flush_other_jumps
+invalidate_done:
+    ret
+
+; void purge_writes(state, host page): code was translated from the page, so writes to it must miss.
+purge_writes:
+    xor r8d, r8d
+    lea rdx, [rdi+TLB_KERNEL]
+    mov ecx, {2 * TLB_ENTRIES}
+purge_next:
+    cmp [rdx+TLB_HOST], rsi
+    jne purge_keep
+    mov eax, r8d
+    xor eax, 1
+    shl eax, 12
+    mov [rdx+TLB_WRITE], rax
+purge_keep:
+    inc r8d
+    and r8d, TLB_ENTRIES-1
+    add rdx, {TLB_ENTRY_SIZE}
+    dec ecx
+    jnz purge_next
+    ret
+"""
+
+
+def _flush_jumps(name: str, number: int) -> str:
+    """A C function that empties one jump cache, touching only the 4 KiB chunks in use."""
+    return f"""
+flush_{name.lower()}_jumps:
+    lea r9, [rdi+JUMP_CACHE_USED+{128 * number}]
+    lea rdx, [rdi+JUMP_CACHE_{name}]
+    mov rax, [rdi+LOOKUP]
+    xor r8d, r8d
+    cld
+flush_{name.lower()}_chunk:
+    cmp byte [r9+r8], 0
+    je flush_{name.lower()}_clean
+    mov byte [r9+r8], 0
+    mov rdi, r8
+    shl rdi, 12
+    add rdi, rdx
+    mov ecx, 512
+    rep stosq
+flush_{name.lower()}_clean:
+    inc r8d
+    cmp r8d, 128
+    jne flush_{name.lower()}_chunk
+    ret
+"""
+
+
+JUMP_FLUSHES = _flush_jumps("KERNEL", 0) + _flush_jumps("USER", 1) + _flush_jumps("OTHER", 2)

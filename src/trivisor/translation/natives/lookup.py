@@ -1,0 +1,95 @@
+"""Jump cache misses: from a guest address to its translated code."""
+
+from __future__ import annotations
+
+from trivisor.translation.natives.common import fill, spill
+
+LOOKUP = f"""
+; r10 = the guest's rip to go on at; every other register is the guest's.
+lookup:
+    pushfq
+    pop qword [rsp+FLAGS]
+    {spill(0)}
+    mov rbp, rsp
+    mov [rbp+GUEST_RIP], r10
+; RIP and all registers are in the state block: find the translation and run it, or leave.
+dispatch:
+    inc qword [rbp+COUNT_LOOKUP]
+    mov rax, [rbp+GUEST_RIP]
+    mov rdx, rax
+    shr rdx, 12
+    and edx, EXEC_TLB_ENTRIES-1
+    shl edx, 4
+    lea rdi, [rbp+rdx+EXEC_TLB_KERNEL]
+    lea rsi, [rbp+rdx+EXEC_TLB_USER]
+    cmp qword [rbp+CPL], 3
+    cmove rdi, rsi
+    mov rcx, rax
+    and rcx, -4096
+    cmp [rdi], rcx
+    jne dispatch_fetch
+dispatch_found:
+    mov r8, [rdi+8]
+    mov rcx, r8
+    and rcx, -4096
+    or rcx, [rbp+MODE]
+    movzx edx, ax
+    shl edx, 5
+    lea rsi, [rbp+rdx+BLOCK_TABLE]
+    cmp [rsi], rax
+    jne dispatch_leave
+    cmp [rsi+8], rcx
+    jne dispatch_leave
+    mov rdx, [rsi+16]
+    movzx ecx, ax
+    mov rdi, [rbp+JUMP_CACHE_CURRENT]
+    mov [rdi+rcx*8], rdx
+    shr ecx, 9
+    mov rdi, [rbp+JUMP_CACHE_USED_CURRENT]
+    mov byte [rdi+rcx], 1
+    mov rcx, rax
+    shr rcx, 12
+    movzx ecx, cx
+    mov byte [rbp+rcx+JUMP_PAGES], 1
+    test r8b, 1
+    jnz dispatch_go
+    cmp qword [rbp+CPL], 3
+    je dispatch_go
+    mov qword [rbp+KERNEL_JUMPS_LOCAL], 1
+dispatch_go:
+    mov [rbp+SCRATCH_3], rdx
+    push qword [rbp+FLAGS]
+    popfq
+    {fill()}
+    mov r10, [rsp+GUEST_RIP]
+    jmp qword [rsp+SCRATCH_3]
+dispatch_fetch:
+    ; the page is not in the fetch TLB: walk
+    cmp qword [rbp+PAGING_NATIVE], 0
+    je dispatch_leave
+    mov r13, rdi
+    mov r12d, KIND_FETCH
+    cmp qword [rbp+CPL], 3
+    jne dispatch_walk
+    or r12d, KIND_USER
+dispatch_walk:
+    inc qword [rbp+COUNT_EXEC_TLB_MISS]
+    mov rax, [rbp+GUEST_RIP]
+    mov r15, rax
+    call walk
+    test eax, eax
+    jnz dispatch_leave
+    mov rcx, r15
+    and rcx, -4096
+    mov [r13], rcx
+    or rdi, rsi
+    mov [r13+8], rdi
+    mov rdi, r13
+    mov rax, [rbp+GUEST_RIP]
+    jmp dispatch_found
+dispatch_leave:
+    inc qword [rbp+COUNT_LOOKUP_MISS]
+    mov qword [rbp+EXIT], EXIT_LOOKUP
+    mov rsp, rbp
+    jmp leave_spilled
+"""

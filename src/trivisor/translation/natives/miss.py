@@ -1,0 +1,190 @@
+"""TLB misses of translated code."""
+
+from __future__ import annotations
+
+from trivisor.translation.natives.common import fill, spill
+
+MISS = f"""
+; call [MISS]; dd retry; dw kind; dw size; dq rip; dd resume; dd crossing
+; retry, resume: distances back to where the access starts, and to after its check.  crossing: distance on to a
+; copy of what follows the check that ends in CROSSED, or 0.
+; r10 = linear address xor the tag, r11 = the entry's offset in the TLB.  Returns to the code, or leaves.
+miss:
+    {spill(8)}
+    pop rbx
+    mov rbp, rsp
+    movzx r12d, word [rbx+4]
+    lea rax, [rbp+r11+TLB_KERNEL]
+    lea rcx, [rbp+r11+TLB_USER]
+    test r12b, KIND_USER
+    cmovnz rax, rcx
+    mov rcx, [rax+TLB_READ]
+    mov rdx, [rax+TLB_WRITE]
+    test r12b, KIND_WRITE
+    cmovnz rcx, rdx
+    xor r10, rcx
+    mov r13, r10
+    cmp qword [rbp+PAGING_NATIVE], 0
+    je miss_slow
+    mov eax, r13d
+    and eax, 0xfff
+    movzx ecx, word [rbx+6]
+    add eax, ecx
+    cmp eax, 4096
+    ja miss_crossing
+    inc qword [rbp+COUNT_TLB_MISS]
+    call fill_tlb
+    test eax, eax
+    jnz miss_failed
+    mov eax, [rbx]
+    sub rbx, rax
+miss_go:
+    mov [rbp+SCRATCH_3], rbx
+    {fill()}
+    jmp qword [rsp+SCRATCH_3]
+
+miss_failed:
+    cmp eax, 1
+    je miss_fault
+    cmp eax, 3
+    jne miss_slow
+    ; a write to a page with translated code: harmless when its lines have none
+    test r12d, KIND_CHUNK
+    jnz miss_slow
+    movzx ecx, word [rbx+6]
+    cmp ecx, 64
+    ja miss_slow
+    mov rax, [r11+rdi*8]
+    mov edx, r13d
+    and edx, 0xfff
+    lea ecx, [rcx+rdx-1]
+    mov r10, [r14+TLB_HOST]
+    add r10, rdx
+    shr edx, 6
+    shr ecx, 6
+    bt rax, rdx
+    jc miss_slow
+    bt rax, rcx
+    jc miss_slow
+    inc qword [rbp+COUNT_CODE_PAGE_WRITE]
+    mov eax, [rbx+16]
+    sub rbx, rax
+    jmp miss_go
+
+miss_fault:
+    mov [rbp+GUEST_CR2], r13
+    mov [rbp+EXIT_B], rdx
+    mov qword [rbp+EXIT_A], 14
+    inc qword [rbp+COUNT_PAGE_FAULT]
+    call miss_flags
+    jmp deliver
+
+miss_slow:
+    mov [rbp+EXIT_A], r13
+    mov eax, [rbx+4]
+    mov [rbp+EXIT_B], rax
+    mov qword [rbp+EXIT], EXIT_SLOW_ACCESS
+    call miss_flags
+    mov eax, [rbx]
+    sub rbx, rax
+    mov [rbp+EXIT_C], rbx
+    jmp leave_spilled
+
+; An access across two pages of RAM goes through a buffer.
+miss_crossing:
+    cmp ecx, 64
+    ja miss_slow
+    test r12b, KIND_WRITE
+    jz miss_cross
+    cmp dword [rbx+20], 0
+    je miss_slow
+miss_cross:
+    inc qword [rbp+COUNT_PAGE_CROSSING]
+    mov r15, r13
+    call fill_tlb
+    cmp eax, 1
+    je miss_fault
+    ja miss_slow
+    mov rax, r13
+    and eax, 0xfff
+    mov ecx, 4096
+    sub ecx, eax
+    add rax, [r14+TLB_HOST]
+    mov [rbp+CROSS_LOW], rax
+    mov [rbp+CROSS_LOW_LENGTH], rcx
+    or r13, 0xfff
+    inc r13
+    call fill_tlb
+    cmp eax, 1
+    je miss_fault
+    ja miss_cross_slow
+    movzx eax, word [rbx+6]
+    mov rcx, [rbp+CROSS_LOW_LENGTH]
+    sub rax, rcx
+    mov rdx, [r14+TLB_HOST]
+    mov [rbp+CROSS_HIGH], rdx
+    mov [rbp+CROSS_HIGH_LENGTH], rax
+    pushfq
+    cld
+    mov rsi, [rbp+CROSS_LOW]
+    lea rdi, [rbp+CROSS]
+    rep movsb
+    mov rsi, rdx
+    mov rcx, rax
+    rep movsb
+    popfq
+    lea r10, [rbp+CROSS]
+    test r12b, KIND_WRITE
+    jnz miss_cross_write
+    mov eax, [rbx+16]
+    sub rbx, rax
+    jmp miss_go
+miss_cross_write:
+    mov eax, [rbx+20]
+    add rbx, rax
+    jmp miss_go
+miss_cross_slow:
+    mov r13, r15
+    jmp miss_slow
+
+; call [CROSSED]: the buffer's bytes to where they belong; keeps every register and flag.
+crossed:
+    pushfq
+    push rsi
+    push rdi
+    push rcx
+    cld
+    lea rsi, [rsp+40+CROSS]
+    mov rdi, [rsp+40+CROSS_LOW]
+    mov rcx, [rsp+40+CROSS_LOW_LENGTH]
+    rep movsb
+    mov rdi, [rsp+40+CROSS_HIGH]
+    mov rcx, [rsp+40+CROSS_HIGH_LENGTH]
+    rep movsb
+    pop rcx
+    pop rdi
+    pop rsi
+    popfq
+    ret
+
+; Put the guest's flags and rip of a missed access into the state block.
+miss_flags:
+    mov rax, [rbx+8]
+    mov [rbp+GUEST_RIP], rax
+    pushfq
+    pop rcx
+    test r12b, KIND_PARKED
+    jz miss_flags_host
+    movzx eax, word [rbp+FLAGS_AX]
+    mov edx, eax
+    shr edx, 8
+    and eax, 1
+    shl eax, 11
+    or eax, edx
+    and ecx, 0x400
+    or ecx, eax
+miss_flags_host:
+    and ecx, HOST_FLAGS
+    mov [rbp+FLAGS], rcx
+    ret
+"""

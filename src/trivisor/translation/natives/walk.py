@@ -1,0 +1,225 @@
+"""The native page walker for 4-level paging (Intel SDM 3A 4.5), and what fills the data TLBs with it."""
+
+from __future__ import annotations
+
+def _read_entry(level: int) -> str:
+    """Read the level's entry of the table at physical rdi for linear rax into rdx; rdi becomes its host address."""
+    return f"""
+    mov rsi, rax
+    shr rsi, {12 + 9 * (level - 1)}
+    and esi, 0x1ff
+    lea rdi, [rdi+rsi*8]
+    cmp rdi, [rbp+RAM_LOW_END]
+    jb walk_ram{level}
+    mov rsi, 0x100000000
+    cmp rdi, rsi
+    jb walk_slow
+    cmp rdi, [rbp+RAM_HIGH_END]
+    jae walk_slow
+walk_ram{level}:
+    add rdi, [rbp+RAM_BASE]
+    mov rdx, [rdi]
+    test dl, 1
+    jz walk_absent
+    test rdx, [rbp+PHYSICAL_LIMIT_MASK]
+    jnz walk_slow
+    and r9, rdx
+    or r14, rdx
+"""
+
+
+def _next_table() -> str:
+    """Mark the entry accessed and go on to the table it names."""
+    return """
+    or dword [rdi], 0x20
+    mov rdi, rdx
+    and rdi, r8
+"""
+
+
+WALK = f"""
+; walk 4-level paging: rax = linear, r12 = kind.
+; eax = 0: rdi = physical page, rdx = leaf entry (A and D now as they must be), esi = 2 for a piece of a large page
+;          or 0, plus bit 0 when global, r9 = all entries anded (W, U)
+; eax = 1: page fault, edx = error code;  eax = 2: not for us.
+; Keeps rbx, rbp, r12, r13, r15.  Accessed bits are set on the way, as the processor may.
+walk:
+    mov rcx, rax
+    sar rcx, 47
+    inc rcx
+    cmp rcx, 1
+    ja walk_slow
+    mov r8, 0x000ffffffffff000
+    mov r9, -1
+    xor r14d, r14d
+    mov rdi, [rbp+GUEST_CR3]
+    and rdi, r8
+    {_read_entry(4)}
+    test dl, 0x80
+    jnz walk_slow
+    {_next_table()}
+    {_read_entry(3)}
+    test dl, 0x80
+    jnz walk_huge
+    {_next_table()}
+    {_read_entry(2)}
+    test dl, 0x80
+    jnz walk_large
+    {_next_table()}
+    {_read_entry(1)}
+    and r8, rdx
+    xor esi, esi
+    jmp walk_permission
+walk_huge:
+    test edx, 0x3fffe000
+    jnz walk_slow
+    and r8, rdx
+    and r8, -0x40000000
+    mov rcx, rax
+    and ecx, 0x3ffff000
+    or r8, rcx
+    mov esi, 2
+    jmp walk_permission
+walk_large:
+    test edx, 0x1fe000
+    jnz walk_slow
+    and r8, rdx
+    and r8, -0x200000
+    mov rcx, rax
+    and ecx, 0x1ff000
+    or r8, rcx
+    mov esi, 2
+walk_permission:
+    test r12b, KIND_USER
+    jz walk_supervisor
+    test r9b, 4
+    jz walk_denied
+    test r12b, KIND_WRITE
+    jz walk_fetch
+    test r9b, 2
+    jz walk_denied
+    jmp walk_mark_dirty
+walk_supervisor:
+    test r12b, KIND_WRITE
+    jz walk_fetch
+    test r9b, 2
+    jnz walk_mark_dirty
+    test dword [rbp+GUEST_CR0], CR0_WP
+    jnz walk_denied
+walk_mark_dirty:
+    or dword [rdi], 0x60
+    or edx, 0x60
+    jmp walk_done
+walk_fetch:
+    test r12b, KIND_FETCH
+    jz walk_mark_accessed
+    bt r14, 63
+    jc walk_denied
+    test r12b, KIND_USER
+    jnz walk_mark_accessed
+    test dword [rbp+GUEST_CR4], CR4_SMEP
+    jz walk_mark_accessed
+    test r9b, 4
+    jnz walk_denied
+walk_mark_accessed:
+    test dl, 0x20
+    jnz walk_done
+    or dword [rdi], 0x20
+walk_done:
+    mov rdi, r8
+    cmp rdi, [rbp+RAM_LOW_END]
+    jb walk_is_ram
+    mov rcx, 0x100000000
+    cmp rdi, rcx
+    jb walk_slow
+    cmp rdi, [rbp+RAM_HIGH_END]
+    jae walk_slow
+walk_is_ram:
+    bt edx, 8
+    jnc walk_ok
+    test dword [rbp+GUEST_CR4], CR4_PGE
+    jz walk_ok
+    or esi, 1
+walk_ok:
+    xor eax, eax
+    ret
+walk_absent:
+    xor edx, edx
+    jmp walk_error
+walk_denied:
+    mov edx, 1
+walk_error:
+    test r12b, KIND_WRITE
+    jz walk_error_user
+    or edx, 2
+walk_error_user:
+    test r12b, KIND_USER
+    jz walk_error_fetch
+    or edx, 4
+walk_error_fetch:
+    test r12b, KIND_FETCH
+    jz walk_error_done
+    test dword [rbp+GUEST_CR4], CR4_SMEP
+    jnz walk_error_is_fetch
+    test dword [rbp+EFER], EFER_NXE
+    jz walk_error_done
+walk_error_is_fetch:
+    or edx, 16
+walk_error_done:
+    mov eax, 1
+    ret
+walk_slow:
+    mov eax, 2
+    ret
+"""
+
+FILL_TLB = """
+; Walk for the data access (r13 = linear, r12 = kind) and enter it in the TLB.  eax as from walk, or 3:
+; the page has translated code and this is a write (rdi = page number, r11 = the lines' bits, one word a page).
+; r14 = the entry.
+fill_tlb:
+    mov rax, r13
+    call walk
+    test eax, eax
+    jnz fill_done
+; rdi = physical page, edx = leaf, esi = info, r9 = rights
+    mov rcx, r13
+    and rcx, -4096
+    mov r8, rcx
+    shr r8d, 7
+    and r8d, (TLB_ENTRIES-1)*32
+    lea r14, [rbp+r8+TLB_KERNEL]
+    lea r11, [rbp+r8+TLB_USER]
+    test r12b, KIND_USER
+    cmovnz r14, r11
+    mov [r14+TLB_READ], rcx
+    mov [r14+TLB_INFO], rsi
+    mov r11, rdi
+    add r11, [rbp+RAM_BASE]
+    mov [r14+TLB_HOST], r11
+    ; writable without coming here again: right to write, dirty already, and no translated code in it
+    mov r10, rcx
+    xor r10, 0x1000
+    mov [r14+TLB_WRITE], r10
+    test dl, 0x40
+    jz fill_done
+    test r9b, 2
+    jnz fill_may_write
+    test r12b, KIND_USER
+    jnz fill_done
+    test dword [rbp+GUEST_CR0], CR0_WP
+    jnz fill_done
+fill_may_write:
+    shr rdi, 12
+    mov r11, [rbp+CODE_LINES]
+    cmp qword [r11+rdi*8], 0
+    jne fill_has_code
+    mov [r14+TLB_WRITE], rcx
+    ret
+fill_has_code:
+    test r12b, KIND_WRITE
+    jz fill_done
+    mov eax, 3
+fill_done:
+    ret
+"""

@@ -12,6 +12,9 @@ Line = Callable[[bool], None]
 class InterruptController(Protocol):
     """What the processor sees of the interrupt controllers: its INTR pin and the acknowledge cycle."""
 
+    on_pending: Callable[[], None]
+    """Set by the processor; called whenever an interrupt begins to wait."""
+
     def pending(self) -> bool:
         """Whether an interrupt waits that the processor would take now if IF were set."""
 

@@ -55,6 +55,10 @@ class SegmentView:
     def base(self) -> int:
         return self._words[self._at + 1]
 
+    @base.setter
+    def base(self, value: int) -> None:
+        self._words[self._at + 1] = value & MASK64
+
     @property
     def limit(self) -> int:
         return self._words[self._at + 2]
@@ -62,10 +66,6 @@ class SegmentView:
     @property
     def attributes(self) -> int:
         return self._words[self._at + 3]
-
-    @base.setter
-    def base(self, value: int) -> None:
-        self._words[self._at + 1] = value & MASK64
 
     def set(self, selector: int, base: int, limit: int, attributes: int) -> None:
         words, at = self._words, self._at
@@ -95,6 +95,7 @@ class Core:
     sysenter_esp = _q("SYSENTER_ESP")
     sysenter_eip = _q("SYSENTER_EIP")
     tsc_offset = _q("TSC_OFFSET")
+    tsc_adjust = _q("TSC_ADJUST")
     tsc_aux = _q("TSC_AUX")
     gdtr_base = _q("GDTR_BASE")
     gdtr_limit = _q("GDTR_LIMIT")

@@ -76,6 +76,7 @@ class TranslationVcpu:
             tsc_frequency=board.tsc_frequency,
             crystal_frequency=board.crystal_frequency,
             apic_id=board.apic_id,
+            extra=("tsc_adjust",),
         )
         self.msrs = MsrFile(self._cpuid, tsc_frequency=board.tsc_frequency)
         self.mmu = Mmu(self.core, board.memory, board.mmio, self._cpuid.physical_bits)
@@ -103,6 +104,7 @@ class TranslationVcpu:
         self.mmu.on_code_write = self.blocks.written
         self._timer: HostTimer | None = None
         board.clock.on_earlier = self._arm_timer
+        board.interrupts.on_pending = self._look
         self._handlers: dict[int, Callable[[], Exit | None]] = {
             EXITS["EXIT_LOOKUP"]: lambda: None,
             EXITS["EXIT_POLL"]: lambda: None,
@@ -409,6 +411,10 @@ class TranslationVcpu:
     def kick(self) -> None:
         self._kicked = True
         self.attention()
+
+    def _look(self) -> None:
+        """Have the run loop look at the interrupts; from its own thread."""
+        self._words[_PENDING] = 1
 
     def attention(self) -> None:
         """Have the run loop look at timers and interrupts soon; from any thread."""

@@ -116,6 +116,7 @@ _FIELDS = (
     "SYSENTER_ESP",
     "SYSENTER_EIP",
     "TSC_OFFSET",
+    "TSC_ADJUST",
     "TSC_AUX",
     "GDTR_BASE",
     "GDTR_LIMIT",

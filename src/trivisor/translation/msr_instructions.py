@@ -90,12 +90,23 @@ def _read_tsc(cpu: Cpu) -> int:
 
 
 def _write_tsc(cpu: Cpu, value: int) -> None:
+    _move_tsc(cpu, value - cpu.tsc())
+
+
+def _write_tsc_adjust(cpu: Cpu, value: int) -> None:
+    _move_tsc(cpu, value - cpu.core.tsc_adjust)
+
+
+def _move_tsc(cpu: Cpu, by: int) -> None:
+    """Writes to the TSC and to TSC_ADJUST move both (Intel SDM 3B 18.17.3)."""
     core = cpu.core
-    core.tsc_offset = (core.tsc_offset + value - cpu.tsc()) & MASK64
+    core.tsc_offset = (core.tsc_offset + by) & MASK64
+    core.tsc_adjust = (core.tsc_adjust + by) & MASK64
 
 
 CORE_MSRS: dict[int, tuple[Reader, Writer]] = {
     msr.IA32_TIME_STAMP_COUNTER: (_read_tsc, _write_tsc),
+    msr.IA32_TSC_ADJUST: (lambda cpu: int(cpu.core.tsc_adjust), _write_tsc_adjust),
     msr.IA32_SYSENTER_CS: _field("sysenter_cs", MASK32),
     msr.IA32_SYSENTER_ESP: _field("sysenter_esp", MASK64, canonical=True),
     msr.IA32_SYSENTER_EIP: _field("sysenter_eip", MASK64, canonical=True),

@@ -25,6 +25,7 @@ _FIELDS = {
     msr.IA32_SYSENTER_ESP: "sysenter_esp",
     msr.IA32_SYSENTER_EIP: "sysenter_eip",
     msr.IA32_TSC_AUX: "tsc_aux",
+    msr.IA32_TSC_ADJUST: "tsc_adjust",
 }
 """MSRs that are fields of the core."""
 

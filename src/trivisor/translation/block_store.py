@@ -121,20 +121,20 @@ class BlockStore:
             return code + b"\xff" * 15, second
         return code + bytes(memory.view[second : second + 15 - len(code)]), second
 
-    def step_block(self, mode: Mode, rip: int, loose: int) -> Block:
-        """A block of the one instruction at `rip`; see `Recipe.loose`."""
+    def step_block(self, mode: Mode, rip: int, prepared: int) -> Block:
+        """A block of the one instruction at `rip`; see `Recipe.prepared`."""
         page, _ = self.mmu.fetch(rip, mode.user)
         own = self._own(page)
-        key = (rip, mode.key, loose)
+        key = (rip, mode.key, prepared)
         block = own.steps.get(key)
         if block is None:
             code, second = self.code_at(mode, rip, page)
             try:
-                block = self.translator.translate_step(mode, rip, page, code, loose)
+                block = self.translator.translate_step(mode, rip, page, code, prepared)
             except MemoryError:
                 self.flush()
                 own = self._own(page)
-                block = self.translator.translate_step(mode, rip, page, code, loose)
+                block = self.translator.translate_step(mode, rip, page, code, prepared)
             self._add(block)
             own.steps[key] = block
             self._mark(page, rip & 0xFFF, min((rip & 0xFFF) + block.length, 0x1000))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from iced_x86 import CpuidFeature, Instruction, Mnemonic
+from iced_x86 import Instruction, Mnemonic
 
 from trivisor.machine.exits import DebugStop, ExceptionExit, Exit, Halt, Kicked, Unsupported
 from trivisor.machine.memory import host_map
@@ -516,7 +516,8 @@ class TranslationVcpu:
         if number == signal.SIGFPE:
             if instruction.mnemonic in (Mnemonic.DIV, Mnemonic.IDIV):
                 raise GuestException(0)
-            raise GuestException(16 if _is_x87(instruction) else 19)
+            # A pending x87 exception is also raised by MMX instructions, so ask the host which it was.
+            raise GuestException(16 if words[OFFSETS["HOST_FAULT_CODE"] // 8] == 16 else 19)
         if number == signal.SIGILL:
             return Unsupported(f"{instruction} (this host refuses it) at {core.rip:#x}", core.rip)
         if number == signal.SIGSEGV:
@@ -578,10 +579,3 @@ class TranslationVcpu:
                 "idle": self._idle_ns / 1e9,
             },
         }
-
-
-_X87 = {CpuidFeature.FPU, CpuidFeature.FPU287, CpuidFeature.FPU387}
-
-
-def _is_x87(instruction: Instruction) -> bool:
-    return not _X87.isdisjoint(instruction.cpuid_features())

@@ -46,7 +46,7 @@ _STEPPED = _STORE_RIP_R10 + _set_exit("EXIT_STEPPED") + _LEAVE
 class Emission:
     """The making of one block; `base` is where in the code cache its code will stand."""
 
-    __slots__ = ("base", "block", "links", "lookup", "misses", "mode", "near", "out", "single")
+    __slots__ = ("base", "block", "links", "locations", "lookup", "misses", "mode", "near", "out", "single")
 
     def __init__(self, mode: Mode, near: bool, block: Block, base: int, lookup: int, single: bool) -> None:
         self.mode = mode
@@ -58,8 +58,10 @@ class Emission:
         self.single = single
         """The block is one instruction that leaves to Python when it is done."""
         self.out = bytearray()
-        self.misses: list[tuple[int, int, Miss, int]] = []
-        """(start and end of the instruction's code, the check, guest rip)."""
+        self.misses: list[tuple[int, int, Miss, int, bool]] = []
+        """(start and end of the instruction's code, the check, guest rip, flags parked where it may fault)."""
+        self.locations = array("I")
+        """Of pieces of code, ascending: offset from the body | flags parked << 16 | offset of guest rip << 17."""
         self.links: list[Link] = []
 
     def emit(self, recipes: list[Recipe], poll_at_end: bool, first_link: int) -> None:
@@ -80,14 +82,14 @@ class Emission:
         block.checked = base
         block.body = base + body
         parked = False
-        locations = array("I")
+        locations = self.locations
         for recipe in recipes:
             variant = recipe.variant(parked, lives.pop())
             start = len(out)
             locations.append((start - body) | variant.fault_parked << 16 | (at - rip) << 17)
             out += variant.code
             for miss in variant.misses:
-                self.misses.append((start, len(out), miss, at))
+                self.misses.append((start, len(out), miss, at, variant.fault_parked))
             at += recipe.length
             if variant.absolutes:
                 _patch_absolutes(out, start, variant, at)
@@ -97,9 +99,9 @@ class Emission:
         if poll_at_end:
             locations.append((len(out) - body) | (at - rip) << 17)
             out += POLL
-        block.map = locations.tobytes()
         self._ending(recipes[-1], at)
-        self._out_of_line(first_link)
+        self._out_of_line(first_link, body)
+        block.map = locations.tobytes()
         block.end = base + len(out)
 
     def _prologue(self, flags_live: bool) -> None:
@@ -196,10 +198,10 @@ class Emission:
         self.links.append(Link(self.base + len(self.out), target, target <= here, self.block.key))
         self.out += bytes(4)
 
-    def _out_of_line(self, first_link: int) -> None:
+    def _out_of_line(self, first_link: int, body: int) -> None:
         """The ways out of TLB checks, and the jumps to code that is not there yet."""
         out = self.out
-        for start, end, miss, rip in self.misses:
+        for start, end, miss, rip, parked in self.misses:
             jump_end, retry, kind, crossing = miss
             described = len(out) + 4
             pack_into("<I", out, start + jump_end - 4, described - 4 - start - jump_end)
@@ -208,6 +210,7 @@ class Emission:
                 _CALL_MISS, described - start - retry, kind, rip & _MASK64, resume, 24 if crossing else 0
             )
             if crossing:
+                self.locations.append((len(out) - body) | parked << 16 | (rip - self.block.rip) << 17)
                 out += crossing + _CALL_CROSSED
                 out += b"\xe9" + pack("<i", end - (len(out) + 5))
         for number, link in enumerate(self.links, first_link):

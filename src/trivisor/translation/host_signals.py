@@ -37,10 +37,11 @@ _SIGEV_THREAD_ID = 4
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
-# ucontext_t of x86-64 Linux (asm/sigcontext.h): offsets of the saved rsp and rip.
+# ucontext_t of x86-64 Linux (asm/sigcontext.h): offsets of the saved rsp, rip and exception vector.
 _HANDLER = """
 REGISTER_RSP equ 160
 REGISTER_RIP equ 168
+REGISTER_TRAPNO equ 200
 ; handler(edi = signal, rsi = siginfo, rdx = ucontext)
 fault:
     mov rax, [rdx+REGISTER_RIP]
@@ -79,6 +80,8 @@ ours:
     mov [r9+HOST_FAULT_IP], rax
     movsxd rdi, edi
     mov [r9+HOST_FAULT_SIGNAL], rdi
+    mov rax, [rdx+REGISTER_TRAPNO]
+    mov [r9+HOST_FAULT_CODE], rax
     mov rax, [rsi+16]
     mov [r9+HOST_FAULT_ADDRESS], rax
     mov rax, [rcx+24]

@@ -168,15 +168,16 @@ _STACK_POINTERS = {BY_SIZE[8][RSP], BY_SIZE[4][RSP]}
 def leave(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
     """LEAVE."""
     size = 8 if maker.mode.bits == 64 else 4
-    if not _stack_supported(maker, recipe) or instruction.stack_pointer_increment not in (0, size):
-        recipe.ends = Missing()
+    if not _stack_supported(maker, recipe):
         return
+    if instruction.code == Code.LEAVEW:
+        size = 2
     wide = maker.mode.bits == 64
     recipe.code("mov r10, rbp" if wide else "mov r10d, ebp")
     if not wide and not maker.mode.flat:
         recipe.code("mov r11, [rsp+SS_BASE]\n lea r10d, [r10+r11]")
     recipe.check(size, write=False)
-    recipe.code("lea r15, [rbp+8]\n mov rbp, [r10]" if wide else "lea r15d, [rbp+4]\n mov ebp, [r10]")
+    recipe.code(f"lea {'r15' if wide else 'r15d'}, [rbp+{size}]\n mov {name(5, size)}, [r10]")
 
 
 # -- control transfers --------------------------------------------------------------------------------------
@@ -765,7 +766,7 @@ def bit_string_op(maker: InstructionMaker, instruction: Instruction) -> bytes:
     """The instruction on the host address in r10, with the bit's number within the operand."""
     host = instruction.copy()
     host.set_op_register(1, BY_SIZE[GPR[instruction.op1_register][1]][11])
-    return asm("mov r11, [rsp+SLOT]") + maker.on_host_address(host, False, False, True, 8, displaced=False)
+    return asm("mov r11d, [rsp+SLOT]") + maker.on_host_address(host, False, False, True, 8, displaced=False)
 
 
 def xsave(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:

@@ -51,6 +51,11 @@ _HINTS = {
 }
 """No-operations on every processor, though newer ones make something of them."""
 
+_FLAG_IMAGES = {
+    getattr(Mnemonic, name) for name in ("PUSHF", "PUSHFD", "PUSHFQ", "POPF", "POPFD", "POPFQ")
+}
+"""Those that have no inline code: other sizes, other modes."""
+
 _IGNORED = {
     getattr(Mnemonic, name)
     for name in ["CLFLUSH", "CLFLUSHOPT", "CLWB", "PREFETCHNTA", "PREFETCHT0", "PREFETCHT1", "PREFETCHT2", "PREFETCHW", "PREFETCH", "ENDBR64", "ENDBR32", "NOP", "RESERVED_NOP", "WAIT_NOT", "CLDEMOTE", "PREFETCHWT1"]
@@ -104,9 +109,9 @@ class InstructionMaker:
 
     # -- the way in -----------------------------------------------------------------------------------------
 
-    def make(self, instruction: Instruction, raw: bytes, loose: int = -1, single: bool = False) -> Recipe:
+    def make(self, instruction: Instruction, raw: bytes, prepared: int = 0, single: bool = False) -> Recipe:
         """The recipe of one decoded instruction; `raw` are its bytes."""
-        recipe = Recipe(self.mode.user, self.near, length=len(raw), loose=loose, single=single)
+        recipe = Recipe(self.mode.user, self.near, length=len(raw), prepared=prepared, single=single)
         self._raw = raw
         mnemonic = instruction.mnemonic
         if mnemonic in _HINTS:
@@ -119,7 +124,7 @@ class InstructionMaker:
             self._special[mnemonic](recipe, instruction)
         elif mnemonic in _IGNORED:
             pass
-        elif mnemonic in _CALL_OUTS or self.is_sensitive(instruction):
+        elif mnemonic in _CALL_OUTS or mnemonic in _FLAG_IMAGES or self.is_sensitive(instruction):
             recipe.ends = CallOut()
         elif instruction.flow_control != FlowControl.NEXT:
             self._control(recipe, instruction)
@@ -250,7 +255,9 @@ class InstructionMaker:
         if is_lea:
             self._lea(recipe, instruction)
             return
-        if memory:
+        if high and not memory and RSP in reads | writes:
+            self._high_byte_with_rsp(recipe, instruction)
+        elif memory:
             operand = next(i for i in range(instruction.op_count) if instruction.op_kind(i) == OpKind.MEMORY)
             access = info.op_access(operand)
             self._with_memory(recipe, instruction, access, high)
@@ -274,6 +281,19 @@ class InstructionMaker:
             recipe.op(asm(("mov r10d, r10d\n" if size == 4 else "") + f"mov [rsp+GPR_R{number}], r10"))
         else:
             recipe.op(asm(f"mov {inline.name(target, size)}, {'r10' if size == 8 else 'r10d'}"))
+
+    def _high_byte_with_rsp(self, recipe: Recipe, instruction: Instruction) -> None:
+        """MOVZX, MOVSX and CRC32 of AH to BH into rsp: r15 wants a REX prefix, so the byte comes from a slot."""
+        host = instruction.copy()
+        for i in range(host.op_count):
+            register = host.op_register(i)
+            if register in HIGH_BYTES:
+                recipe.code(f"mov [rsp+SLOT], {_NAMES[HIGH_BYTES[register]]}")
+                host.set_op_kind(i, OpKind.MEMORY)
+                host.memory_base = Register.RSP
+                host.memory_displacement = inline.SLOT + 1
+                host.memory_displ_size = 8
+        recipe.op(self._substituted(host, set(), set(), ()))
 
     def _absolute_into(self, recipe: Recipe, number: int, instruction: Instruction) -> None:
         recipe.absolute("r10", _signed(instruction.ip_rel_memory_address - instruction.next_ip, 64))

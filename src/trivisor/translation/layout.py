@@ -73,7 +73,7 @@ _FIELDS = (
     "HOST_RSP",
     "HOST_FAULT_IP",  # where in the code cache a host signal struck
     "HOST_FAULT_SIGNAL",
-    "HOST_FAULT_CODE",
+    "HOST_FAULT_CODE",  # the exception's vector on the host
     "LEAVE",  # address of the code that leaves to Python
     "LOOKUP",  # address of the jump cache miss helper
     "CHAIN",  # address of the helper for not yet linked direct jumps
@@ -82,6 +82,7 @@ _FIELDS = (
     "IRET",
     "WRITE_CR3",
     "CROSSED",  # ... that writes back what an access across pages has left in the bounce buffer
+    *(f"PREPARED_{n}" for n in range(8)),  # host addresses of accesses that Python has prepared for one instruction
     "CROSS_LOW",  # host addresses and lengths of the two pieces of such an access
     "CROSS_LOW_LENGTH",
     "CROSS_HIGH",

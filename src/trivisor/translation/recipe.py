@@ -63,41 +63,47 @@ class Fragment(NamedTuple):
     escapes: tuple[int, ...] = ()
     restart: bool = False
     """A later access that misses starts again after this."""
+    checks: int = 0
+    """Prepared ones included."""
 
 
 @cache
-def fragment(source: str, user: bool, first: int, loose: int) -> Fragment:
+def fragment(source: str, user: bool, first: int, prepared: int) -> Fragment:
     """Assemble text in which these lines stand for more:
 
     `retry` - an access that misses starts again here;
     `check read|write SIZE [chunk]` - turn r10 from a linear into a host address, by way of the TLB;
     `escape` - have Python do the instruction instead.
 
-    Checks are numbered from `first`; the one with number `loose` accepts accesses over the page's end.
+    Checks are numbered from `first`; see `Recipe.prepared`.
     """
     view = "TLB_USER" if user else "TLB_KERNEL"
     lines: list[str] = []
     kinds: list[tuple[int, int, int]] = []
-    retries = escapes = 0
+    retries = escapes = checks = 0
     for line in source.splitlines():
         words = line.split()
         if words[:1] == ["retry"]:
             retries += 1
             lines.append(f"retry_{retries}:")
         elif words[:1] == ["check"]:
-            number = first + len(kinds)
+            number = first + checks
+            checks += 1
+            if prepared >> number & 1:
+                lines.append(f"mov r10, [rsp+PREPARED_{number}]")
+                continue
             size = int(words[2])
             write = words[1] == "write"
             kind = (KIND_WRITE if write else 0) | (KIND_USER if user else 0) | number << 4
             kind |= KIND_CHUNK if words[3:] == ["chunk"] else 0
-            kinds.append((kind, 1 if number == loose else size, retries))
+            kinds.append((kind, size, retries))
             lines.append(
                 f"""
                 mov r11d, r10d
                 shr r11d, 7
                 and r11d, {(TLB_ENTRIES - 1) * 32}
                 xor r10, [rsp+r11+{view}+{"TLB_WRITE" if write else "TLB_READ"}]
-                cmp r10, dword {4095 if number == loose else 4096 - size}
+                cmp r10, dword {4096 - size}
                 db 0x0f, 0x87, 0, 0, 0, 0
                 check_{len(kinds) - 1}:
                 add r10, [rsp+r11+{view}+TLB_HOST]"""
@@ -117,6 +123,7 @@ def fragment(source: str, user: bool, first: int, loose: int) -> Fragment:
         ),
         tuple(labels[f"escape_{i}"] for i in range(escapes)),
         retries > (kinds[-1][2] if kinds else 0),
+        checks,
     )
 
 
@@ -157,8 +164,8 @@ class Recipe:
     user: bool
     near: bool
     """Addresses of this code fit a sign-extended 32-bit immediate."""
-    loose: int = -1
-    """The number of the check that lets an access run over the page's end (the engine has prepared both)."""
+    prepared: int = 0
+    """A bit for each check, by number, whose access Python has prepared: it takes its host address from there."""
     single: bool = False
     """Of a repeated string instruction do one element only."""
     reads: int = 0
@@ -187,9 +194,9 @@ class Recipe:
 
         `loops`: it jumps around its checks.
         """
-        made = fragment(source, self.user, self._checks, self.loose)
-        self._checks += len(made.misses)
-        self.items.append(Item(False, *made, loops=loops))
+        made = fragment(source, self.user, self._checks, self.prepared)
+        self._checks += made.checks
+        self.items.append(Item(False, made.code, made.misses, made.escapes, made.restart, loops))
         self.clobbers = True
 
     def op(self, code: bytes) -> None:

@@ -1,8 +1,8 @@
 """Memory accesses that the TLB cannot serve: device registers, page crossings, writes to translated code.
 
-Such an instruction is run by itself, as translated code, with the TLB entry of
-the access pointing at a bounce buffer (or, for a write to a page with
-translated code, at the page itself) for just that one instruction.
+Such an instruction is run by itself, as translated code in which the access
+takes its host address from Python instead of the TLB: that of a bounce buffer
+or, for a write to a page with translated code, of the page itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from trivisor.machine.exits import Exit
 from trivisor.translation.contract import UnsupportedFeature
 from trivisor.translation.layout import EXITS, OFFSETS
 from trivisor.translation.recipe import KIND_CHUNK
-from trivisor.x86.paging import Access, Translation
+from trivisor.x86.paging import Access
 
 if TYPE_CHECKING:
     from trivisor.translation.cpu import TranslationVcpu
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 _EXIT_A, _EXIT_B, _EXIT_C = (OFFSETS[name] // 8 for name in ("EXIT_A", "EXIT_B", "EXIT_C"))
 _STEPPED = EXITS["EXIT_STEPPED"]
 _SLOW_ACCESS = EXITS["EXIT_SLOW_ACCESS"]
+_PREPARED = OFFSETS["PREPARED_0"] // 8
 _BOUNCE_SLOT = 8192
 _MAXIMUM_PREPARED = 4
 _READING = {OpAccess.READ, OpAccess.READ_WRITE, OpAccess.COND_READ, OpAccess.READ_COND_WRITE}
-_PAGE = ~0xFFF & ((1 << 64) - 1)
 
 _info = InstructionInfoFactory()
 
@@ -97,23 +97,17 @@ def step(cpu: TranslationVcpu, prepared: list[Prepared]) -> Exit | None:
     """Run the one instruction at rip, with these accesses prepared, and with more as it asks for them."""
     mmu, words = cpu.mmu, cpu.core.words
     while True:
-        loose = [access.check for access in prepared if access.crosses]
-        if len(loose) > 1 or len(prepared) > _MAXIMUM_PREPARED:
-            raise UnsupportedFeature("two page crossings in one instruction")
-        block = cpu.blocks.step_block(cpu.mode, cpu.core.rip, loose[0] if loose else -1)
+        if len(prepared) > _MAXIMUM_PREPARED:
+            raise UnsupportedFeature("too many slow accesses in one instruction")
+        mask = sum(1 << access.check for access in prepared)
+        block = cpu.blocks.step_block(cpu.mode, cpu.core.rip, mask)
         for number, access in enumerate(prepared):
             _prepare(cpu, access, number)
-        try:
-            exit_number = cpu.enter_step(block)
-            while exit_number == _SLOW_ACCESS and (another := _access(cpu)) is None:
-                exit_number = cpu.enter_next()
-        finally:
-            for access in prepared:
-                mmu.invalidate_entry(access.linear, access.user)
+        exit_number = cpu.enter_step(block)
+        while exit_number == _SLOW_ACCESS and (another := _access(cpu)) is None:
+            exit_number = cpu.enter_next()
         if exit_number == _SLOW_ACCESS:
             assert another is not None
-            if any(access.check == another.check for access in prepared):
-                raise UnsupportedFeature("an instruction whose memory operands exclude each other")
             prepared.append(another)
             continue
         if exit_number == _STEPPED:
@@ -126,28 +120,22 @@ def step(cpu: TranslationVcpu, prepared: list[Prepared]) -> Exit | None:
 def _prepare(cpu: TranslationVcpu, access: Prepared, number: int) -> None:
     mmu, core = cpu.mmu, cpu.core
     physical, length = access.pieces[0]
-    page = access.linear & _PAGE
-    at = mmu.entry(access.linear, access.user)
-    in_ram = mmu.memory.is_ram(physical & ~0xFFF, 0x1000)
-    if not access.crosses and in_ram:
+    if not access.crosses and mmu.memory.is_ram(physical & ~0xFFF, 0x1000):
         # A write to a page with translated code: what it hits is forgotten first.
         cpu.count("code page write")
         cpu.blocks.written(physical, length)
-        mmu.fill(access.linear, access.user, Translation(physical & ~0xFFF, 4096, True, True, False, False, True, 0))
-        core.words[at + 1] = page
+        core.words[_PREPARED + access.check] = mmu.memory.base + physical
         return
     cpu.count("page crossing" if access.crosses else "mmio access")
-    access.bounce = OFFSETS["BOUNCE"] + number * _BOUNCE_SLOT
-    offset = access.linear & 0xFFF
+    # The buffer has the access at the same place in a page, for the sake of its alignment.
+    access.bounce = OFFSETS["BOUNCE"] + number * _BOUNCE_SLOT + (access.linear & 0xFFF)
     if not access.write or _reads(cpu, access):
-        where = access.bounce + offset
+        where = access.bounce
         for piece, size in access.pieces:
             data = mmu.read_physical(piece, size)
             core.bytes[where : where + size] = data
             where += size
-    core.words[at] = page
-    core.words[at + 1] = page
-    core.words[at + 2] = core.address + access.bounce
+    core.words[_PREPARED + access.check] = core.address + access.bounce
 
 
 def _reads(cpu: TranslationVcpu, access: Prepared) -> bool:
@@ -165,7 +153,7 @@ def _finish(cpu: TranslationVcpu, access: Prepared) -> None:
     """Carry out the write that went to the bounce buffer."""
     if access.bounce < 0 or not access.write:
         return
-    where = access.bounce + (access.linear & 0xFFF)
+    where = access.bounce
     for piece, size in access.pieces:
         cpu.mmu.write_physical(piece, bytes(cpu.core.bytes[where : where + size]))
         where += size

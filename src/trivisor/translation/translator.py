@@ -90,11 +90,11 @@ class Translator:
         polls = chosen[-1].polls or (shadow and chosen[-1].ends is None)
         return self._emit(mode, near, Block(rip, page | mode_key, position), chosen, polls, single=False)
 
-    def translate_step(self, mode: Mode, rip: int, page: int, code: bytes, loose: int) -> Block:
-        """Translate one instruction that leaves to Python when it is done; see `Recipe.loose`."""
+    def translate_step(self, mode: Mode, rip: int, page: int, code: bytes, prepared: int) -> Block:
+        """Translate one instruction that leaves to Python when it is done; see `Recipe.prepared`."""
         instruction = Decoder(mode.bits, code, ip=rip).decode()
         maker = InstructionMaker(mode, False, self.features, self.xsave_size)
-        recipe = maker.make(instruction, code[: instruction.len], loose, single=True)
+        recipe = maker.make(instruction, code[: instruction.len], prepared, single=True)
         return self._emit(mode, False, Block(rip, page | mode.key, recipe.length), [recipe], False, single=True)
 
     def _emit(

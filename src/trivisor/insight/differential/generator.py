@@ -90,7 +90,8 @@ _SAVES_X87 = {getattr(Mnemonic, n) for n in ("FNSTENV", "FNSAVE", "FXSAVE", "FXS
 _LEGACY_STRING = ("MOVSB", "MOVSW", "MOVSD", "MOVSQ", "STOSB", "STOSW", "STOSD", "STOSQ", "LODSB", "LODSW", "LODSD",
                   "LODSQ", "SCASB", "SCASW", "SCASD", "SCASQ", "CMPSB", "CMPSW", "CMPSD", "CMPSQ")  # fmt: skip
 _STRINGS = {getattr(Mnemonic, name) for name in _LEGACY_STRING}
-_DIVIDES = {Mnemonic.DIV, Mnemonic.IDIV}
+_ALL_FLAGS = {Mnemonic.PUSHF, Mnemonic.PUSHFQ, Mnemonic.LAHF}
+DIVIDES = {Mnemonic.DIV, Mnemonic.IDIV}
 _WRITES = {OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE}
 _X87_FEATURES = {CpuidFeature.FPU, CpuidFeature.FPU287, CpuidFeature.FPU387}
 _JCC = [getattr(Code, f"J{c}_REL{size}_64") for c in "O NO B AE E NE BE A S NS P NP L GE LE G".split()
@@ -131,6 +132,7 @@ class _Draw:
         self.skippers: list[tuple[Item, int]] = []
         self.pokes: list[tuple[int, int]] = []
         self.used_x87 = False
+        self.undefined_flags = 0
         self._narrow = False
 
     def case(self) -> Case:
@@ -150,14 +152,14 @@ class _Draw:
         attempts = 0
         while drawn < length and attempts < 60:
             attempts += 1
-            before = len(self.items), dict(self.known), self.used_x87, len(self.pokes)
+            before = len(self.items), dict(self.known), self.used_x87, len(self.pokes), self.undefined_flags
             try:
                 self._one()
                 lay_out(self.items, self.code)
                 drawn += 1
             except (Impossible, ValueError):
                 del self.items[before[0] :]
-                self.known, self.used_x87 = before[1], before[2]
+                self.known, self.used_x87, self.undefined_flags = before[1], before[2], before[4]
                 del self.pokes[before[3] :]
         for item in self.items:
             if item.target is not None:
@@ -210,7 +212,7 @@ class _Draw:
         mnemonic = info.mnemonic
         if mnemonic in _SAVES_X87 and self.used_x87:
             raise Impossible
-        if mnemonic in _DIVIDES and random.random() < 0.8:
+        if mnemonic in DIVIDES and random.random() < 0.8:
             self._tame_divide(info.operand_size)
         kinds = info.op_kinds()
         self._narrow = random.random() < 0.06
@@ -295,6 +297,15 @@ class _Draw:
             instruction.set_immediate_u32(1, random.choice((0, 0, 1, 2, 3)))
         if instruction.mnemonic in (Mnemonic.MASKMOVQ, Mnemonic.MASKMOVDQU, Mnemonic.VMASKMOVDQU):
             raise Impossible
+        # A division does not touch the flags on some processors, but the translator does not keep them.
+        if instruction.rflags_read & self.undefined_flags or (
+            self.undefined_flags and instruction.mnemonic in _ALL_FLAGS
+        ):
+            raise Impossible
+        if not instruction.rflags_read:
+            self.undefined_flags &= ~instruction.rflags_modified
+        if instruction.mnemonic in DIVIDES:
+            self.undefined_flags |= instruction.rflags_undefined
         stack = self.known.get(RSP)
         for used in self.generator._info.info(instruction).used_registers():
             if used.access in _WRITES:

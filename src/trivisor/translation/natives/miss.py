@@ -90,7 +90,7 @@ miss_slow:
     mov [rbp+EXIT_C], rbx
     jmp leave_spilled
 
-; An access across two pages of RAM goes through a buffer.
+; An access across two pages of RAM goes through a buffer, where it is aligned as it is in memory.
 miss_crossing:
     cmp ecx, 64
     ja miss_slow
@@ -127,13 +127,16 @@ miss_cross:
     pushfq
     cld
     mov rsi, [rbp+CROSS_LOW]
-    lea rdi, [rbp+CROSS]
+    mov r8d, ecx
+    neg r8d
+    and r8d, 63
+    lea rdi, [rbp+r8+CROSS]
     rep movsb
     mov rsi, rdx
     mov rcx, rax
     rep movsb
     popfq
-    lea r10, [rbp+CROSS]
+    lea r10, [rbp+r8+CROSS]
     test r12b, KIND_WRITE
     jnz miss_cross_write
     mov eax, [rbx+16]
@@ -154,9 +157,12 @@ crossed:
     push rdi
     push rcx
     cld
-    lea rsi, [rsp+40+CROSS]
-    mov rdi, [rsp+40+CROSS_LOW]
     mov rcx, [rsp+40+CROSS_LOW_LENGTH]
+    mov esi, ecx
+    neg esi
+    and esi, 63
+    lea rsi, [rsp+rsi+40+CROSS]
+    mov rdi, [rsp+40+CROSS_LOW]
     rep movsb
     mov rdi, [rsp+40+CROSS_HIGH]
     mov rcx, [rsp+40+CROSS_HIGH_LENGTH]

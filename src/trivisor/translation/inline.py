@@ -451,7 +451,7 @@ def movs(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
         pages:
         retry
         {source}
-        check read {size}
+        check read {size} chunk
         mov [rsp+SLOT_ADDRESS], r10
         retry
         {target}

@@ -47,7 +47,12 @@ _CALL_OUTS = {
 } - {Mnemonic.LEAVE}
 
 _HINTS = {
-    getattr(Mnemonic, name) for name in "NOP RESERVEDNOP ENDBR64 ENDBR32 RDSSPD RDSSPQ CLDEMOTE".split()
+    getattr(Mnemonic, name)
+    for name in (
+        "NOP", "RESERVEDNOP", "ENDBR64", "ENDBR32", "RDSSPD", "RDSSPQ", "CLDEMOTE", "PREFETCHW", "PREFETCHWT1",
+        "PREFETCHIT0", "PREFETCHIT1", "BNDMK", "BNDCL", "BNDCU", "BNDCN", "BNDMOV", "BNDLDX", "BNDSTX",
+    )
+    if hasattr(Mnemonic, name)
 }
 """No-operations on every processor, though newer ones make something of them."""
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from iced_x86 import InstructionInfoFactory, OpAccess
+from iced_x86 import InstructionInfoFactory, Mnemonic, OpAccess, Register
 
 from trivisor.machine.exits import Exit
 from trivisor.translation.contract import UnsupportedFeature
 from trivisor.translation.layout import EXITS, OFFSETS
 from trivisor.translation.recipe import KIND_CHUNK
+from trivisor.x86.exceptions import GENERAL_PROTECTION, STACK_FAULT, GuestException
 from trivisor.x86.paging import Access
 
 if TYPE_CHECKING:
@@ -69,7 +70,10 @@ def _access(cpu: TranslationVcpu) -> Prepared | None:
     write, user = bool(description & 1), bool(description & 2)
     check, size, chunk = description >> 4 & 15, description >> 16, description & KIND_CHUNK
     kind = Access.WRITE if write else Access.READ
-    found = mmu.walk(linear, kind, user)
+    try:
+        found = mmu.walk(linear, kind, user)
+    except GuestException as fault:
+        raise _stack_fault(cpu, check) if fault.vector == GENERAL_PROTECTION else fault from None
     room = 0x1000 - (linear & 0xFFF)
     pieces = [(found.physical, min(size, room))]
     ram = mmu.memory.is_ram(found.physical & ~0xFFF, 0x1000)
@@ -85,6 +89,15 @@ def _access(cpu: TranslationVcpu) -> Prepared | None:
         cpu.resume_at(retry)
         return None
     return Prepared(check, linear, size, write, user, pieces)
+
+
+def _stack_fault(cpu: TranslationVcpu, check: int) -> GuestException:
+    """The exception for an address that is not canonical: #SS for one relative to SS (Intel SDM 1, 3.3.7.1)."""
+    instruction = cpu.blocks.instruction(cpu.mode, cpu.core.rip)
+    by_stack = [used.segment == Register.SS for used in _info.info(instruction).used_memory()]
+    if all(by_stack) or (any(by_stack) and (check == 0) == (instruction.mnemonic == Mnemonic.POP)):
+        return GuestException(STACK_FAULT, 0)
+    return GuestException(GENERAL_PROTECTION, 0)
 
 
 def _runs_in(cpu: TranslationVcpu, physical: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from iced_x86 import Encoder, Instruction
+from iced_x86 import Code, Encoder, Instruction
 
 PAGE = 4096
 DATA = 0x20000000
@@ -31,11 +31,13 @@ _PLACEHOLDER_DISTANCE = 0x10
 
 @dataclass(slots=True)
 class Item:
-    """One instruction; a branch leads to the item of number `target` (one past the last is the end)."""
+    """One instruction; a branch (or its operand) leads to the item of number `target` (one past the last is the end)."""
 
     instruction: Instruction
     target: int | None = None
     prefix: bytes = b""
+    keep: bool = False
+    """The next one cannot do without it."""
 
 
 @dataclass(slots=True)
@@ -64,6 +66,15 @@ class Case:
         """The code's bytes and the address of every item and of the end."""
         return lay_out(self.items, self.rip)
 
+    def memory(self, addresses: list[int]) -> bytes:
+        """The data pages beforehand, given the addresses of the items."""
+        if not self.pokes:
+            return self.data
+        out = bytearray(self.data)
+        for at, number in self.pokes:
+            out[at - DATA : at - DATA + 8] = addresses[number].to_bytes(8, "little")
+        return bytes(out)
+
 
 def lay_out(items: list[Item], rip: int) -> tuple[bytes, list[int]]:
     """Encode items one after the other from `rip`; raises ValueError for what cannot be encoded there."""
@@ -73,7 +84,7 @@ def lay_out(items: list[Item], rip: int) -> tuple[bytes, list[int]]:
     for item in items:
         at = addresses[-1]
         if item.target is not None:
-            item.instruction.near_branch64 = at + _PLACEHOLDER_DISTANCE
+            _aim(item.instruction, at + _PLACEHOLDER_DISTANCE)
         encoder.encode(item.instruction, at + len(item.prefix))
         code += item.prefix + encoder.take_buffer()
         addresses.append(rip + len(code))
@@ -81,10 +92,20 @@ def lay_out(items: list[Item], rip: int) -> tuple[bytes, list[int]]:
         code.clear()
         for item, at in zip(items, addresses, strict=False):
             if item.target is not None:
-                item.instruction.near_branch64 = addresses[min(item.target, len(items))]
+                _aim(item.instruction, addresses[min(item.target, len(items))])
             encoder.encode(item.instruction, at + len(item.prefix))
             code += item.prefix + encoder.take_buffer()
     return bytes(code), addresses
+
+
+def _aim(instruction: Instruction, address: int) -> None:
+    """Have a branch, or what makes the address for an indirect one, name `address`."""
+    if instruction.code == Code.LEA_R64_M:
+        instruction.memory_displacement = address
+    elif instruction.code == Code.PUSHQ_IMM32:
+        instruction.immediate32to64 = address
+    else:
+        instruction.near_branch64 = address
 
 
 @dataclass(slots=True)

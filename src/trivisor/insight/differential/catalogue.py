@@ -19,7 +19,7 @@ _EXCLUDED = """
     CPUID RDTSC RDTSCP RDPMC RDRAND RDSEED RDPID XGETBV INT INT1 INT3 INTO SYSCALL SYSRET SYSRETQ SYSENTER SYSEXIT
     SGDT SIDT SLDT STR SMSW LAR LSL VERR VERW LSS LFS LGS MONITOR MWAIT IRETD IRETQ IRET RETF XBEGIN XABORT XEND
     XTEST WRFSBASE WRGSBASE UMWAIT TPAUSE UMONITOR IN OUT INSB INSW INSD OUTSB OUTSW OUTSD XSAVE XSAVE64 XSAVEC
-    XSAVEC64 XSAVEOPT XSAVEOPT64 XRSTOR XRSTOR64 XSAVES XSAVES64 XRSTORS XRSTORS64 SWAPGS CLI STI RSM POPF POPFD
+    XSAVEC64 XSAVEOPT XSAVEOPT64 XRSTOR XRSTOR64 XSAVES XSAVES64 XRSTORS XRSTORS64 SWAPGS CLI STI RSM POPF POPFD POPFQ
     PUSHF PUSHFD LDMXCSR VLDMXCSR ENQCMD ENQCMDS HLT CALL JMP RET LOOP LOOPE LOOPNE STAC CLAC RDSSPD RDSSPQ
     CLZERO VMCALL VMMCALL VMFUNC UD0 UD1 UD2 GETSEC
 """.split()
@@ -66,7 +66,7 @@ def catalogue(features: frozenset[int]) -> dict[str, list[list[int]]]:
     groups: dict[str, dict[int, list[int]]] = {name: defaultdict(list) for name in (SCALAR, VECTOR, X87)}
     for name in dir(Code):
         code = getattr(Code, name)
-        if not isinstance(code, int) or name.startswith("_"):
+        if not isinstance(code, int) or name.startswith(("_", "POPW_", "POPD_", "POPQ_")):
             continue
         instruction = Instruction()
         instruction.code = code

@@ -92,6 +92,15 @@ _LEGACY_STRING = ("MOVSB", "MOVSW", "MOVSD", "MOVSQ", "STOSB", "STOSW", "STOSD",
 _STRINGS = {getattr(Mnemonic, name) for name in _LEGACY_STRING}
 _ALL_FLAGS = {Mnemonic.PUSHF, Mnemonic.PUSHFQ, Mnemonic.LAHF}
 DIVIDES = {Mnemonic.DIV, Mnemonic.IDIV}
+SHIFTS = {
+    getattr(Mnemonic, name) for name in ("SHL", "SHR", "SAR", "SAL", "ROL", "ROR", "RCL", "RCR", "SHLD", "SHRD")
+}
+LEAVE_FLAGS = DIVIDES | _BIT_STRING | SHIFTS | {Mnemonic.BSF, Mnemonic.BSR, Mnemonic.MUL, Mnemonic.IMUL}
+"""Instructions that may leave flags as they were where the manuals have them undefined."""
+MAY_DO_NOTHING = SHIFTS | _STRINGS
+"""Instructions that leave all flags as they were when their count is 0."""
+_NO_ACCESS = {Mnemonic.CLFLUSH, Mnemonic.CLFLUSHOPT, Mnemonic.CLWB}
+"""Those that the translator does nothing for, not even fault."""
 _WRITES = {OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE}
 _X87_FEATURES = {CpuidFeature.FPU, CpuidFeature.FPU287, CpuidFeature.FPU387}
 _JCC = [getattr(Code, f"J{c}_REL{size}_64") for c in "O NO B AE E NE BE A S NS P NP L GE LE G".split()
@@ -162,8 +171,8 @@ class _Draw:
                 self.known, self.used_x87, self.undefined_flags = before[1], before[2], before[4]
                 del self.pokes[before[3] :]
         for item in self.items:
-            if item.target is not None:
-                item.target = min(item.target, len(self.items))
+            while item.target is not None and 0 < item.target < len(self.items) and self.items[item.target - 1].keep:
+                item.target += 1  # not into the middle of what belongs together
         flags = random.getrandbits(12) & 0x8D5 | 0x202 | (0x400 if random.random() < 0.2 else 0)
         return Case(
             self.items, gpr, flags, self.fs_base, self.gs_base, fpu_image(random),
@@ -201,8 +210,8 @@ class _Draw:
         codes = random.choice(self.generator._groups[group])
         self._ordinary(random.choice(codes))
 
-    def _add(self, instruction: Instruction, target: int | None = None, prefix: bytes = b"") -> None:
-        self.items.append(Item(instruction, target, prefix))
+    def _add(self, instruction: Instruction, target: int | None = None, *, keep: bool = False) -> None:
+        self.items.append(Item(instruction, target, keep=keep))
 
     def _ordinary(self, code: int) -> None:
         random = self.random
@@ -285,26 +294,25 @@ class _Draw:
         else:
             raise Impossible
 
-    def _finish(self, instruction: Instruction, target: int | None = None) -> None:
+    def _finish(self, instruction: Instruction, target: int | None = None, *, keep: bool = False) -> None:
         """Add it, and note what it does to the known registers."""
         random = self.random
         moves = instruction.stack_pointer_increment
         if moves and RSP not in self.known:
             raise Impossible
         if instruction.mnemonic == Mnemonic.ENTER:
-            if RBP not in self.known:
-                raise Impossible
+            self._ensure(RBP, DATA + random.randrange(64, 3 * PAGE))
             instruction.set_immediate_u32(1, random.choice((0, 0, 1, 2, 3)))
         if instruction.mnemonic in (Mnemonic.MASKMOVQ, Mnemonic.MASKMOVDQU, Mnemonic.VMASKMOVDQU):
             raise Impossible
-        # A division does not touch the flags on some processors, but the translator does not keep them.
+        # What these leave undefined is not touched on some processors, but the translator does not keep it.
         if instruction.rflags_read & self.undefined_flags or (
             self.undefined_flags and instruction.mnemonic in _ALL_FLAGS
         ):
             raise Impossible
-        if not instruction.rflags_read:
+        if not instruction.rflags_read and instruction.mnemonic not in MAY_DO_NOTHING:
             self.undefined_flags &= ~instruction.rflags_modified
-        if instruction.mnemonic in DIVIDES:
+        if instruction.mnemonic in LEAVE_FLAGS:
             self.undefined_flags |= instruction.rflags_undefined
         stack = self.known.get(RSP)
         for used in self.generator._info.info(instruction).used_registers():
@@ -316,7 +324,7 @@ class _Draw:
                 self.known[RSP] = (stack + moves) & MASK64
         if not _X87_FEATURES.isdisjoint(instruction.cpuid_features()):
             self.used_x87 = True
-        self._add(instruction, target)
+        self._add(instruction, target, keep=keep)
 
     # -- memory ---------------------------------------------------------------------------------------------
 
@@ -344,6 +352,8 @@ class _Draw:
         random = self.random
         size = MemorySizeExt.size(instruction.memory_size) or 16
         target = self._target(size)
+        if instruction.mnemonic in _NO_ACCESS:
+            target = DATA + random.randrange(PAGE)
         if instruction.mnemonic in _BIT_STRING and instruction.op_kind(1) == OpKind.REGISTER:
             target = self._bit_string_target(instruction, target, size)
         base = 0
@@ -453,6 +463,8 @@ class _Draw:
             instruction.segment_prefix = segment
             segment_base = self.fs_base if segment == Register.FS else self.gs_base
         target = self._target(size * random.choice((1, 1, 8, 24)))
+        if not DATA - PAGE <= target < DATA_END:
+            target = DATA  # what is beside the data in the code page is not the same on both sides
         offset = (target - segment_base) & MASK64
         if self._narrow and offset >> 32:
             raise Impossible
@@ -486,7 +498,7 @@ class _Draw:
             instruction = Instruction.create_reg_i64(Code.MOV_RM64_IMM32, _R64[number], signed)
         else:
             instruction = Instruction.create_reg_u64(Code.MOV_R64_IMM64, _R64[number], value)
-        self._add(instruction)
+        self._add(instruction, keep=True)
         self.known[number] = value
 
     # -- specials -------------------------------------------------------------------------------------------
@@ -545,11 +557,7 @@ class _Draw:
             lea.set_op_kind(1, OpKind.MEMORY)
             lea.memory_base = Register.RIP
             lea.memory_displ_size = 8
-            # Two bytes of jump follow, three with REX.
-            high = register in _R64[8:]
-            self._add(lea)
-            _, addresses = lay_out(self.items[:-1], self.code)
-            lea.memory_displacement = addresses[-1] + 7 + (3 if high else 2)
+            self._add(lea, len(self.items) + 2, keep=True)
             self.known.pop(_NUMBER[register], None)
             jump = Instruction.create_reg(Code.CALL_RM64 if call else Code.JMP_RM64, register)
             self._finish(jump)
@@ -571,11 +579,8 @@ class _Draw:
         if RSP not in self.known or self.code >> 31:
             raise Impossible
         random = self.random
-        _, addresses = lay_out(self.items, self.code)
         drop = random.random() < 0.4
-        after = addresses[-1] + 5 + (3 if drop else 1)
-        push = Instruction.create_i32(Code.PUSHQ_IMM32, after)
-        self._finish(push)
+        self._finish(Instruction.create_i32(Code.PUSHQ_IMM32, 0), len(self.items) + 2, keep=True)
         if drop:
             self._finish(Instruction.create_i32(Code.RETNQ_IMM16, random.randrange(0, 64)))
         else:
@@ -595,7 +600,7 @@ class _Draw:
                 raise Impossible
             value = random.getrandbits(12) & 0x8D5 | 0x200 | (0x400 if random.random() < 0.2 else 0)
             value |= 0x200000 if random.random() < 0.1 else 0
-            self._finish(Instruction.create_i32(Code.PUSHQ_IMM32, value))
+            self._finish(Instruction.create_i32(Code.PUSHQ_IMM32, value), keep=True)
             instruction.code = Code.POPFQ
         elif kind < 0.75:
             instruction.code = random.choice((Code.STD, Code.CLD))

@@ -193,11 +193,9 @@ class NativeHost:
 
     def run(self, case: Case) -> Result:
         """Run the case natively."""
-        control, code, words = self.control, *case.layout()
+        control, (code, addresses) = self.control, case.layout()
         _libc.mprotect(READ_ONLY, PAGE, mmap.PROT_READ | mmap.PROT_WRITE)
-        self.data[:] = case.data
-        for address, number in case.pokes:
-            pack_into("<Q", self.data, address - DATA, words[number])
+        self.data[:] = case.memory(addresses)
         _libc.mprotect(READ_ONLY, PAGE, mmap.PROT_READ)
         page = self._code[case.code_page]
         page[CODE_DATA : CODE_DATA + CODE_DATA_SIZE] = case.code_data
@@ -212,7 +210,7 @@ class NativeHost:
         *gpr, flags, number, vector, error, cr2, rip = unpack_from("<22Q", control, _FIELDS["OUT_GPR"])
         return Result(
             gpr,
-            rip if number else words[-1],
+            rip if number else addresses[-1],
             flags,
             bytes(control[_FIELDS["OUT_FPU"] : _FIELDS["OUT_FPU"] + FPU_SIZE]),
             bytes(self.data),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from struct import pack_into, unpack_from
+from struct import unpack_from
 
 from trivisor.insight.differential.case import (
     CODE_DATA,
@@ -130,11 +130,9 @@ class TranslatedGuest:
         """Run the case; raises Skipped for what the engine does not have."""
         view, vcpu = self.memory.view, self.vcpu
         code, addresses = case.layout()
+        content = case.memory(addresses)
         for number, frame in enumerate(_DATA_FRAMES):
-            view[frame : frame + PAGE] = case.data[number * PAGE : (number + 1) * PAGE]
-        for address, number in case.pokes:
-            offset = address - DATA
-            pack_into("<Q", view, _DATA_FRAMES[offset >> 12] + (offset & 0xFFF), addresses[number])
+            view[frame : frame + PAGE] = content[number * PAGE : (number + 1) * PAGE]
         frames = _CODE_FRAMES[case.code_page]
         full, at = code + _UD2, case.code_offset
         before = full[: PAGE - at] if at < PAGE else b""

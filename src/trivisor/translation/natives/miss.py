@@ -94,6 +94,8 @@ miss_slow:
 miss_crossing:
     cmp ecx, 64
     ja miss_slow
+    test r12d, KIND_CHUNK
+    jnz miss_slow
     test r12b, KIND_WRITE
     jz miss_cross
     cmp dword [rbx+20], 0

@@ -75,7 +75,7 @@ class Emission:
         block, out, base = self.block, self.out, self.base
         rip = at = block.rip
         if not self.single:
-            self._prologue(bool(live))
+            self._prologue()
             block.polled = base + len(out)
             out += POLL
         body = len(out)
@@ -104,23 +104,17 @@ class Emission:
         block.map = locations.tobytes()
         block.end = base + len(out)
 
-    def _prologue(self, flags_live: bool) -> None:
-        """The checked entry: on with the block if r10 is its address, else to the look-up."""
+    def _prologue(self) -> None:
+        """The checked entry: on with the block if r10 is its address, else to the look-up.
+
+        No flag may change here: if r10 is another block's address, that block may want them.
+        """
         out, rip = self.out, self.block.rip
-        if flags_live:
-            # Comparing without flags: r10 - rip in rcx, and JRCXZ.
-            out += b"\x49\xbb" + pack("<Q", -rip & _MASK64)  # mov r11, -rip
-            out += _COMPARE_START
-            out += b"\x49\xbb" + pack("<Q", rip)  # mov r11, rip
-            out += _COMPARE_DIFFERS
-            out += b"\xe9" + pack("<i", self.lookup - (self.base + len(out) + 5))
-            out += _COMPARE_SAME
-            return
-        if self.near:
-            out += b"\x49\x81\xfa" + pack("<I", rip & 0xFFFFFFFF)  # cmp r10, rip
-        else:
-            out += b"\x49\xbb" + pack("<Q", rip) + b"\x4d\x39\xda"  # mov r11, rip; cmp r10, r11
-        out += b"\x0f\x85" + pack("<i", self.lookup - (self.base + len(out) + 6))
+        out += _add_to_r10(-rip & _MASK64, self.near) + _COMPARE_START
+        differs = _COMPARE_DIFFERS + _add_to_r10(rip, self.near)
+        out += bytes((0xE3, len(differs) + 5)) + differs  # jrcxz same
+        out += b"\xe9" + pack("<i", self.lookup - (self.base + len(out) + 5))
+        out += _COMPARE_SAME
 
     def _ending(self, last: Recipe, next_rip: int) -> None:
         out = self.out
@@ -219,13 +213,16 @@ class Emission:
             out += _CALL_CHAIN + pack("<I", number)
 
 
-_COMPARE_DIFFERS = asm("mov rcx, [rsp+SCRATCH_0]\n lea r10, [r10+r11]")
-_COMPARE_SAME = asm("mov rcx, [rsp+SCRATCH_0]")
-_COMPARE_START = (
-    asm("lea r10, [r10+r11]\n mov [rsp+SCRATCH_0], rcx\n mov rcx, r10")
-    + b"\xe3"
-    + bytes((10 + len(_COMPARE_DIFFERS) + 5,))
-)
+_COMPARE_START = asm("mov r11, rcx\n mov rcx, r10")
+_COMPARE_DIFFERS = asm("mov rcx, r11")
+_COMPARE_SAME = asm("mov rcx, r11")
+
+
+def _add_to_r10(value: int, near: bool) -> bytes:
+    """LEA: no flag changes."""
+    if near:
+        return b"\x4d\x8d\x92" + pack("<I", value & 0xFFFFFFFF)  # lea r10, [r10+value]
+    return b"\x49\xbb" + pack("<Q", value) + b"\x4f\x8d\x14\x1a"  # mov r11, value; lea r10, [r10+r11]
 
 
 def _rip_into_r10(rip: int) -> bytes:

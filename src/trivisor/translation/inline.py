@@ -139,8 +139,9 @@ def pop(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> No
         number = GPR[instruction.op0_register][0]
         if number == RSP:
             if size == 2:
-                recipe.ends = Missing()
-            recipe.code("mov r15, [r10]" if size == 8 else "mov r15d, [r10]")
+                recipe.code("lea r15, [r15+2]\n mov r15w, [r10]")
+            else:
+                recipe.code("mov r15, [r10]" if size == 8 else "mov r15d, [r10]")
             return
         if number in DISPLACED:
             if size == 2:

@@ -25,7 +25,7 @@ from iced_x86 import (
     RegisterExt,
 )
 
-from trivisor.translation import inline
+from trivisor.translation import inline, vector_access
 from trivisor.translation.modes import CallOut, Jump, Missing, Mode, Raise
 from trivisor.translation.recipe import ARITHMETIC, Recipe, asm
 from trivisor.translation.registers import (
@@ -228,6 +228,15 @@ class InstructionMaker:
         """An instruction that runs as itself, on the host's registers and memory."""
         self.flags(recipe, instruction)
         info = self._info.info(instruction)
+        if instruction.mnemonic in vector_access.MASKED_MOVES:
+            vector_access.masked_move(self, recipe, instruction)
+            return
+        if instruction.mnemonic in vector_access.BYTE_MOVES:
+            vector_access.byte_move(self, recipe, instruction)
+            return
+        if instruction.is_vsib and instruction.op0_kind == OpKind.REGISTER:
+            vector_access.gather(self, recipe, instruction)
+            return
         if instruction.is_vsib or any(
             instruction.op_kind(i)
             in (OpKind.MEMORY_SEG_DI, OpKind.MEMORY_SEG_EDI, OpKind.MEMORY_SEG_RDI, OpKind.MEMORY_SEG_SI,

@@ -164,6 +164,7 @@ for _segment in SEGMENT_ORDER:
 
 _cursor.field("SLOT", 64, 64)  # an operand on its way
 _cursor.field("SLOT_ADDRESS")
+_cursor.field("VECTORS", 96, 32)  # data, indexes and mask of an instruction that goes by elements
 _cursor.field("MARKS", 8 * 64)  # free-running counters of inline events, by index
 _cursor.field("BOUNCE", 4 * 8192, 4096)  # where single accesses to MMIO and across pages happen
 _cursor.field("CROSS", 128, 64)  # an access across pages

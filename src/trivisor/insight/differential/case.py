@@ -104,6 +104,8 @@ def _aim(instruction: Instruction, address: int) -> None:
         instruction.memory_displacement = address
     elif instruction.code == Code.PUSHQ_IMM32:
         instruction.immediate32to64 = address
+    elif instruction.code == Code.MOV_RM32_IMM32:
+        instruction.memory_displacement = address + 2  # the immediate of a MOV_R64_IMM64
     else:
         instruction.near_branch64 = address
 

@@ -11,6 +11,7 @@ from random import Random
 from iced_x86 import (
     Code,
     CpuidFeature,
+    Decoder,
     Encoder,
     Instruction,
     InstructionInfoFactory,
@@ -79,12 +80,14 @@ _IMMEDIATES = {
     _K.IMM16: (OpKind.IMMEDIATE16, 16), _K.IMM32: (OpKind.IMMEDIATE32, 32),
     _K.IMM32SEX64: (OpKind.IMMEDIATE32TO64, 32), _K.IMM64: (OpKind.IMMEDIATE64, 64),
 }  # fmt: skip
+_QUADWORD_INDEX = {Mnemonic.VPGATHERQD, Mnemonic.VPGATHERQQ, Mnemonic.VGATHERQPS, Mnemonic.VGATHERQPD}
 _VSIB = {_K.MEM_VSIB32X: _XMM, _K.MEM_VSIB64X: _XMM, _K.MEM_VSIB32Y: _YMM, _K.MEM_VSIB64Y: _YMM}
 _STRING = {
     _K.SEG_RSI: (RSI, OpKind.MEMORY_SEG_RSI, OpKind.MEMORY_SEG_ESI),
     _K.ES_RDI: (RDI, OpKind.MEMORY_ESRDI, OpKind.MEMORY_ESEDI),
     _K.SEG_RDI: (RDI, OpKind.MEMORY_SEG_RDI, OpKind.MEMORY_SEG_EDI),
 }
+_STRING_KINDS = {kind for _, *kinds in _STRING.values() for kind in kinds}
 _BIT_STRING = {Mnemonic.BT, Mnemonic.BTS, Mnemonic.BTR, Mnemonic.BTC}
 _SAVES_X87 = {getattr(Mnemonic, n) for n in ("FNSTENV", "FNSAVE", "FXSAVE", "FXSAVE64", "FSTENV", "FSAVE")}
 _LEGACY_STRING = ("MOVSB", "MOVSW", "MOVSD", "MOVSQ", "STOSB", "STOSW", "STOSD", "STOSQ", "LODSB", "LODSW", "LODSD",
@@ -106,6 +109,9 @@ _X87_FEATURES = {CpuidFeature.FPU, CpuidFeature.FPU287, CpuidFeature.FPU387}
 _JCC = [getattr(Code, f"J{c}_REL{size}_64") for c in "O NO B AE E NE BE A S NS P NP L GE LE G".split()
         for size in (8, 32)] + [Code.JRCXZ_REL8_64, Code.JECXZ_REL8_64]  # fmt: skip
 _LOOPS = [getattr(Code, f"{name}_REL8_64_{c}") for name in ("LOOP", "LOOPE", "LOOPNE") for c in ("RCX", "ECX")]
+
+
+_PREFIXES = (0x66, 0xF2, 0xF3, 0x2E, 0x3E, 0x26, 0x36, *range(0x40, 0x50))
 
 
 class Impossible(Exception):
@@ -142,6 +148,8 @@ class _Draw:
         self.pokes: list[tuple[int, int]] = []
         self.used_x87 = False
         self.undefined_flags = 0
+        self.skipped_to = 0
+        """Items before this one may be jumped over."""
         self._narrow = False
 
     def case(self) -> Case:
@@ -166,13 +174,16 @@ class _Draw:
                 self._one()
                 lay_out(self.items, self.code)
                 drawn += 1
+                if before[0] < self.skipped_to:  # it may not run
+                    self.known = {n: value for n, value in self.known.items() if before[1].get(n) == value}
             except (Impossible, ValueError):
                 del self.items[before[0] :]
                 self.known, self.used_x87, self.undefined_flags = before[1], before[2], before[4]
                 del self.pokes[before[3] :]
-        for item in self.items:
-            while item.target is not None and 0 < item.target < len(self.items) and self.items[item.target - 1].keep:
-                item.target += 1  # not into the middle of what belongs together
+        for number, item in enumerate(self.items):
+            target = item.target
+            while target and target > number and not item.keep and target < len(self.items) and self.items[target - 1].keep:
+                item.target = target = target + 1  # not into the middle of what belongs together
         flags = random.getrandbits(12) & 0x8D5 | 0x202 | (0x400 if random.random() < 0.2 else 0)
         return Case(
             self.items, gpr, flags, self.fs_base, self.gs_base, fpu_image(random),
@@ -230,8 +241,6 @@ class _Draw:
             if self._is_memory(kind):
                 memory = number
                 instruction.set_op_kind(number, OpKind.MEMORY)
-                if kind in _VSIB:
-                    instruction.memory_index = random.choice(_VSIB[kind])
             elif kind in _STRING:
                 self._string_operand(instruction, number, kind, info)
             elif kind == _K.SEG_RBX_AL:
@@ -240,8 +249,8 @@ class _Draw:
                 self._plain_operand(instruction, number, kind)
         if memory is not None:
             if kinds[memory] in _VSIB:
-                raise Impossible
-            if kinds[memory] == _K.MEM_OFFS:
+                self._gather_operand(instruction, _VSIB[kinds[memory]])
+            elif kinds[memory] == _K.MEM_OFFS:
                 self._offset_operand(instruction)
             else:
                 self._memory_operand(instruction, memory)
@@ -301,16 +310,19 @@ class _Draw:
         if moves and RSP not in self.known:
             raise Impossible
         if instruction.mnemonic == Mnemonic.ENTER:
-            self._ensure(RBP, DATA + random.randrange(64, 3 * PAGE))
+            if abs(self.known[RSP] - self._ensure(RBP, DATA + random.randrange(64, 3 * PAGE))) < 128:
+                raise Impossible  # the frame pointers that it reads are among those that it writes
             instruction.set_immediate_u32(1, random.choice((0, 0, 1, 2, 3)))
-        if instruction.mnemonic in (Mnemonic.MASKMOVQ, Mnemonic.MASKMOVDQU, Mnemonic.VMASKMOVDQU):
+        if instruction.mnemonic in (Mnemonic.LDMXCSR, Mnemonic.VLDMXCSR) and random.random() < 0.5:
             raise Impossible
         # What these leave undefined is not touched on some processors, but the translator does not keep it.
         if instruction.rflags_read & self.undefined_flags or (
             self.undefined_flags and instruction.mnemonic in _ALL_FLAGS
         ):
             raise Impossible
-        if not instruction.rflags_read and instruction.mnemonic not in MAY_DO_NOTHING:
+        self.skipped_to = max(self.skipped_to, target or 0)
+        may_do_nothing = instruction.mnemonic in MAY_DO_NOTHING or len(self.items) < self.skipped_to
+        if not instruction.rflags_read and not may_do_nothing:
             self.undefined_flags &= ~instruction.rflags_modified
         if instruction.mnemonic in LEAVE_FLAGS:
             self.undefined_flags |= instruction.rflags_undefined
@@ -324,7 +336,20 @@ class _Draw:
                 self.known[RSP] = (stack + moves) & MASK64
         if not _X87_FEATURES.isdisjoint(instruction.cpuid_features()):
             self.used_x87 = True
-        self._add(instruction, target, keep=keep)
+        prefix = self._idle_prefixes(instruction) if target is None and random.random() < 0.08 else b""
+        self.items.append(Item(instruction, target, prefix, keep))
+
+    def _idle_prefixes(self, instruction: Instruction) -> bytes:
+        """Prefixes that change nothing about the instruction."""
+        _, addresses = lay_out(self.items, self.code)
+        prefix = bytes(self.random.choice(_PREFIXES) for _ in range(self.random.choice((1, 1, 2))))
+        at = addresses[-1]
+        encoder = self.generator._encoder
+        encoder.encode(instruction, at + len(prefix))
+        code = prefix + encoder.take_buffer()
+        found = Decoder(64, code, ip=at).decode()
+        plain = Decoder(64, code[len(prefix) :], ip=at + len(prefix)).decode()
+        return prefix if found.len == len(code) and found == plain else b""
 
     # -- memory ---------------------------------------------------------------------------------------------
 
@@ -440,6 +465,37 @@ class _Draw:
         instruction.memory_displacement = offset
         instruction.memory_displ_size = 4 if narrow else 8
 
+    def _gather_operand(self, instruction: Instruction, file: list[int]) -> None:
+        """An index vector with known, small elements, loaded from the code page; base and scale lead to the data."""
+        random = self.random
+        numbers = random.sample(range(16), 3)
+        index = file[numbers[0]]
+        for operand, number in ((0, numbers[1]), (2, numbers[2])):
+            own = _YMM if RegisterExt.is_ymm(instruction.op_register(operand)) else _XMM
+            instruction.set_op_register(operand, own[number])
+        wide = instruction.mnemonic in _QUADWORD_INDEX
+        # Index elements: a broadcast of one, then small differences by an arithmetic right shift of random data.
+        code = Code.VEX_VPSRAD_YMM_YMM_IMM8 if not wide else Code.VEX_VPSRLQ_YMM_YMM_IMM8
+        bits = random.choice((4, 7, 8, 8, 11))
+        source = random.choice(_YMM)
+        whole = _YMM[numbers[0]]
+        self._add(
+            Instruction.create_reg_reg_u32(code, whole, source, (64 if wide else 32) - bits), keep=True
+        )
+        target = DATA + random.choice((0x800, 0x1000, 0x1800, 0x2000, 0x2800, 0x3000))
+        base = random.choice([n for n in self.known if n != RSP] or [RAX])
+        scale = random.choice((1, 2, 4, 8))
+        segment = random.choice((Register.NONE, Register.NONE, Register.FS, Register.GS))
+        offset = target - {Register.FS: self.fs_base, Register.GS: self.gs_base}.get(segment, 0) & MASK64
+        displacement = random.choice((0, 4, random.randrange(-200, 200)))
+        self._ensure(base, (offset - displacement) & MASK64)
+        instruction.segment_prefix = segment
+        instruction.memory_base = _R64[base]
+        instruction.memory_index = index
+        instruction.memory_index_scale = scale
+        instruction.memory_displacement = displacement & MASK64
+        instruction.memory_displ_size = 8
+
     def _bit_string_target(self, instruction: Instruction, target: int, size: int) -> int:
         """Where the operand must be for the bit of a known register to lie at `target`."""
         register = instruction.op_register(1)
@@ -489,10 +545,10 @@ class _Draw:
         instruction.memory_base = Register.RBX
         instruction.memory_index = Register.AL
 
-    def _ensure(self, number: int, value: int) -> None:
-        """Have a register hold a value: add a MOV before the instruction."""
+    def _ensure(self, number: int, value: int) -> int:
+        """Have a register hold a value: add a MOV before the instruction.  Returns the value."""
         if self.known.get(number) == value:
-            return
+            return value
         if _fits(value, 32) and self.random.random() < 0.7:
             signed = value - (1 << 64) if value >> 63 else value
             instruction = Instruction.create_reg_i64(Code.MOV_RM64_IMM32, _R64[number], signed)
@@ -500,6 +556,7 @@ class _Draw:
             instruction = Instruction.create_reg_u64(Code.MOV_R64_IMM64, _R64[number], value)
         self._add(instruction, keep=True)
         self.known[number] = value
+        return value
 
     # -- specials -------------------------------------------------------------------------------------------
 
@@ -515,7 +572,11 @@ class _Draw:
         random = self.random
         here = len(self.items)
         kind = random.random()
-        if kind < 0.5:
+        if kind < 0.08:
+            self._loop()
+        elif kind < 0.15:
+            self._modify_code()
+        elif kind < 0.5:
             instruction = Instruction.create_branch(random.choice(_JCC), 0)
             self._finish(instruction, here + 1 + random.choice((0, 1, 1, 2)))
             self.known.pop(RSP, None)  # what is jumped over may move it
@@ -539,6 +600,38 @@ class _Draw:
             self._indirect()
         else:
             self._return()
+
+    def _loop(self) -> None:
+        """One instruction a few times."""
+        random = self.random
+        self.known.pop(RCX, None)
+        self._ensure(RCX, random.randrange(1, 5))
+        start, known = len(self.items), dict(self.known)
+        self._ordinary(random.choice(random.choice(self.generator._groups[random.choice((SCALAR, VECTOR))])))
+        body = self.items[-1].instruction
+        changed = {number for number in known if number not in self.known or self.known[number] != known[number]}
+        address = {_NUMBER.get(r) for r in (body.memory_base, body.memory_index)}
+        if len(self.items) != start + 1 or changed & (address | {RCX, RSP}) or self.undefined_flags:
+            raise Impossible
+        if any(body.op_kind(i) != OpKind.MEMORY and body.op_kind(i) in _STRING_KINDS for i in range(body.op_count)):
+            raise Impossible
+        self.items[-1].keep = True
+        self._finish(Instruction.create_branch(Code.LOOP_REL8_64_RCX, 0), start)
+
+    def _modify_code(self) -> None:
+        """A store into the immediate of the instruction after it."""
+        random = self.random
+        store = Instruction()
+        store.code = Code.MOV_RM32_IMM32
+        store.set_op_kind(0, OpKind.MEMORY)
+        store.memory_base = Register.RIP
+        store.memory_displ_size = 8
+        store.set_op_kind(1, OpKind.IMMEDIATE32)
+        store.set_immediate_u32(1, random.getrandbits(32))
+        self._add(store, len(self.items) + 1, keep=True)
+        number = random.choice((0, 3, 6, 10, 13))
+        self.known.pop(number, None)
+        self._add(Instruction.create_reg_u64(Code.MOV_R64_IMM64, _R64[number], random.getrandbits(64)))
 
     def _indirect(self) -> None:
         """JMP or CALL to the next instruction through a register or memory."""

@@ -6,13 +6,14 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from iced_x86 import CpuidFeature, Decoder, Formatter, FormatterSyntax, MemorySizeExt, Mnemonic, OpKind, RegisterExt, RflagsBits
+from iced_x86 import CpuidFeature, Decoder, Formatter, FormatterSyntax, Instruction, MemorySizeExt, Mnemonic, OpKind, RegisterExt, RflagsBits
 
 from trivisor.insight.differential.case import DATA, GPR_NAMES, Case, Item, Result, Skipped
 from trivisor.insight.differential.generator import LEAVE_FLAGS, MAY_DO_NOTHING, Generator
 from trivisor.insight.differential.native import NativeHost
 from trivisor.insight.differential.translated import TranslatedGuest
 from trivisor.translation.recipe import asm, fragment
+from trivisor.translation.vector_access import BYTE_MOVES
 
 _END = -1
 _PAGE_FAULT = 14
@@ -22,6 +23,7 @@ _FPU_IGNORED = (slice(6, 24), slice(28, 32), slice(416, 576))
 """x87 operation and its addresses, MXCSR_MASK, unused bytes and XSAVE's header."""
 _X87_STATE = slice(2, 160)
 """An MMX instruction that faults may have set the top of stack and the tags already."""
+_MXCSR_FLAGS = 24
 _X87 = {CpuidFeature.FPU, CpuidFeature.FPU287, CpuidFeature.FPU387, CpuidFeature.MMX}
 _RFLAGS = {
     RflagsBits.OF: 0x800, RflagsBits.SF: 0x80, RflagsBits.ZF: 0x40, RflagsBits.AF: 0x10, RflagsBits.CF: 1,
@@ -188,12 +190,11 @@ def differences(case: Case, expected: Result, found: Result) -> list[str]:
 
     if (expected.vector, expected.rip) != (found.vector, found.rip):
         differ("end", _end(expected, addresses), _end(found, addresses))
-    elif expected.vector == _PAGE_FAULT:
+    elif expected.vector == _PAGE_FAULT and not _is_byte_move(case, expected, addresses):
         mask = ~0 if case.user else ~4
         if expected.cr2 >> 63:
             mask &= ~1  # the host may have something there
-        # The order in which large operands are accessed is the processor's own business.
-        where = ~0xFFF if _operand_size(case, expected, addresses) >= 28 else ~0
+        where = ~0 if _is_exact(case, expected, addresses) else ~0xFFF
         if (expected.error & mask, expected.cr2 & where) != (found.error & mask, found.cr2 & where):
             differ("page fault", f"{expected.error:#x} at {expected.cr2:#x}", f"{found.error:#x} at {found.cr2:#x}")
     for name, native, translated in zip(GPR_NAMES, expected.gpr, found.gpr, strict=True):
@@ -203,8 +204,13 @@ def differences(case: Case, expected: Result, found: Result) -> list[str]:
     if (expected.rflags ^ found.rflags) & mask:
         differ("flags", _flags(expected.rflags & mask), _flags(found.rflags & mask))
     one, other = bytearray(expected.fpu), bytearray(found.fpu)
+    if _is_gather(case, expected, addresses):
+        other = one  # it may have got some of its elements; the translator commits all or none
     for ignored in (*_FPU_IGNORED, _X87_STATE) if _is_mmx(case, expected, addresses) else _FPU_IGNORED:
         one[ignored] = other[ignored] = bytes(ignored.stop - ignored.start)
+    if expected.vector == _PAGE_FAULT:
+        one[_MXCSR_FLAGS] |= 0x3F  # a conversion that goes to memory may have been done already
+        other[_MXCSR_FLAGS] |= 0x3F
     _bytes_differ(lines, "fpu", 0, bytes(one), bytes(other))
     if not _is_enter(case, expected, addresses):
         _bytes_differ(lines, "memory", DATA, expected.data, found.data)
@@ -221,10 +227,11 @@ def _uncertain_flags(case: Case, expected: Result, addresses: list[int]) -> int:
     translator does not keep them.
     """
     ran = addresses.index(expected.rip) if expected.rip in addresses else len(case.items)
-    uncertain = 0
-    for item in case.items[:ran]:
+    uncertain = skipped_to = 0
+    for number, item in enumerate(case.items[:ran]):
         instruction = item.instruction
-        if instruction.mnemonic not in MAY_DO_NOTHING:
+        skipped_to = max(skipped_to, item.target or 0)
+        if number >= skipped_to and instruction.mnemonic not in MAY_DO_NOTHING:
             uncertain &= ~instruction.rflags_modified
         if instruction.mnemonic in LEAVE_FLAGS:
             uncertain |= instruction.rflags_undefined
@@ -254,16 +261,41 @@ def _faults_twice(case: Case, expected: Result, found: Result, addresses: list[i
 
 def _operand_size(case: Case, result: Result, addresses: list[int]) -> int:
     """Bytes of the memory operand of the instruction that faulted."""
-    if result.rip not in addresses[:-1]:
-        return 0
-    return MemorySizeExt.size(case.items[addresses.index(result.rip)].instruction.memory_size)
+    instruction = _faulting(case, result, addresses)
+    return 0 if instruction is None else MemorySizeExt.size(instruction.memory_size)
+
+
+def _faulting(case: Case, result: Result, addresses: list[int]) -> Instruction | None:
+    """The instruction that faulted."""
+    if result.vector == _END or result.rip not in addresses[:-1]:
+        return None
+    return case.items[addresses.index(result.rip)].instruction
+
+
+def _is_exact(case: Case, result: Result, addresses: list[int]) -> bool:
+    """Whether the address of a page fault is that of the operand's first byte, rather than the processor's choice."""
+    instruction = _faulting(case, result, addresses)
+    if instruction is None:
+        return True
+    size = MemorySizeExt.size(instruction.memory_size)
+    return size < 28 and not (size > 10 and _X87.issuperset(instruction.cpuid_features()))
+
+
+def _is_byte_move(case: Case, result: Result, addresses: list[int]) -> bool:
+    instruction = _faulting(case, result, addresses)
+    return instruction is not None and instruction.mnemonic in BYTE_MOVES
+
+
+def _is_gather(case: Case, result: Result, addresses: list[int]) -> bool:
+    instruction = _faulting(case, result, addresses)
+    return instruction is not None and instruction.is_vsib
 
 
 def _is_mmx(case: Case, result: Result, addresses: list[int]) -> bool:
     """Whether the instruction that faulted uses an MMX register."""
-    if result.vector == _END or result.rip not in addresses[:-1]:
+    instruction = _faulting(case, result, addresses)
+    if instruction is None:
         return False
-    instruction = case.items[addresses.index(result.rip)].instruction
     return any(
         instruction.op_kind(i) == OpKind.REGISTER and RegisterExt.is_mm(instruction.op_register(i))
         for i in range(instruction.op_count)
@@ -272,9 +304,8 @@ def _is_mmx(case: Case, result: Result, addresses: list[int]) -> bool:
 
 def _is_enter(case: Case, expected: Result, addresses: list[int]) -> bool:
     """Whether the fault is one of ENTER, which may have written below the stack pointer before."""
-    if expected.vector == _END or expected.rip not in addresses:
-        return False
-    return case.items[addresses.index(expected.rip)].instruction.mnemonic == Mnemonic.ENTER
+    instruction = _faulting(case, expected, addresses)
+    return instruction is not None and instruction.mnemonic == Mnemonic.ENTER
 
 
 def _bytes_differ(lines: list[str], what: str, base: int, native: bytes, translated: bytes) -> None:

@@ -5,23 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trivisor.monitor import VirtualMachine
-    from trivisor.outcome import Outcome, StopReason
+    from trivisor.monitor import Outcome, StopReason, VirtualMachine
 
 __version__ = "0.1.0"
 __all__ = ["Outcome", "StopReason", "VirtualMachine", "__version__"]
 
-_HOMES = {
-    "VirtualMachine": "trivisor.monitor",
-    "Outcome": "trivisor.outcome",
-    "StopReason": "trivisor.outcome",
-}
-
 
 def __getattr__(name: str) -> Any:
     """Import the public names when they are first used, so that `trivisor --help` stays quick."""
-    if name in _HOMES:
-        from importlib import import_module
+    if name in ("Outcome", "StopReason", "VirtualMachine"):
+        from trivisor import monitor
 
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(monitor, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

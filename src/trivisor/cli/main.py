@@ -27,7 +27,7 @@ def cli() -> None:
 @cli.command()
 def doctor() -> None:
     """Say which techniques this machine can use, and why not the others."""
-    from trivisor.techniques import TECHNIQUES
+    from trivisor.monitor.techniques import TECHNIQUES
 
     for technique in TECHNIQUES.values():
         verdict = "available" if technique.available else technique.missing
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _failed(error: Exception) -> int:
     """Say in one line what went wrong; the exit status for it."""
     from trivisor.guests.debian import GuestUnavailable
-    from trivisor.techniques import TechniqueUnavailable
+    from trivisor.monitor import TechniqueUnavailable
 
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         click.echo(error.format_message(), err=True)

@@ -65,7 +65,7 @@ def _modules(_context: click.Context, _option: click.Parameter, values: tuple[st
 
 
 def _memory(_context: click.Context, _option: click.Parameter, value: str) -> str:
-    from trivisor.sizes import parse_memory
+    from trivisor.monitor.sizes import parse_memory
 
     try:
         parse_memory(value)

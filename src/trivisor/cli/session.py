@@ -15,7 +15,7 @@ from trivisor.cli.report import print_statistics, write_statistics
 from trivisor.cli.run import Request
 from trivisor.cli.serial import Serial, open_serial
 from trivisor.monitor import VirtualMachine
-from trivisor.outcome import Outcome, StopReason
+from trivisor.monitor.outcome import Outcome, StopReason
 
 STATUS_CANNOT_WRITE = 1
 STATUS_CLOSED_OUTPUT = 128 + signal.SIGPIPE

@@ -21,7 +21,7 @@ from trivisor.boot import ImageError
 from trivisor.cli import session
 from trivisor.cli.main import main
 from trivisor.guests.debian import GuestUnavailable
-from trivisor.outcome import Outcome, StopReason
+from trivisor.monitor.outcome import Outcome, StopReason
 
 POWERED_OFF = Outcome(StopReason.POWEROFF, "the guest powered off")
 Behaviour = Callable[["FakeMachine"], Outcome]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from trivisor.cli.report import print_statistics, write_statistics
-from trivisor.statistics import add_counters
+from trivisor.monitor.statistics import add_counters
 
 COUNTERS = {
     "instructions_translated": 1234567,

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from trivisor.linear import read_linear, translate
 from trivisor.machine.memory import GuestMemory
 from trivisor.machine.state import CpuState
+from trivisor.monitor.linear import read_linear, translate
 
 MIB = 1 << 20
 PG, PAE, LME_LMA = 1 << 31 | 1, 1 << 5, 0x500

@@ -12,20 +12,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from trivisor.assembly import Assembly, assemble
-from trivisor.console import Console, Deadline, Pattern, compile_pattern
-from trivisor.endings import by_device, by_processor, with_command
 from trivisor.guests.command import CommandOutput
-from trivisor.linear import read_linear
 from trivisor.machine.exits import Exit, Halt
 from trivisor.machine.state import CpuState
 from trivisor.machine.vcpu import Vcpu
-from trivisor.outcome import Outcome, StopReason
-from trivisor.plan import Progress, Wish, make_plan
-from trivisor.signals import attention
-from trivisor.sizes import parse_memory
-from trivisor.statistics import add_counters
-from trivisor.techniques import choose
+from trivisor.monitor.assembly import Assembly, assemble
+from trivisor.monitor.console import Console, Deadline, Pattern, compile_pattern
+from trivisor.monitor.endings import by_device, by_processor, with_command
+from trivisor.monitor.linear import read_linear
+from trivisor.monitor.outcome import Outcome, StopReason
+from trivisor.monitor.plan import Progress, Wish, make_plan
+from trivisor.monitor.signals import attention
+from trivisor.monitor.sizes import parse_memory
+from trivisor.monitor.statistics import add_counters
+from trivisor.monitor.techniques import choose
 
 Module = str | os.PathLike[str] | tuple[str | os.PathLike[str], str]
 """A multiboot module: its file, or its file and command line."""

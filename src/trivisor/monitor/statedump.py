@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trivisor.linear import read_linear
 from trivisor.machine.memory import GuestMemory
 from trivisor.machine.state import GPR_NAMES, CpuState
+from trivisor.monitor.linear import read_linear
 
 _FLAGS = (
     (0, "CF"), (2, "PF"), (4, "AF"), (6, "ZF"), (7, "SF"), (8, "TF"), (9, "IF"), (10, "DF"), (11, "OF"),

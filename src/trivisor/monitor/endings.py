@@ -9,8 +9,8 @@ from trivisor.machine.exits import Exit, Halt, Shutdown, Unsupported
 from trivisor.machine.memory import GuestMemory
 from trivisor.machine.stop import DebugExit, PowerOff, Reset
 from trivisor.machine.vcpu import Vcpu
-from trivisor.outcome import STATUS_CRASH, Outcome, StopReason
-from trivisor.statedump import dump_state
+from trivisor.monitor.outcome import STATUS_CRASH, Outcome, StopReason
+from trivisor.monitor.statedump import dump_state
 
 
 def by_device(stop_reason: object) -> Outcome | None:

@@ -3,8 +3,8 @@
 import re
 import threading
 
-from trivisor import console
-from trivisor.console import Console, compile_pattern
+from trivisor.monitor import console
+from trivisor.monitor.console import Console, compile_pattern
 
 
 def fed(*pieces: bytes) -> Console:

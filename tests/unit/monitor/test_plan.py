@@ -8,7 +8,7 @@ import pytest
 from trivisor.boot import ImageError
 from trivisor.guests import debian
 from trivisor.guests.debian import DefaultGuest
-from trivisor.plan import BadPlan, Wish, make_plan
+from trivisor.monitor.plan import BadPlan, Wish, make_plan
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from trivisor.machine.clock import Clock
 from trivisor.machine.memory import GuestMemory
 from trivisor.machine.state import CpuState
 from trivisor.machine.vcpu import Vcpu
+from trivisor.monitor.plan import BootPlan
 from trivisor.pc import Pc
-from trivisor.plan import BootPlan
 
 
 class Assembly:

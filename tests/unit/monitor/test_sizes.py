@@ -2,7 +2,7 @@
 
 import pytest
 
-from trivisor.sizes import parse_memory
+from trivisor.monitor.sizes import parse_memory
 
 MIB = 1 << 20
 

@@ -12,16 +12,17 @@ from typing import Any
 
 import pytest
 
-from trivisor import VirtualMachine, monitor
-from trivisor.assembly import Assembly
+from trivisor import VirtualMachine
 from trivisor.machine.clock import Clock
 from trivisor.machine.exits import DebugStop, Exit, Halt, Kicked, PortOut, Shutdown, Unsupported
 from trivisor.machine.memory import GuestMemory, GuestMemoryError
 from trivisor.machine.state import CpuState
 from trivisor.machine.stop import DebugExit, PowerOff, Reset
-from trivisor.outcome import StopReason
-from trivisor.plan import BootPlan, Wish
-from trivisor.techniques import TechniqueUnavailable
+from trivisor.monitor import virtual_machine
+from trivisor.monitor.assembly import Assembly
+from trivisor.monitor.outcome import StopReason
+from trivisor.monitor.plan import BootPlan, Wish
+from trivisor.monitor.techniques import TechniqueUnavailable
 
 MIB = 1 << 20
 
@@ -111,8 +112,8 @@ class Factory:
         self.wish: Wish | None = None
         self.script: Iterator[Any] = iter(())
         self.room = 1 << 16
-        monkeypatch.setattr(monitor, "assemble", self._assemble)
-        monkeypatch.setattr(monitor, "make_plan", self._make_plan)
+        monkeypatch.setattr(virtual_machine, "assemble", self._assemble)
+        monkeypatch.setattr(virtual_machine, "make_plan", self._make_plan)
 
     def _make_plan(self, wish: Wish) -> BootPlan:
         self.wish = wish

@@ -259,7 +259,7 @@ def test_a_signal_during_set_up(guest, monkeypatch) -> None:
 
 
 def on_terminal(behaviour: Behaviour, keys: bytes, *arguments: str) -> tuple[int, bytes, bool]:
-    """Run the command on a terminal of its own and type `keys` at the first output.
+    """Run the command on a terminal of its own and type `keys` once the guest printed "ready".
 
     Returns its status, what the terminal showed, and whether its mode was as before.
     """
@@ -273,11 +273,13 @@ def on_terminal(behaviour: Behaviour, keys: bytes, *arguments: str) -> tuple[int
         os.write(gate_writer, b"1" if termios.tcgetattr(0) == before else b"0")
         os._exit(status)
     shown = b""
+    typed = False
     try:
         while select.select([terminal], [], [], 10)[0] and (data := os.read(terminal, 1000)):
-            if not shown:
-                os.write(terminal, keys)
             shown += data
+            if not typed and b"ready" in shown:  # before it, the terminal is not raw yet
+                typed = True
+                os.write(terminal, keys)
     except OSError:  # the child has ended
         pass
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

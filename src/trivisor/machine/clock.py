@@ -7,19 +7,25 @@ import time
 from collections.abc import Callable
 from itertools import count
 
+_FEW = 64
+"""Cancelled timers that are not worth a purge."""
+
 
 class Timer:
     """A callback due at a time; made by `Clock.at`."""
 
-    __slots__ = ("callback", "deadline")
+    __slots__ = ("_on_cancel", "callback", "deadline")
 
-    def __init__(self, deadline: int, callback: Callable[[], None]) -> None:
+    def __init__(self, deadline: int, callback: Callable[[], None], on_cancel: Callable[[], None]) -> None:
         self.deadline = deadline
         self.callback: Callable[[], None] | None = callback
+        self._on_cancel = on_cancel
 
     def cancel(self) -> None:
         """Never call back; harmless when it already did."""
-        self.callback = None
+        if self.callback is not None:
+            self.callback = None
+            self._on_cancel()
 
 
 class Clock:
@@ -34,6 +40,7 @@ class Clock:
         self._origin = source()
         self._queue: list[tuple[int, int, Timer]] = []
         self._order = count()
+        self._cancelled = 0  # timers in the queue that are, which is what makes it worth a purge
         self.on_earlier: Callable[[int], None] | None = None
         """Called with a deadline that is sooner than all before it (an engine re-arms its host timer)."""
 
@@ -43,7 +50,7 @@ class Clock:
 
     def at(self, deadline: int, callback: Callable[[], None]) -> Timer:
         """Have `callback()` called once guest time reaches `deadline` (ns)."""
-        timer = Timer(deadline, callback)
+        timer = Timer(deadline, callback, self._one_cancelled)
         earlier = not self._queue or deadline < self._queue[0][0]
         heapq.heappush(self._queue, (deadline, next(self._order), timer))
         if earlier and self.on_earlier is not None:
@@ -55,7 +62,16 @@ class Clock:
         queue = self._queue
         while queue and queue[0][2].callback is None:
             heapq.heappop(queue)
+            self._cancelled -= 1
         return queue[0][0] if queue else None
+
+    def _one_cancelled(self) -> None:
+        """Throw cancelled timers out once they are most of the queue: a guest may set and cancel forever."""
+        self._cancelled += 1
+        if self._cancelled > _FEW and 2 * self._cancelled > len(self._queue):
+            self._queue = [entry for entry in self._queue if entry[2].callback is not None]
+            heapq.heapify(self._queue)
+            self._cancelled = 0
 
     def run_due(self) -> None:
         """Call every timer whose deadline has passed, in order of deadline."""

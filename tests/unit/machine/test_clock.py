@@ -1,0 +1,75 @@
+"""Guest time's timers, against a host clock that the test moves."""
+
+from trivisor.machine.clock import Clock
+
+
+class Host:
+    """A host clock, in nanoseconds."""
+
+    def __init__(self) -> None:
+        self.time = 1000
+
+    def __call__(self) -> int:
+        return self.time
+
+
+def test_timers_fire_in_order_of_deadline_and_once() -> None:
+    host = Host()
+    clock = Clock(host)
+    fired: list[int] = []
+    for deadline in (30, 10, 20, 10):
+        clock.at(deadline, lambda deadline=deadline: fired.append(deadline))  # type: ignore[misc]
+    host.time += 20
+    clock.run_due()
+    assert fired == [10, 10, 20]
+    assert clock.next_deadline() == 30
+    host.time += 20
+    clock.run_due()
+    clock.run_due()
+    assert fired == [10, 10, 20, 30]
+    assert clock.next_deadline() is None
+
+
+def test_a_cancelled_timer_never_fires() -> None:
+    host = Host()
+    clock = Clock(host)
+    fired: list[str] = []
+    first = clock.at(10, lambda: fired.append("first"))
+    clock.at(20, lambda: fired.append("second"))
+    first.cancel()
+    first.cancel()
+    assert clock.next_deadline() == 20
+    host.time += 50
+    clock.run_due()
+    assert fired == ["second"]
+
+
+def test_a_timer_that_fired_may_be_cancelled() -> None:
+    host = Host()
+    clock = Clock(host)
+    timer = clock.at(0, lambda: None)
+    clock.run_due()
+    timer.cancel()
+    assert clock.next_deadline() is None
+
+
+def test_timers_set_and_cancelled_forever_take_no_memory() -> None:
+    clock = Clock(Host())
+    kept = [clock.at(5_000 + index, lambda: None) for index in range(100)]
+    for index in range(10_000):
+        clock.at(1_000_000 + index, lambda: None).cancel()
+    assert len(clock._queue) <= 2 * len(kept) + 64
+    assert clock.next_deadline() == 5_000
+    for timer in kept:
+        timer.cancel()
+    assert clock.next_deadline() is None
+    assert len(clock._queue) <= 64
+
+
+def test_an_earlier_deadline_is_told() -> None:
+    clock = Clock(Host())
+    told: list[int] = []
+    clock.on_earlier = told.append
+    for deadline in (50, 60, 40):
+        clock.at(deadline, lambda: None)
+    assert told == [50, 40]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from trivisor.devices.apic_timer import ApicTimer
 from trivisor.machine.clock import Clock
-from trivisor.machine.interrupts import InterruptController
+from trivisor.machine.interrupts import InterruptSource
 from trivisor.machine.vcpu import GeneralProtection
 
 APIC_BASE = 0xFEE00000
@@ -89,7 +89,7 @@ class LocalApic:
         crystal_frequency: int,
     ) -> None:
         self.apic_id = apic_id
-        self.pic: InterruptController | None = None
+        self.pic: InterruptSource | None = None
         """The 8259 pair whose INTR pin is wired to LINT0."""
         self.on_pending: Callable[[], None] = _nothing
         """Called when an interrupt becomes deliverable that was not before."""

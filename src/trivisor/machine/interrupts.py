@@ -9,11 +9,8 @@ Line = Callable[[bool], None]
 """One interrupt wire: called with True to assert it and False to release it.  Setting it twice is harmless."""
 
 
-class InterruptController(Protocol):
-    """What the processor sees of the interrupt controllers: its INTR pin and the acknowledge cycle."""
-
-    on_pending: Callable[[], None]
-    """Set by the processor; called whenever an interrupt begins to wait."""
+class InterruptSource(Protocol):
+    """A line that asks for an interrupt, and the acknowledge cycle that tells which."""
 
     def pending(self) -> bool:
         """Whether an interrupt waits that the processor would take now if IF were set."""
@@ -23,6 +20,13 @@ class InterruptController(Protocol):
 
         Only called right after `pending()` was true.
         """
+
+
+class InterruptController(InterruptSource, Protocol):
+    """What the processor sees of the interrupt controllers: its INTR pin and the acknowledge cycle."""
+
+    on_pending: Callable[[], None]
+    """Set by the processor; called whenever an interrupt begins to wait."""
 
 
 def no_line(level: bool) -> None:

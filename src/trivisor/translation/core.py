@@ -128,7 +128,8 @@ class Core:
     @property
     def rflags(self) -> int:
         """RFLAGS put together: arithmetic flags and DF, IF, and the system flags; bit 1 is set."""
-        return (self._flags & HOST_FLAGS) | self.interrupt_flag | self._system_flags | 2
+        flags: int = (self._flags & HOST_FLAGS) | self.interrupt_flag | self._system_flags | 2
+        return flags
 
     @rflags.setter
     def rflags(self, value: int) -> None:

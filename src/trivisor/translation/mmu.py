@@ -18,7 +18,7 @@ from trivisor.translation.layout import (
 )
 from trivisor.x86 import paging
 from trivisor.x86.exceptions import GuestException
-from trivisor.x86.paging import Access, PagingMode
+from trivisor.x86.paging import Access, PagingMode, Translation
 
 GENERAL_PROTECTION = 13
 _CR0_WP = 1 << 16
@@ -94,7 +94,7 @@ class Mmu:
 
     def walk(
         self, linear: int, access: Access, user: bool, *, implicit: bool = False
-    ) -> paging.Translation:
+    ) -> Translation:
         """A page walk with accessed and dirty bits set; raises GuestException."""
         mode = self.paging()
         if mode.mode is paging.Mode.LEVEL4 and not paging.is_canonical(linear):
@@ -189,7 +189,7 @@ class Mmu:
         table = OFFSETS["TLB_USER" if user else "TLB_KERNEL"]
         return (table + (linear >> 12) % TLB_ENTRIES * TLB_ENTRY_SIZE) // 8
 
-    def fill(self, linear: int, user: bool, found: paging.Translation) -> None:
+    def fill(self, linear: int, user: bool, found: Translation) -> None:
         """Enter a page of RAM into a data TLB, with the rights that it has."""
         words, page = self.core.words, linear & ~0xFFF & ((1 << 64) - 1)
         physical = found.physical & ~0xFFF

@@ -108,7 +108,6 @@ def _runs_in(cpu: TranslationVcpu, physical: int) -> bool:
 
 def step(cpu: TranslationVcpu, prepared: list[Prepared]) -> Exit | None:
     """Run the one instruction at rip, with these accesses prepared, and with more as it asks for them."""
-    mmu, words = cpu.mmu, cpu.core.words
     while True:
         if len(prepared) > _MAXIMUM_PREPARED:
             raise UnsupportedFeature("too many slow accesses in one instruction")

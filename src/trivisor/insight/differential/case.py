@@ -31,7 +31,7 @@ _PLACEHOLDER_DISTANCE = 0x10
 
 @dataclass(slots=True)
 class Item:
-    """One instruction; a branch (or its operand) leads to the item of number `target` (one past the last is the end)."""
+    """One instruction; a branch (or its operand) leads to item number `target` (one past the last is the end)."""
 
     instruction: Instruction
     target: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import cache
 
 from iced_x86 import (
@@ -14,6 +15,8 @@ from iced_x86 import (
     OpCodeInfo,
     OpCodeOperandKind,
 )
+
+from trivisor.x86.iced_types import CodeNumber
 
 _EXCLUDED = """
     CPUID RDTSC RDTSCP RDPMC RDRAND RDSEED RDPID XGETBV INT INT1 INT3 INTO SYSCALL SYSRET SYSRETQ SYSENTER SYSEXIT
@@ -47,7 +50,7 @@ _FPU = {getattr(CpuidFeature, name) for name in ("FPU", "FPU287", "FPU387", "MMX
 SCALAR, VECTOR, X87 = "scalar", "vector", "x87"
 
 
-def _wanted(info: OpCodeInfo, needs: list[int], features: frozenset[int], excluded: set[int]) -> bool:
+def _wanted(info: OpCodeInfo, needs: Sequence[int], features: frozenset[int], excluded: set[int]) -> bool:
     if not info.is_instruction or not info.mode64 or info.is_privileged or info.is_input_output:
         return False
     if not info.intel_decoder64 or info.fwait or info.mnemonic in excluded:
@@ -60,12 +63,12 @@ def _wanted(info: OpCodeInfo, needs: list[int], features: frozenset[int], exclud
 
 
 @cache
-def catalogue(features: frozenset[int]) -> dict[str, list[list[int]]]:
+def catalogue(features: frozenset[int]) -> dict[str, list[list[CodeNumber]]]:
     """The codes of each group (SCALAR, VECTOR, X87), in a list for each mnemonic."""
     excluded = {getattr(Mnemonic, name) for name in _EXCLUDED if hasattr(Mnemonic, name)}
-    groups: dict[str, dict[int, list[int]]] = {name: defaultdict(list) for name in (SCALAR, VECTOR, X87)}
+    groups: dict[str, dict[int, list[CodeNumber]]] = {name: defaultdict(list) for name in (SCALAR, VECTOR, X87)}
     for name in dir(Code):
-        code = getattr(Code, name)
+        code: CodeNumber = getattr(Code, name)
         if not isinstance(code, int) or name.startswith(("_", "POPW_", "POPD_", "POPQ_")):
             continue
         instruction = Instruction()

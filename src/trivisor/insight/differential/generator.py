@@ -40,6 +40,7 @@ from trivisor.insight.differential.case import (
 )
 from trivisor.insight.differential.catalogue import SCALAR, VECTOR, X87, catalogue
 from trivisor.insight.differential.values import fpu_image, integer, pool_slice
+from trivisor.x86.iced_types import CodeNumber, OpKindNumber, RegisterNumber
 
 MASK64 = (1 << 64) - 1
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
@@ -50,7 +51,7 @@ _NAMES32 = "EAX ECX EDX EBX ESP EBP ESI EDI R8D R9D R10D R11D R12D R13D R14D R15
 _NAMES64 = "RAX RCX RDX RBX RSP RBP RSI RDI R8 R9 R10 R11 R12 R13 R14 R15".split()
 
 
-def _registers(names: list[str]) -> list[int]:
+def _registers(names: list[str]) -> list[RegisterNumber]:
     return [getattr(Register, name) for name in names]
 
 
@@ -62,7 +63,7 @@ _ST = _registers([f"ST{i}" for i in range(8)])
 _NUMBER = {register: i % 16 for registers in (_R16, _R32, _R64) for i, register in enumerate(registers)}
 
 _K = OpCodeOperandKind
-_FILES: dict[int, list[int]] = {}
+_FILES: dict[int, list[RegisterNumber]] = {}
 _MEMORY_TOO: set[int] = set()
 for _prefix, _file in (("R8", _R8), ("R16", _R16), ("R32", _R32), ("R64", _R64), ("XMM", _XMM), ("YMM", _YMM),
                        ("MM", _MM)):  # fmt: skip
@@ -72,17 +73,21 @@ for _prefix, _file in (("R8", _R8), ("R16", _R16), ("R32", _R32), ("R64", _R64),
             _FILES[_kind] = _file
             if _suffix == "OR_MEM":
                 _MEMORY_TOO.add(_kind)
-_FIXED = {_K.AL: Register.AL, _K.CL: Register.CL, _K.AX: Register.AX, _K.DX: Register.DX, _K.EAX: Register.EAX,
-          _K.RAX: Register.RAX, _K.ST0: Register.ST0, _K.FS: Register.FS, _K.GS: Register.GS}  # fmt: skip
-_IMMEDIATES = {
+_FIXED: dict[int, RegisterNumber] = {
+    _K.AL: Register.AL, _K.CL: Register.CL, _K.AX: Register.AX, _K.DX: Register.DX, _K.EAX: Register.EAX,
+    _K.RAX: Register.RAX, _K.ST0: Register.ST0, _K.FS: Register.FS, _K.GS: Register.GS,
+}  # fmt: skip
+_IMMEDIATES: dict[int, tuple[OpKindNumber, int]] = {
     _K.IMM8: (OpKind.IMMEDIATE8, 8), _K.IMM8SEX16: (OpKind.IMMEDIATE8TO16, 8),
     _K.IMM8SEX32: (OpKind.IMMEDIATE8TO32, 8), _K.IMM8SEX64: (OpKind.IMMEDIATE8TO64, 8),
     _K.IMM16: (OpKind.IMMEDIATE16, 16), _K.IMM32: (OpKind.IMMEDIATE32, 32),
     _K.IMM32SEX64: (OpKind.IMMEDIATE32TO64, 32), _K.IMM64: (OpKind.IMMEDIATE64, 64),
 }  # fmt: skip
 _QUADWORD_INDEX = {Mnemonic.VPGATHERQD, Mnemonic.VPGATHERQQ, Mnemonic.VGATHERQPS, Mnemonic.VGATHERQPD}
-_VSIB = {_K.MEM_VSIB32X: _XMM, _K.MEM_VSIB64X: _XMM, _K.MEM_VSIB32Y: _YMM, _K.MEM_VSIB64Y: _YMM}
-_STRING = {
+_VSIB: dict[int, list[RegisterNumber]] = {
+    _K.MEM_VSIB32X: _XMM, _K.MEM_VSIB64X: _XMM, _K.MEM_VSIB32Y: _YMM, _K.MEM_VSIB64Y: _YMM,
+}  # fmt: skip
+_STRING: dict[int, tuple[int, OpKindNumber, OpKindNumber]] = {
     _K.SEG_RSI: (RSI, OpKind.MEMORY_SEG_RSI, OpKind.MEMORY_SEG_ESI),
     _K.ES_RDI: (RDI, OpKind.MEMORY_ESRDI, OpKind.MEMORY_ESEDI),
     _K.SEG_RDI: (RDI, OpKind.MEMORY_SEG_RDI, OpKind.MEMORY_SEG_EDI),
@@ -182,7 +187,7 @@ class _Draw:
                 del self.pokes[before[3] :]
         for number, item in enumerate(self.items):
             target = item.target
-            while target and target > number and not item.keep and target < len(self.items) and self.items[target - 1].keep:
+            while target and number < target < len(self.items) and not item.keep and self.items[target - 1].keep:
                 item.target = target = target + 1  # not into the middle of what belongs together
         flags = random.getrandbits(12) & 0x8D5 | 0x202 | (0x400 if random.random() < 0.2 else 0)
         return Case(
@@ -224,7 +229,7 @@ class _Draw:
     def _add(self, instruction: Instruction, target: int | None = None, *, keep: bool = False) -> None:
         self.items.append(Item(instruction, target, keep=keep))
 
-    def _ordinary(self, code: int) -> None:
+    def _ordinary(self, code: CodeNumber) -> None:
         random = self.random
         instruction = Instruction()
         instruction.code = code
@@ -465,7 +470,7 @@ class _Draw:
         instruction.memory_displacement = offset
         instruction.memory_displ_size = 4 if narrow else 8
 
-    def _gather_operand(self, instruction: Instruction, file: list[int]) -> None:
+    def _gather_operand(self, instruction: Instruction, file: list[RegisterNumber]) -> None:
         """An index vector with known, small elements, loaded from the code page; base and scale lead to the data."""
         random = self.random
         numbers = random.sample(range(16), 3)

@@ -6,7 +6,18 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from iced_x86 import CpuidFeature, Decoder, Formatter, FormatterSyntax, Instruction, MemorySizeExt, Mnemonic, OpKind, RegisterExt, RflagsBits
+from iced_x86 import (
+    CpuidFeature,
+    Decoder,
+    Formatter,
+    FormatterSyntax,
+    Instruction,
+    MemorySizeExt,
+    Mnemonic,
+    OpKind,
+    RegisterExt,
+    RflagsBits,
+)
 
 from trivisor.insight.differential.case import DATA, GPR_NAMES, Case, Item, Result, Skipped
 from trivisor.insight.differential.generator import LEAVE_FLAGS, MAY_DO_NOTHING, Generator
@@ -333,7 +344,7 @@ def _flags(value: int) -> str:
 def describe(case: Case) -> list[str]:
     """The case as lines of text."""
     formatter = Formatter(FormatterSyntax.INTEL)
-    code, addresses = case.layout()
+    code, _ = case.layout()
     lines = [f"  CPL {3 if case.user else 0}, flags {_flags(case.rflags)}"]
     lines.append(f"  fs base {case.fs_base:#x}, gs base {case.gs_base:#x}")
     for at in range(0, 16, 4):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from struct import unpack_from
 
 from trivisor.insight.differential.case import (
@@ -9,9 +10,7 @@ from trivisor.insight.differential.case import (
     CODE_DATA_SIZE,
     CODE_FAR,
     CODE_NEAR,
-    CODE_PAGES,
     DATA,
-    DATA_PAGES,
     PAGE,
     READ_ONLY,
     Case,
@@ -21,6 +20,7 @@ from trivisor.insight.differential.case import (
 from trivisor.machine.bus import Bus
 from trivisor.machine.clock import Clock
 from trivisor.machine.exits import Halt, Unsupported
+from trivisor.machine.interrupts import InterruptController
 from trivisor.machine.memory import MIB, GuestMemory
 from trivisor.machine.state import CpuState, Segment, Table
 from trivisor.machine.vcpu import MsrHandler
@@ -39,6 +39,8 @@ _FRAME_FLAGS = 0x244DD5
 
 
 class _NoInterrupts:
+    on_pending: Callable[[], None] = staticmethod(lambda: None)
+
     def pending(self) -> bool:
         return False
 
@@ -54,7 +56,7 @@ class _Board:
         self.ports = Bus("ports")
         self.mmio = Bus("mmio")
         self.clock = Clock()
-        self.interrupts = _NoInterrupts()
+        self.interrupts: InterruptController = _NoInterrupts()
         self.msrs: dict[int, MsrHandler] = {}
         self.apic_id = 0
         self.tsc_frequency = 1_000_000_000

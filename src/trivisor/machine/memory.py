@@ -21,6 +21,8 @@ MAXIMUM_RAM = 16 * GIB
 LOW_RAM_LIMIT = 3 * GIB
 """RAM below 4 GiB ends here at the latest; the memory-mapped devices live between here and 4 GiB."""
 HIGH_RAM_START = 4 * GIB
+PHYSICAL_ADDRESS_BITS = 40
+"""The width of guest physical addresses, as CPUID tells it under every technique."""
 
 _PROT_NONE = 0
 _MAP_NORESERVE = 0x4000

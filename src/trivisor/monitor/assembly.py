@@ -8,11 +8,12 @@ from pathlib import Path
 from trivisor.boot import Image, load_image
 from trivisor.machine import tsc
 from trivisor.machine.clock import Clock
-from trivisor.machine.memory import GuestMemory
+from trivisor.machine.memory import LOW_RAM_LIMIT, PHYSICAL_ADDRESS_BITS, GuestMemory
 from trivisor.machine.state import CpuState
 from trivisor.machine.vcpu import Vcpu
 from trivisor.monitor.plan import BootPlan
 from trivisor.pc import Pc
+from trivisor.x86 import mtrr
 
 
 class Assembly:
@@ -68,10 +69,13 @@ def assemble(
 
 
 def _load(plan: BootPlan, memory: GuestMemory, board: Pc) -> CpuState:
-    """Put the guest into memory; the processor as its first instruction finds it."""
+    """Put the guest into memory; the processor as its first instruction finds it.
+
+    These boot protocols skip the firmware, so the MTRRs are set here as firmware leaves them.
+    """
     initrd = plan.initrd.read_bytes() if isinstance(plan.initrd, Path) else plan.initrd
     with Image(plan.kernel) as image:
-        return load_image(
+        state = load_image(
             memory,
             image,
             initrd=initrd,
@@ -80,6 +84,8 @@ def _load(plan: BootPlan, memory: GuestMemory, board: Pc) -> CpuState:
             e820=board.e820(),
             rsdp_address=board.rsdp_address,
         )
+    state.msrs |= mtrr.firmware_settings(LOW_RAM_LIMIT, PHYSICAL_ADDRESS_BITS)
+    return state
 
 
 def _vcpu(technique: str, board: Pc) -> Vcpu:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final
 
+from trivisor.machine.memory import PHYSICAL_ADDRESS_BITS
 from trivisor.x86 import control, msr
 from trivisor.x86.cpuid import EAX, EBX, ECX, EDX, FEATURES, Query, Registers, features, host_xgetbv
 
@@ -27,9 +28,7 @@ VENDOR: Final = "GenuineIntel"
 HYPERVISOR_SIGNATURE: Final = "TRIVISORVMM "
 FAMILY_MODEL_STEPPING: Final = 0x000806F8
 """Family 6, model 0x8F, stepping 8."""
-PHYSICAL_BITS: Final = 40
 LINEAR_BITS: Final = 48
-
 
 
 def _names(text: str) -> frozenset[str]:
@@ -107,7 +106,7 @@ class GuestCpuid:
     features: frozenset[str]
     """Names of `x86.cpuid.FEATURES`, without `osxsave`."""
     table: dict[tuple[int, int], Registers]
-    physical_bits: int = PHYSICAL_BITS
+    physical_bits: int = PHYSICAL_ADDRESS_BITS
 
     @property
     def cr4_mask(self) -> int:
@@ -250,7 +249,7 @@ def _identity(apic_id: int) -> dict[tuple[int, int], Registers]:
         (7, 0): (2, 0, 0, 0),
         (0x40000000, 0): (_MAXIMUM_HYPERVISOR, hypervisor[0], hypervisor[1], hypervisor[2]),
         (0x80000000, 0): (_MAXIMUM_EXTENDED, 0, 0, 0),
-        (0x80000008, 0): (LINEAR_BITS << 8 | PHYSICAL_BITS, 0, 0, 0),
+        (0x80000008, 0): (LINEAR_BITS << 8 | PHYSICAL_ADDRESS_BITS, 0, 0, 0),
     }
     for part in range(3):
         a, b, c, d = brand[4 * part : 4 * part + 4]

@@ -62,9 +62,9 @@ class Block:
     def locate(self, offset: int) -> tuple[int, bool]:
         """(guest rip, flags parked) of the instruction whose code holds code cache `offset`."""
         table = memoryview(self.map).cast("I")
-        starts = [word & 0xFFFF for word in table]
+        starts = [word & 0x1FFFFF for word in table]
         index = bisect_right(starts, offset - self.body) - 1
         if index < 0:
             return self.rip, False
         word = table[index]
-        return self.rip + (word >> 17), bool(word >> 16 & 1)
+        return self.rip + (word >> 22), bool(word >> 21 & 1)

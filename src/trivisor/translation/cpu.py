@@ -41,7 +41,6 @@ _DEFAULT_32 = 1 << 14
 _CR0_PG = 1 << 31
 _CR0_TS_EM = 0xC
 _CR4_TSD = 4
-_CR4_FSGSBASE = 1 << 16
 _CR4_LA57 = 1 << 12
 _CR4_SMAP = 1 << 21
 _TF = 0x100
@@ -228,7 +227,7 @@ class TranslationVcpu:
         cr0, cr4 = core.cr0, core.cr4
         cpl = core.cpl
         key = (core.efer & _LMA, cs & (_LONG | _DEFAULT_32), ss & _DEFAULT_32, cpl == 3, cr0 & _CR0_TS_EM,
-               cr4 & (_CR4_TSD | _CR4_FSGSBASE), segments[ES].base | segments[DS].base | segments[SS].base
+               cr4 & _CR4_TSD, segments[ES].base | segments[DS].base | segments[SS].base
                | segments[CS].base == 0)  # fmt: skip
         mode = self._modes.get(key)
         if mode is None:
@@ -240,7 +239,7 @@ class TranslationVcpu:
                 flat=bits == 64 or bool(key[-1]),
                 no_fpu=bool(cr0 & _CR0_TS_EM),
                 stack_bits=64 if bits == 64 else 32 if ss & _DEFAULT_32 else 16,
-                other=(1 if cr4 & _CR4_TSD else 0) | (2 if cr4 & _CR4_FSGSBASE else 0),
+                other=1 if cr4 & _CR4_TSD else 0,
             )
         words = self._words
         core.mode = mode.key

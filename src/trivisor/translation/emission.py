@@ -19,7 +19,7 @@ from trivisor.translation.modes import (
     Repeat,
     RepeatCompare,
 )
-from trivisor.translation.recipe import ARITHMETIC, CHECK_TAIL, POLL, RESTORE, Miss, Recipe, Variant, asm
+from trivisor.translation.recipe import ARITHMETIC, CHECK_TAIL, POLL, RESTORE, Constants, Miss, Recipe, asm
 
 _MASK64 = (1 << 64) - 1
 
@@ -61,15 +61,15 @@ class Emission:
         self.misses: list[tuple[int, int, Miss, int, bool]] = []
         """(start and end of the instruction's code, the check, guest rip, flags parked where it may fault)."""
         self.locations = array("I")
-        """Of pieces of code, ascending: offset from the body | flags parked << 16 | offset of guest rip << 17."""
+        """Of pieces of code, ascending: offset from the body | flags parked << 21 | offset of guest rip << 22."""
         self.links: list[Link] = []
 
-    def emit(self, recipes: list[Recipe], poll_at_end: bool, first_link: int) -> None:
+    def emit(self, chosen: list[tuple[Recipe, Constants]], poll_at_end: bool, first_link: int) -> None:
         """Emit everything; links that want stubs are numbered from `first_link`."""
         # Liveness, backwards: what comes after the block is not known, so all flags are live there.
         live = ARITHMETIC
         lives = []
-        for recipe in reversed(recipes):
+        for recipe, _ in reversed(chosen):
             lives.append(live)
             live = recipe.reads | (live & ~recipe.writes)
         block, out, base = self.block, self.out, self.base
@@ -83,23 +83,30 @@ class Emission:
         block.body = base + body
         parked = False
         locations = self.locations
-        for recipe in recipes:
-            variant = recipe.variant(parked, lives.pop())
+        for recipe, constants in chosen:
+            needed = lives.pop()
+            variant = recipe.simple
+            if variant is None or parked:
+                variant = recipe.variant(parked, needed)
+            code, misses, absolutes, patches, parked, fault_parked = variant
             start = len(out)
-            locations.append((start - body) | variant.fault_parked << 16 | (at - rip) << 17)
-            out += variant.code
-            for miss in variant.misses:
-                self.misses.append((start, len(out), miss, at, variant.fault_parked))
+            locations.append((start - body) | fault_parked << 21 | (at - rip) << 22)
+            out += code
+            for offset, width, which in patches:
+                out[start + offset : start + offset + width] = constants[which]
+            if misses:
+                end = len(out)
+                for miss in misses:
+                    self.misses.append((start, end, miss, at, fault_parked))
             at += recipe.length
-            if variant.absolutes:
-                _patch_absolutes(out, start, variant, at)
-            parked = variant.parked
+            if absolutes:
+                _patch_absolutes(out, start, absolutes, at, constants.relative)
         if parked:
             out += RESTORE
         if poll_at_end:
-            locations.append((len(out) - body) | (at - rip) << 17)
+            locations.append((len(out) - body) | (at - rip) << 22)
             out += POLL
-        self._ending(recipes[-1], at)
+        self._ending(*chosen[-1], at)
         self._out_of_line(first_link, body)
         block.map = locations.tobytes()
         block.end = base + len(out)
@@ -116,7 +123,7 @@ class Emission:
         out += b"\xe9" + pack("<i", self.lookup - (self.base + len(out) + 5))
         out += _COMPARE_SAME
 
-    def _ending(self, last: Recipe, next_rip: int) -> None:
+    def _ending(self, last: Recipe, constants: Constants, next_rip: int) -> None:
         out = self.out
         ends = last.ends
         here = next_rip - last.length
@@ -124,9 +131,9 @@ class Emission:
         if ends is None:
             self._go(after, here)
         elif isinstance(ends, Jump):
-            self._go(after + ends.displacement, here)
+            self._go(after + constants.relative, here)
         elif isinstance(ends, Branch):
-            self._branch(ends, after, here)
+            self._branch(ends, after, after + constants.relative, here)
         elif isinstance(ends, Indirect):
             out += _STEPPED if self.single else _JUMP_INDEXED[self.mode.jump_cache_name]
         elif isinstance(ends, CallOut):
@@ -150,9 +157,8 @@ class Emission:
         else:
             raise TypeError(ends)
 
-    def _branch(self, ends: Branch, after: int, here: int) -> None:
+    def _branch(self, ends: Branch, after: int, target: int, here: int) -> None:
         out = self.out
-        target = after + ends.displacement
         if ends.prelude:
             out += ends.prelude
             jump = len(out)
@@ -161,7 +167,7 @@ class Emission:
         else:
             out += bytes((0x0F, 0x80 | ends.condition))
             if self._is_linkable(target, here):
-                self._link(target, here)
+                self._link(target & ((1 << self.mode.bits) - 1), here)
                 self._go(after, here)
                 return
             out += bytes(4)
@@ -204,8 +210,9 @@ class Emission:
                 _CALL_MISS, described - start - retry, kind, rip & _MASK64, resume, 24 if crossing else 0
             )
             if crossing:
-                self.locations.append((len(out) - body) | parked << 16 | (rip - self.block.rip) << 17)
-                out += crossing + _CALL_CROSSED
+                self.locations.append((len(out) - body) | parked << 21 | (rip - self.block.rip) << 22)
+                tail = start + jump_end + CHECK_TAIL
+                out += out[tail : tail + len(crossing)] + _CALL_CROSSED
                 out += b"\xe9" + pack("<i", end - (len(out) + 5))
         for number, link in enumerate(self.links, first_link):
             link.stub = self.base + len(out)
@@ -233,10 +240,18 @@ def _rip_into_r10(rip: int) -> bytes:
     return b"\x49\xba" + pack("<Q", rip)
 
 
-def _patch_absolutes(out: bytearray, start: int, variant: Variant, next_rip: int) -> None:
-    for offset, width, displacement in variant.absolutes:
-        value = next_rip + displacement
+class FarTarget(Exception):
+    """An address that does not fit where the block has put 32 bits for it."""
+
+
+def _patch_absolutes(
+    out: bytearray, start: int, absolutes: tuple[tuple[int, int, int | None], ...], next_rip: int, relative: int
+) -> None:
+    for offset, width, distance in absolutes:
+        value = next_rip + (relative if distance is None else distance) & _MASK64
         if width == 4:
+            if 0x80000000 <= value < 0xFFFFFFFF80000000:
+                raise FarTarget
             pack_into("<I", out, start + offset, value & 0xFFFFFFFF)
         else:
-            pack_into("<Q", out, start + offset, value & _MASK64)
+            pack_into("<Q", out, start + offset, value)

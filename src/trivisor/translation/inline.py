@@ -238,33 +238,30 @@ def near_return(maker: InstructionMaker, recipe: Recipe, instruction: Instructio
 
 def conditional(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
     """Jcc, JCXZ and LOOP."""
-    displacement = maker.displacement(instruction)
+    recipe.shared = True
     if instruction.is_jcc_short_or_near:
         recipe.reads |= instruction.rflags_read & ARITHMETIC
-        recipe.ends = Branch(instruction.condition_code - 1, displacement)
+        recipe.ends = Branch(instruction.condition_code - 1)
+        return
+    if instruction.code in _CX:
+        recipe.ends = Missing()
         return
     wide = instruction.code not in _ECX
     counter = "rcx" if wide else "ecx"
     jump = b"\xe3" if wide else b"\x67\xe3"
     if instruction.is_jcx_short:
-        if instruction.code in _CX:
-            recipe.ends = Missing()
-            return
-        recipe.ends = Branch(0, displacement, jump + b"\0")
+        recipe.ends = Branch(0, jump + b"\0")
         return
-    if instruction.code in _CX:
-        recipe.ends = Missing()
-        return
-    decrement = asm(f"lea {counter}, [rcx-1]")
-    mnemonic = instruction.mnemonic
     # taken: counter not zero (and ZF as asked); the prelude ends in a short jump to the taken way
+    decrement = asm(f"lea {counter}, [rcx-1]")
     skip = jump + b"\x02"
+    mnemonic = instruction.mnemonic
     if mnemonic == Mnemonic.LOOP:
         prelude = decrement + skip + b"\xeb\0"
     else:
         recipe.reads |= instruction.rflags_read & ARITHMETIC
         prelude = decrement + skip + (b"\x74\0" if mnemonic == Mnemonic.LOOPE else b"\x75\0")
-    recipe.ends = Branch(0, displacement, prelude)
+    recipe.ends = Branch(0, prelude)
 
 
 _CX = {
@@ -699,11 +696,17 @@ def mov(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> No
         maker.plain(recipe, instruction)
 
 
+_NEEDS_FSGSBASE = """
+        test dword [rsp+GUEST_CR4], 0x10000
+        jnz enabled
+        escape
+        enabled:
+        """
+
+
 def read_base(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
-    """RDFSBASE, RDGSBASE (CR4.FSGSBASE is checked by Python: without it they fault)."""
-    if not maker.mode.other & 2:
-        recipe.ends = CallOut()
-        return
+    """RDFSBASE, RDGSBASE; without CR4.FSGSBASE they fault."""
+    recipe.clobber(_NEEDS_FSGSBASE)
     number, size = GPR[instruction.op0_register]
     segment = "FS" if instruction.mnemonic == Mnemonic.RDFSBASE else "GS"
     _store(recipe, number, f"mov {name(10, size)}, [rsp+{segment}_BASE]")
@@ -711,14 +714,12 @@ def read_base(maker: InstructionMaker, recipe: Recipe, instruction: Instruction)
 
 def write_base(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
     """WRFSBASE, WRGSBASE of a canonical address; the rest is Python's."""
-    if not maker.mode.other & 2:
-        recipe.ends = CallOut()
-        return
     number, size = GPR[instruction.op0_register]
     place = f"[rsp+GPR_R{number}]" if number in DISPLACED else name(STACK if number == RSP else number, size)
     segment = "FS" if instruction.mnemonic == Mnemonic.WRFSBASE else "GS"
     recipe.clobber(
         f"""
+        {_NEEDS_FSGSBASE}
         mov {name(10, size)}, {place}
         mov r11, r10
         sar r11, 47

@@ -9,10 +9,13 @@ code on the virtual state or a call-out to Python.
 from __future__ import annotations
 
 from collections.abc import Callable
+from struct import pack
 
 from iced_x86 import (
     Code,
+    ConstantOffsets,
     CpuidFeature,
+    Decoder,
     Encoder,
     FlowControl,
     Instruction,
@@ -27,7 +30,7 @@ from iced_x86 import (
 
 from trivisor.translation import inline, vector_access
 from trivisor.translation.modes import CallOut, Jump, Missing, Mode, Raise
-from trivisor.translation.recipe import ARITHMETIC, Recipe, asm
+from trivisor.translation.recipe import ARITHMETIC, DISPLACEMENT, IMMEDIATE, Recipe, asm
 from trivisor.translation.registers import (
     BY_SIZE,
     DISPLACED,
@@ -110,14 +113,24 @@ class InstructionMaker:
         self.xsave_size = xsave_size
         self._encoder = Encoder(64)
         self._info = InstructionInfoFactory()
+        decoder = Decoder(64, b"\x4c\x8d\x14\x08")  # lea r10, [rax+rcx]
+        self._lea_template = decoder.decode()
+        self._raw = b""
+        self._offsets: ConstantOffsets = decoder.get_constant_offsets(self._lea_template)
+        self._encoded: tuple[bytes, tuple[int, int] | None] = (b"", None)
+        self._baked = False  # a constant went into the code otherwise than by a patch
         self._special: dict[int, Callable[[Recipe, Instruction], None]] = inline.table(self)
 
     # -- the way in -----------------------------------------------------------------------------------------
 
-    def make(self, instruction: Instruction, raw: bytes, prepared: int = 0, single: bool = False) -> Recipe:
+    def make(
+        self, instruction: Instruction, raw: bytes, offsets: ConstantOffsets, prepared: int = 0, single: bool = False
+    ) -> Recipe:
         """The recipe of one decoded instruction; `raw` are its bytes."""
         recipe = Recipe(self.mode.user, self.near, length=len(raw), prepared=prepared, single=single)
         self._raw = raw
+        self._offsets = offsets
+        self._baked = False
         mnemonic = instruction.mnemonic
         if mnemonic in _HINTS:
             pass
@@ -135,6 +148,7 @@ class InstructionMaker:
             self._control(recipe, instruction)
         else:
             self.plain(recipe, instruction)
+        recipe.finish()
         return recipe
 
     def _available(self, instruction: Instruction) -> bool:
@@ -180,34 +194,57 @@ class InstructionMaker:
     ) -> None:
         """Put the linear address of the memory operand, plus `adjust`, into r10; uses r11."""
         base, index = instruction.memory_base, instruction.memory_index
-        displacement = instruction.memory_displacement
         segment = SEGMENTS[instruction.memory_segment]
-        address_bits = self._address_bits(instruction)
         if instruction.is_ip_rel_memory_operand:
-            target = instruction.ip_rel_memory_address - instruction.next_ip + adjust
-            recipe.absolute("r10", (target + (1 << 63)) % (1 << 64) - (1 << 63))
+            distance = _signed(instruction.ip_rel_memory_address - instruction.next_ip + adjust, 64)
+            recipe.absolute("r10", distance if adjust else None)
         elif base == Register.NONE and index == Register.NONE:
-            recipe.code(f"mov r10, {_signed((displacement + adjust) & ((1 << address_bits) - 1), 64)}")
+            self._absolute_address(recipe, instruction, adjust)
         else:
-            parts = []
-            for register, scratch, scale in ((base, "r10", 1), (index, "r11", instruction.memory_index_scale)):
-                if register == Register.NONE:
-                    continue
-                number = GPR[register][0]
-                name = f"r{number}" if number >= 8 else _NAMES[number]
-                if number in DISPLACED:
-                    recipe.code(f"mov {scratch}, [rsp+GPR_R{number}]")
-                    name = scratch
-                elif number == RSP:
-                    name = "r15"
-                parts.append(f"{name}*{scale}" if scale > 1 else name)
-            offset = _signed(displacement, address_bits) + adjust
-            width = "r10" if address_bits == 64 else "r10d"
-            recipe.code(f"lea {width}, [{'+'.join(parts)}+({offset})]")
-            if address_bits == 16:
-                recipe.code("movzx r10d, r10w")
+            self._sum_address(recipe, instruction, base, index, adjust)
         if segmented:
             self.add_segment(recipe, segment)
+
+    def _absolute_address(self, recipe: Recipe, instruction: Instruction, adjust: int) -> None:
+        displacement = instruction.memory_displacement
+        if self.mode.bits == 64 and self._offsets.displacement_size == 4 and not adjust:
+            recipe.raw(b"\x49\xc7\xc2" + pack("<I", displacement & 0xFFFFFFFF), (3, 4, DISPLACEMENT))
+            return
+        self._baked = True
+        bits = self._address_bits(instruction)
+        recipe.code(f"mov r10, {_signed((displacement + adjust) & ((1 << bits) - 1), 64)}")
+
+    def _sum_address(self, recipe: Recipe, instruction: Instruction, base: int, index: int, adjust: int) -> None:
+        """LEA with the same registers, or those that stand for them, and a displacement of the same width."""
+        bits = self._address_bits(instruction)
+        lea = self._lea_template
+        lea.code = Code.LEA_R64_M if bits == 64 else Code.LEA_R32_M
+        lea.op0_register = Register.R10 if bits == 64 else Register.R10D
+        lea.memory_base = self._address_register(recipe, base, S1)
+        lea.memory_index = self._address_register(recipe, index, S2)
+        lea.memory_index_scale = instruction.memory_index_scale
+        offset = _signed(instruction.memory_displacement, bits) + adjust
+        size = self._offsets.displacement_size
+        if adjust or size == 2:
+            self._baked = True
+            size = 4
+        lea.memory_displacement = offset & 0xFFFFFFFFFFFFFFFF
+        lea.memory_displ_size = 8 if size == 4 else size
+        code = self.encode(lea)
+        recipe.raw(code, (len(code) - size, size, DISPLACEMENT) if size else None)
+        if bits == 16:
+            recipe.code("movzx r10d, r10w")
+
+    def _address_register(self, recipe: Recipe, register: int, scratch: int) -> int:
+        if register == Register.NONE:
+            return register
+        number = GPR[register][0]
+        if number in DISPLACED:
+            recipe.code(f"mov r{scratch}, [rsp+GPR_R{number}]")
+            number = scratch
+        elif number == RSP:
+            number = STACK
+        return BY_SIZE[8][number]
 
     def _address_bits(self, instruction: Instruction) -> int:
         for register in (instruction.memory_base, instruction.memory_index):
@@ -263,7 +300,10 @@ class InstructionMaker:
                 if used.access in _WRITES:
                     writes.add(number)
         if self.mode.bits == 64 and not memory and not (reads | writes) & (DISPLACED | {RSP}):
-            recipe.op(self._raw)
+            offsets = self._offsets
+            patch = (offsets.immediate_offset, offsets.immediate_size, IMMEDIATE) if offsets.has_immediate else None
+            recipe.op(self._raw, patch)
+            recipe.shared = not self._counts_flags(instruction)
             return
         is_lea = instruction.mnemonic == Mnemonic.LEA
         if is_lea:
@@ -276,15 +316,18 @@ class InstructionMaker:
             access = info.op_access(operand)
             self._with_memory(recipe, instruction, access, high)
         else:
-            recipe.op(self._substituted(instruction, reads, writes, (S1, S2)))
+            self._op(recipe, instruction, self._substituted(instruction, reads, writes, (S1, S2)))
 
     def _lea(self, recipe: Recipe, instruction: Instruction) -> None:
         number, size = GPR[instruction.op0_register]
         target = STACK if number == RSP else number
         if instruction.is_ip_rel_memory_operand and size == 8 and number not in DISPLACED | {RSP}:
-            self._absolute_into(recipe, number, instruction)
+            recipe.absolute("r10", None)
+            recipe.op(asm(f"mov {inline.name(number, 8)}, r10"))
+            recipe.shared = True
             return
         self.address(recipe, instruction, segmented=False)
+        recipe.shared = not self._baked
         slot = number in DISPLACED
         if size == 2:
             if slot:
@@ -309,10 +352,6 @@ class InstructionMaker:
                 host.memory_displ_size = 8
         recipe.op(self._substituted(host, set(), set(), ()))
 
-    def _absolute_into(self, recipe: Recipe, number: int, instruction: Instruction) -> None:
-        recipe.absolute("r10", _signed(instruction.ip_rel_memory_address - instruction.next_ip, 64))
-        recipe.op(asm(f"mov {inline.name(number, 8)}, r10"))
-
     def _with_memory(self, recipe: Recipe, instruction: Instruction, access: int, high: bool) -> None:
         mnemonic = instruction.mnemonic
         if mnemonic in _XSAVE_FAMILY:
@@ -333,7 +372,27 @@ class InstructionMaker:
             recipe.ends = Missing()
             return
         recipe.check(size, write=write)
-        recipe.op(self.on_host_address(instruction, high, write, access in _READS, size))
+        self._op(recipe, instruction, self.on_host_address(instruction, high, write, access in _READS, size))
+
+    def _op(self, recipe: Recipe, instruction: Instruction, code: bytes) -> None:
+        """Add the instruction as it was encoded last, within `code`, and share the recipe if all constants allow."""
+        offsets, raw = self._offsets, self._raw
+        patch = None
+        if offsets.has_immediate:
+            at, size = offsets.immediate_offset, offsets.immediate_size
+            encoded, place = self._encoded
+            if place is None or place[1] != size or offsets.has_immediate2:
+                self._baked = True
+            elif encoded[place[0] : place[0] + size] != raw[at : at + size]:
+                self._baked = True
+            else:
+                patch = (code.index(encoded) + place[0], size, IMMEDIATE)
+        recipe.op(code, patch)
+        recipe.shared = not self._baked and not self._counts_flags(instruction)
+
+    def _counts_flags(self, instruction: Instruction) -> bool:
+        """Whether an immediate decides which flags change."""
+        return instruction.mnemonic in _SHIFTS and self._offsets.has_immediate
 
     def on_host_address(
         self, instruction: Instruction, high: bool, write: bool, read: bool, size: int, *, displaced: bool = True
@@ -420,8 +479,13 @@ class InstructionMaker:
 
     def encode(self, instruction: Instruction) -> bytes:
         """The host's encoding; the instruction must not be relative to its address."""
-        self._encoder.encode(instruction, 0)
-        out: bytes = self._encoder.take_buffer()
+        encoder = self._encoder
+        encoder.encode(instruction, 0)
+        out: bytes = encoder.take_buffer()
+        if self._offsets.has_immediate:
+            made = encoder.get_constant_offsets()
+            place = (made.immediate_offset, made.immediate_size) if made.has_immediate else None
+            self._encoded = (out, place)
         return out
 
     # -- control transfers ----------------------------------------------------------------------------------
@@ -430,16 +494,19 @@ class InstructionMaker:
         kind = instruction.flow_control
         bits = self.mode.bits
         if kind == FlowControl.UNCONDITIONAL_BRANCH and instruction.is_jmp_short_or_near:
-            recipe.ends = Jump(self.displacement(instruction))
+            recipe.ends = Jump()
+            recipe.shared = True
         elif kind == FlowControl.CONDITIONAL_BRANCH:
             inline.conditional(self, recipe, instruction)
         elif kind == FlowControl.CALL and instruction.is_call_near:
             inline.push_return(self, recipe)
-            recipe.ends = Jump(self.displacement(instruction))
+            recipe.ends = recipe.ends or Jump()
+            recipe.shared = True
         elif kind in (FlowControl.INDIRECT_BRANCH, FlowControl.INDIRECT_CALL) and not (
             instruction.is_jmp_far_indirect or instruction.is_call_far_indirect
         ):
             inline.indirect(self, recipe, instruction, call=kind == FlowControl.INDIRECT_CALL)
+            recipe.shared = not self._baked
         elif kind == FlowControl.RETURN and instruction.mnemonic == Mnemonic.RET:
             inline.near_return(self, recipe, instruction)
         elif instruction.mnemonic in (Mnemonic.UD0, Mnemonic.UD1, Mnemonic.UD2):
@@ -448,9 +515,6 @@ class InstructionMaker:
             recipe.ends = CallOut()
         if bits == 16:
             recipe.ends = Missing()
-
-    def displacement(self, instruction: Instruction) -> int:
-        return _signed(instruction.near_branch_target - instruction.next_ip, self.mode.bits)
 
 
 _BIT_STRING = {Mnemonic.BT, Mnemonic.BTS, Mnemonic.BTR, Mnemonic.BTC}

@@ -46,13 +46,11 @@ class Mode:
 
 
 class Jump(NamedTuple):
-    """Ends a block: go on at next + displacement."""
-
-    displacement: int
+    """Ends a block: go on at next + the instruction's `Constants.relative`."""
 
 
 class Branch(NamedTuple):
-    """Ends a block: at next + displacement when the condition holds, else at next.
+    """Ends a block: at next + `Constants.relative` when the condition holds, else at next.
 
     `condition` is the low four bits of the jcc; with a `prelude`, its last
     instruction is a short jump whose displacement byte comes last and leads to
@@ -60,7 +58,6 @@ class Branch(NamedTuple):
     """
 
     condition: int
-    displacement: int
     prelude: bytes = b""
 
 

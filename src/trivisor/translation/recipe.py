@@ -132,12 +132,28 @@ class Variant(NamedTuple):
 
     code: bytes
     misses: tuple[Miss, ...]
-    absolutes: tuple[tuple[int, int, int], ...]
-    """(offset, width, displacement): an immediate that becomes the next instruction's address + displacement."""
+    absolutes: tuple[tuple[int, int, int | None], ...]
+    """(offset, width, distance): an immediate that becomes the next instruction's address + distance, or
+    + `Constants.relative` for None."""
+    patches: tuple[tuple[int, int, int], ...]
+    """(offset, width, which): bytes that are those of the instruction's constant number `which`."""
     parked: bool
     """Whether the flags are parked afterwards."""
     fault_parked: bool
     """Whether they are parked where the host may fault."""
+
+
+class Constants(NamedTuple):
+    """What sets apart instructions that share a recipe."""
+
+    displacement: bytes = b""
+    immediate: bytes = b""
+    relative: int = 0
+    """Distance from the next instruction to the branch's target or the rip-relative operand."""
+
+
+DISPLACEMENT, IMMEDIATE = 0, 1
+"""Which of `Constants` a patch takes."""
 
 
 class Item(NamedTuple):
@@ -150,7 +166,9 @@ class Item(NamedTuple):
     restart: bool = False
     loops: bool = False
     width: int = 0
-    displacement: int = 0
+    """Of an immediate at the end that is relative to the next instruction."""
+    displacement: int | None = 0
+    patch: tuple[int, int, int] | None = None
 
 
 @dataclass(slots=True)
@@ -182,12 +200,20 @@ class Recipe:
     """Interrupts are held off until the next instruction is done; then the block must look for them."""
     polls: bool = False
     """Interrupts may have become possible: look for them right after this instruction."""
+    shared: bool = False
+    """Instructions that differ only in their constants may use it: every constant is patched in."""
+    simple: Variant | None = None
+    """The bytes for flags that are not parked, where it does not matter who needs them."""
     _variants: dict[tuple[bool, int], Variant] = field(default_factory=dict)
     _checks: int = 0
 
     def code(self, source: str) -> None:
         """Add assembly that leaves the flags alone."""
         self.items.append(Item(False, asm(source)))
+
+    def raw(self, code: bytes, patch: tuple[int, int, int] | None = None) -> None:
+        """Add bytes that leave the flags alone."""
+        self.items.append(Item(False, code, patch=patch))
 
     def clobber(self, source: str, *, loops: bool = False) -> None:
         """Add assembly that destroys the host's flags; `fragment`'s pseudo-instructions may be used.
@@ -199,9 +225,9 @@ class Recipe:
         self.items.append(Item(False, made.code, made.misses, made.escapes, made.restart, loops))
         self.clobbers = True
 
-    def op(self, code: bytes) -> None:
+    def op(self, code: bytes, patch: tuple[int, int, int] | None = None) -> None:
         """Add the instruction itself."""
-        self.items.append(Item(True, code))
+        self.items.append(Item(True, code, patch=patch))
 
     def check(self, size: int, *, write: bool) -> None:
         """Turn r10 from a linear into a host address for an access of `size` bytes.
@@ -210,14 +236,19 @@ class Recipe:
         """
         self.clobber(f"check {'write' if write else 'read'} {size}")
 
-    def absolute(self, register: str, displacement: int) -> None:
-        """Load r10 or r11 with the next instruction's address plus `displacement`."""
+    def absolute(self, register: str, displacement: int | None) -> None:
+        """Load r10 or r11 with the next instruction's address plus `displacement`; None: the constant's."""
         number = int(register[1:]) - 8
         if self.near:
             code, width = bytes((0x49, 0xC7, 0xC0 + number, 0, 0, 0, 0)), 4
         else:
             code, width = bytes((0x49, 0xB8 + number)) + bytes(8), 8
         self.items.append(Item(False, code, width=width, displacement=displacement))
+
+    def finish(self) -> None:
+        """Nothing more is added."""
+        if not self.clobbers:
+            self.simple = self.variant(False, 0)
 
     def variant(self, parked: bool, live: int) -> Variant:
         """The bytes when flags are parked (or not) on entry and `live` flags are needed afterwards."""
@@ -237,7 +268,8 @@ class Recipe:
     def _build(self, parked: bool, way: int) -> Variant:
         out = bytearray()
         misses: list[Miss] = []
-        absolutes: list[tuple[int, int, int]] = []
+        absolutes: list[tuple[int, int, int | None]] = []
+        patches: list[tuple[int, int, int]] = []
         if way in (KEPT, WANTED) and self.clobbers and not parked:
             out += PARK
             parked = True
@@ -259,6 +291,8 @@ class Recipe:
                 out[at + escape + 8 : at + escape + 12] = kind.to_bytes(4, "little")
                 absolutes.append((at + escape, 8, -self.length))
             loops = loops or item.loops
+            if item.patch is not None:
+                patches.append((at + item.patch[0], item.patch[1], item.patch[2]))
             if item.width:
                 absolutes.append((len(out) - item.width, item.width, item.displacement))
             if item.is_op or item.misses or item.restart:
@@ -272,7 +306,7 @@ class Recipe:
             tail = last.jump_end + CHECK_TAIL
             if not any(offset > tail for offset, _, _ in absolutes):
                 misses[-1] = last._replace(crossing=bytes(out[tail:]))
-        return Variant(bytes(out), tuple(misses), tuple(absolutes), parked, fault_parked)
+        return Variant(bytes(out), tuple(misses), tuple(absolutes), tuple(patches), parked, fault_parked)
 
 
 # How a recipe meets the flags: nobody needs them; somebody does, later; the op does; nothing touches them.

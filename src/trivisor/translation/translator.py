@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from struct import pack_into
+from typing import NamedTuple
 
-from iced_x86 import Decoder, Instruction
+from iced_x86 import ConstantOffsets, Decoder, Instruction, OpKind
 
 from trivisor.translation.block import Block, Link
 from trivisor.translation.code_cache import CodeCache
-from trivisor.translation.emission import Emission
+from trivisor.translation.emission import Emission, FarTarget
 from trivisor.translation.instructions import InstructionMaker
 from trivisor.translation.modes import Mode
-from trivisor.translation.recipe import Recipe
+from trivisor.translation.recipe import Constants, Recipe
 
 MAXIMUM_INSTRUCTIONS = 64
 """In one block."""
@@ -20,6 +21,29 @@ MAXIMUM_INSTRUCTIONS = 64
 def fits(address: int) -> bool:
     """Whether code around `address` is named by sign-extended 32-bit immediates, some slack included."""
     return address < 0x7F000000 or address >= 0xFFFFFFFF81000000 - 0x1000000
+
+
+class _Known(NamedTuple):
+    """What is known of the instructions of one mode: by their bytes, and by their bytes without constants."""
+
+    maker: InstructionMaker
+    entries: dict[bytes, tuple[Recipe, Constants]]
+    shapes: dict[bytes, Recipe]
+
+
+def _constants(instruction: Instruction, offsets: ConstantOffsets, raw: bytes) -> Constants:
+    at, size = offsets.displacement_offset, offsets.displacement_size
+    displacement = raw[at : at + size]
+    at, size = offsets.immediate_offset, offsets.immediate_size
+    relative = 0
+    if instruction.is_ip_rel_memory_operand:
+        relative = instruction.ip_rel_memory_address - instruction.next_ip
+    elif instruction.op0_kind in _NEAR_BRANCHES:
+        relative = instruction.near_branch_target - instruction.next_ip
+    return Constants(displacement, raw[at : at + size], relative)
+
+
+_NEAR_BRANCHES = {OpKind.NEAR_BRANCH16, OpKind.NEAR_BRANCH32, OpKind.NEAR_BRANCH64}
 
 
 class Translator:
@@ -43,8 +67,7 @@ class Translator:
         """By the number that their stub reports."""
         self.instructions = 0
         self.recipes_made = 0
-        self._makers: dict[tuple[int, bool], InstructionMaker] = {}
-        self._recipes: dict[tuple[int, bool], dict[bytes, Recipe]] = {}
+        self._known: dict[tuple[int, bool], _Known] = {}
         self._instruction = Instruction()
 
     def translate(self, mode: Mode, rip: int, page: int, code: bytes) -> Block:
@@ -55,53 +78,84 @@ class Translator:
         MemoryError when the code cache is full.
         """
         near = fits(rip)
+        try:
+            return self._translate(mode, near, rip, page, code)
+        except FarTarget:
+            return self._translate(mode, False, rip, page, code)
+
+    def _translate(self, mode: Mode, near: bool, rip: int, page: int, code: bytes) -> Block:
         mode_key = mode.key
-        which = (mode_key, near)
-        maker = self._makers.get(which)
-        if maker is None:
-            maker = self._makers[which] = InstructionMaker(mode, near, self.features, self.xsave_size)
-            self._recipes[which] = {}
-        recipes = self._recipes[which]
+        known = self._known.get((mode_key, near))
+        if known is None:
+            known = self._known[mode_key, near] = _Known(
+                InstructionMaker(mode, near, self.features, self.xsave_size), {}, {}
+            )
+        entries = known.entries
         decoder = Decoder(mode.bits, code, ip=rip)
+        decode = decoder.decode_out
         instruction = self._instruction
-        chosen: list[Recipe] = []
+        chosen: list[tuple[Recipe, Constants]] = []
         room = min(0x1000 - (rip & 0xFFF), len(code))
         position = 0
         shadow = False
         while True:
-            decoder.decode_out(instruction)
-            length = instruction.len
-            end = position + length
+            decode(instruction)
+            end = decoder.position
             if end >= room and chosen and (end > room or instruction.is_invalid):
                 break  # it runs into the next page (or seems invalid for the bytes missing here)
             raw = code[position:end]
-            recipe = recipes.get(raw)
-            if recipe is None:
-                recipe = recipes[raw] = maker.make(instruction, raw)
-                self.recipes_made += 1
-            chosen.append(recipe)
+            entry = entries.get(raw)
+            if entry is None:
+                entry = entries[raw] = self._entry(known, decoder, instruction, raw)
+            chosen.append(entry)
             position = end
+            recipe = entry[0]
             if recipe.ends is not None or recipe.polls or end >= room or shadow:
                 break
             if len(chosen) >= MAXIMUM_INSTRUCTIONS:
                 break
             shadow = recipe.shadow
         self.instructions += len(chosen)
-        polls = chosen[-1].polls or (shadow and chosen[-1].ends is None)
+        polls = chosen[-1][0].polls or (shadow and chosen[-1][0].ends is None)
         return self._emit(mode, near, Block(rip, page | mode_key, position), chosen, polls, single=False)
+
+    def _entry(
+        self, known: _Known, decoder: Decoder, instruction: Instruction, raw: bytes
+    ) -> tuple[Recipe, Constants]:
+        """The recipe of an instruction seen for the first time: that of one like it, if there was one."""
+        offsets = decoder.get_constant_offsets(instruction)
+        constants = _constants(instruction, offsets, raw)
+        shape = bytearray(raw)
+        for at, size in (
+            (offsets.displacement_offset, offsets.displacement_size),
+            (offsets.immediate_offset, offsets.immediate_size),
+        ):
+            shape[at : at + size] = bytes(size)
+        key = bytes(shape)
+        recipe = known.shapes.get(key)
+        if recipe is None:
+            recipe = known.maker.make(instruction, raw, offsets)
+            self.recipes_made += 1
+            if recipe.shared:
+                known.shapes[key] = recipe
+        return recipe, constants
 
     def translate_step(self, mode: Mode, rip: int, page: int, code: bytes, prepared: int) -> Block:
         """Translate one instruction that leaves to Python when it is done; see `Recipe.prepared`."""
-        instruction = Decoder(mode.bits, code, ip=rip).decode()
+        decoder = Decoder(mode.bits, code, ip=rip)
+        instruction = decoder.decode()
+        offsets = decoder.get_constant_offsets(instruction)
         maker = InstructionMaker(mode, False, self.features, self.xsave_size)
-        recipe = maker.make(instruction, code[: instruction.len], prepared, single=True)
-        return self._emit(mode, False, Block(rip, page | mode.key, recipe.length), [recipe], False, single=True)
+        raw = code[: instruction.len]
+        recipe = maker.make(instruction, raw, offsets, prepared, single=True)
+        chosen = [(recipe, _constants(instruction, offsets, raw))]
+        return self._emit(mode, False, Block(rip, page | mode.key, recipe.length), chosen, False, single=True)
 
     def _emit(
-        self, mode: Mode, near: bool, block: Block, recipes: list[Recipe], polls: bool, *, single: bool
+        self, mode: Mode, near: bool, block: Block, chosen: list[tuple[Recipe, Constants]], polls: bool, *, single: bool
     ) -> Block:
         emission = Emission(mode, near, block, (self.cache.used + 15) & ~15, self.lookup, single)
-        emission.emit(recipes, polls, len(self.links))
+        emission.emit(chosen, polls, len(self.links))
         self.cache.append(emission.out)
         for link in emission.links:
             self.links.append(link)

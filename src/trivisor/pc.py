@@ -62,7 +62,7 @@ def crystal_frequency(tsc_frequency: int) -> int:
 class Pc:
     """The board around one processor; implements `machine.vcpu.Surroundings`.
 
-    `tsc()` is the guest's time-stamp counter, at `tsc_frequency` Hz.  `serial_output`
+    `tsc()` is the time-stamp counter, at `tsc_frequency` Hz, until a processor tells its own.  `serial_output`
     gets what the guest sends on COM1.  `on_stop()` is called once, when a
     device has set `stop_reason`.  The board writes its firmware's data into `memory`.
     """
@@ -84,10 +84,13 @@ class Pc:
         self.apic_id = 0
         self.tsc_frequency = tsc_frequency
         self.crystal_frequency = crystal_frequency(tsc_frequency)
+        self.tsc = tsc
         self.stop_reason: object | None = None  # a StopReason
         self._on_stop = on_stop
 
-        self.local_apic = LocalApic(clock, self.apic_id, tsc, tsc_frequency, self.crystal_frequency)
+        self.local_apic = LocalApic(
+            clock, self.apic_id, lambda: self.tsc(), tsc_frequency, self.crystal_frequency
+        )
         self.interrupts: InterruptController = self.local_apic
         self.io_apic = IoApic(self._deliver)
         self._io_apic_pin_0 = self.io_apic.line(0)
@@ -117,6 +120,10 @@ class Pc:
     def console_input(self, data: bytes) -> int:
         """Send `data` to the guest on COM1; returns how many bytes of it there was room for."""
         return self.serial.feed(data)
+
+    def tsc_changed(self) -> None:
+        """The guest has set its time-stamp counter."""
+        self.local_apic.tsc_changed()
 
     def isa_line(self, irq: int) -> Line:
         """The wire of ISA interrupt `irq`, 0 to 15 without 2."""

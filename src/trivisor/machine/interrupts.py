@@ -27,6 +27,10 @@ class InterruptController(InterruptSource, Protocol):
 
     on_pending: Callable[[], None]
     """Set by the processor; called whenever an interrupt begins to wait."""
+    on_nmi: Callable[[], None]
+    """Set by the processor; called for each non-maskable interrupt."""
+    cr8: int
+    """The task priority, 0 to 15, which the processor shows as its register CR8."""
 
 
 def no_line(level: bool) -> None:

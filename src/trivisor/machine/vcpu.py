@@ -35,6 +35,12 @@ class Surroundings(Protocol):
     """Hz, told to the guest in CPUID."""
     crystal_frequency: int
     """Hz of the local APIC timer's input clock, told in CPUID leaf 0x15."""
+    tsc: Callable[[], int]
+    """The guest's time-stamp counter now, for timers that wait for it; set by the processor."""
+
+    def tsc_changed(self) -> None:
+        """The guest has set its time-stamp counter; called by the processor."""
+
     stop_reason: object | None
     """Set by a device that ends the run (power off, reset, debug exit); the vCPU then returns at once."""
 

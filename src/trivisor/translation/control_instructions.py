@@ -160,7 +160,7 @@ def _write_cr2(cpu: Cpu, value: int) -> None:
 def _write_cr8(cpu: Cpu, value: int) -> None:
     if value & ~CR8_VALID:
         raise general_protection()
-    cpu.core.cr8 = value
+    cpu.board.interrupts.cr8 = value
 
 
 _WRITE = {
@@ -171,7 +171,7 @@ _WRITE = {
     Register.CR8: _write_cr8,
 }
 _READ = {
-    Register.CR0: "cr0", Register.CR2: "cr2", Register.CR3: "cr3", Register.CR4: "cr4", Register.CR8: "cr8",
+    Register.CR0: "cr0", Register.CR2: "cr2", Register.CR3: "cr3", Register.CR4: "cr4",
 }  # fmt: skip
 
 
@@ -185,12 +185,14 @@ def _mov_to_cr(cpu: Cpu, instruction: Instruction) -> None:
 
 
 def _mov_from_cr(cpu: Cpu, instruction: Instruction) -> None:
-    name = _READ.get(instruction.op1_register)
-    if name is None:
+    source = instruction.op1_register
+    name = _READ.get(source)
+    if name is None and source != Register.CR8:
         raise invalid_opcode()
     core = cpu.core
     privileged(core)
-    write_register(core, instruction.op0_register, getattr(core, name))
+    value = cpu.board.interrupts.cr8 if name is None else getattr(core, name)
+    write_register(core, instruction.op0_register, value)
 
 
 def _clts(cpu: Cpu, instruction: Instruction) -> None:

@@ -83,7 +83,6 @@ class Core:
     cr2 = _q("CR2")
     cr3 = _q("CR3")
     cr4 = _q("CR4")
-    cr8 = _q("CR8")
     efer = _q("EFER")
     xcr0 = _q("XCR0")
     star = _q("STAR")

@@ -31,7 +31,7 @@ from trivisor.translation.msrs import MsrFile
 from trivisor.translation.natives import POINTERS, helpers
 from trivisor.translation.state_transfer import get_state, set_state
 from trivisor.x86.cpuid import host_cpuid, host_xgetbv
-from trivisor.x86.exceptions import DEBUG, GuestException
+from trivisor.x86.exceptions import DEBUG, NMI, GuestException
 
 CODE_CACHE_SIZE = 128 << 20
 
@@ -83,6 +83,8 @@ class TranslationVcpu:
         self._words = self.core.words
         self._kicked = False
         self._waiting = False  # an interrupt waits for IF
+        self._nmi_waiting = False
+        self.halted = False
         self._wake = threading.Event()
         self._by_key: dict[int, Mode] = {}
         self._modes: dict[tuple[Any, ...], Mode] = {}
@@ -104,6 +106,8 @@ class TranslationVcpu:
         self._timer: HostTimer | None = None
         board.clock.on_earlier = self._arm_timer
         board.interrupts.on_pending = self._look
+        board.interrupts.on_nmi = self._nmi
+        board.tsc = self.tsc
         self._handlers: dict[int, Callable[[], Exit | None]] = {
             EXITS["EXIT_LOOKUP"]: lambda: None,
             EXITS["EXIT_POLL"]: lambda: None,
@@ -297,6 +301,8 @@ class TranslationVcpu:
         if self._timer is None:
             self._timer = HostTimer(self.core.address)
         try:
+            if self.halted and (exit_ := self._idle()) is not None:
+                return exit_
             while (exit_ := self._once(False)) is None:
                 pass
             return exit_
@@ -304,13 +310,15 @@ class TranslationVcpu:
             self._total_ns += time.perf_counter_ns() - started
 
     def step(self) -> Exit:
+        if self.halted and (exit_ := self._idle()) is not None:
+            return exit_
         exit_ = self._once(True)
         return DebugStop(self.core.rip) if exit_ is None else exit_
 
     def _once(self, single: bool) -> Exit | None:
         """Serve what waits, then run translated code until it comes back, or one instruction."""
         words, core = self._words, self.core
-        if words[_PENDING] or (self._waiting and core.interrupt_flag):
+        if words[_PENDING] or (self._waiting and core.interrupt_flag) or self._nmi_waiting:
             if core.interrupt_shadow:
                 core.interrupt_shadow = False
                 return self._single_step()
@@ -379,6 +387,11 @@ class TranslationVcpu:
             self._kicked = False
             words[_PENDING] = 1
             return Kicked()
+        if self._nmi_waiting and not self.core.nmi_blocked:
+            self._nmi_waiting = False
+            self.count("nmi")
+            self._next = None
+            self.interrupt(NMI)
         interrupts = board.interrupts
         if not interrupts.pending():
             return None
@@ -415,6 +428,11 @@ class TranslationVcpu:
         """Have the run loop look at the interrupts; from its own thread."""
         self._words[_PENDING] = 1
 
+    def _nmi(self) -> None:
+        """A non-maskable interrupt has come; from the run loop's own thread."""
+        self._nmi_waiting = True
+        self._look()
+
     def attention(self) -> None:
         """Have the run loop look at timers and interrupts soon; from any thread."""
         words = self._words
@@ -424,18 +442,25 @@ class TranslationVcpu:
         self._wake.set()
 
     def _idle(self) -> Exit | None:
-        """HLT with interrupts on: sleep until one comes."""
+        """HLT with interrupts on: sleep until one comes.  A kick does not end it: the next run sleeps on."""
         started = time.perf_counter_ns()
-        clock = self.board.clock
+        clock, words = self.board.clock, self._words
+        self.halted = True
         try:
             while True:
+                words[_PENDING] = 0
                 clock.run_due()
-                if self._kicked or self._words[_PENDING] or self.board.interrupts.pending():
-                    self._words[_PENDING] = 1
+                if self.board.interrupts.pending() or (self._nmi_waiting and not self.core.nmi_blocked):
+                    self.halted = False
+                    words[_PENDING] = 1
                     return None
+                if self._kicked or self.board.stop_reason is not None:
+                    self._kicked = False
+                    words[_PENDING] = 1
+                    return Kicked()
                 deadline = clock.next_deadline()
                 self._wake.clear()
-                if self._words[_PENDING]:
+                if words[_PENDING]:
                     continue
                 wait = None if deadline is None else max(0, deadline - clock.now()) / 1e9
                 self._wake.wait(wait)

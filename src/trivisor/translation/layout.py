@@ -105,7 +105,6 @@ _FIELDS = (
     "CR2",
     "CR3",
     "CR4",
-    "CR8",
     "EFER",
     "XCR0",
     "STAR",
@@ -211,7 +210,7 @@ EXITS: dict[str, int] = {
 
 SYMBOLS: dict[str, int] = {
     **OFFSETS,
-    **{f"GUEST_{name}": OFFSETS[name] for name in ("RIP", "CR0", "CR2", "CR3", "CR4", "CR8")},
+    **{f"GUEST_{name}": OFFSETS[name] for name in ("RIP", "CR0", "CR2", "CR3", "CR4")},
     "XCR0_FIELD": OFFSETS["XCR0"],
     **EXITS,
     **{f"GPR_{name.upper()}": OFFSETS["GPR"] + 8 * i for i, name in enumerate(

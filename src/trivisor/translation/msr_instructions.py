@@ -102,6 +102,7 @@ def _move_tsc(cpu: Cpu, by: int) -> None:
     core = cpu.core
     core.tsc_offset = (core.tsc_offset + by) & MASK64
     core.tsc_adjust = (core.tsc_adjust + by) & MASK64
+    cpu.board.tsc_changed()
 
 
 CORE_MSRS: dict[int, tuple[Reader, Writer]] = {

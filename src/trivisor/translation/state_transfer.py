@@ -43,13 +43,14 @@ def get_state(cpu: TranslationVcpu) -> CpuState:
         cr2=core.cr2,
         cr3=core.cr3,
         cr4=core.cr4,
-        cr8=core.cr8,
+        cr8=cpu.board.interrupts.cr8,
         efer=core.efer,
         xcr0=core.xcr0,
         dr=list(core.dr),
         msrs={**cpu.msrs.save(), **{index: getattr(core, name) for index, name in _FIELDS.items()}},
         xsave=bytes(core.bytes[OFFSETS["FPU"] : OFFSETS["FPU"] + cpu.xsave_size]),
         interrupt_shadow=core.interrupt_shadow,
+        halted=cpu.halted,
         nmi_blocked=core.nmi_blocked,
     )
     state.msrs[msr.IA32_TIME_STAMP_COUNTER] = cpu.tsc()
@@ -73,10 +74,12 @@ def set_state(cpu: TranslationVcpu, state: CpuState) -> None:
     core.gdtr_base, core.gdtr_limit = state.gdtr.base, state.gdtr.limit
     core.idtr_base, core.idtr_limit = state.idtr.base, state.idtr.limit
     core.cr0, core.cr2, core.cr3, core.cr4 = state.cr0, state.cr2, state.cr3, state.cr4
-    core.cr8, core.efer, core.xcr0 = state.cr8, state.efer, state.xcr0
+    core.efer, core.xcr0 = state.efer, state.xcr0
+    cpu.board.interrupts.cr8 = state.cr8
     core.dr[:] = state.dr
     core.interrupt_shadow = state.interrupt_shadow
     core.nmi_blocked = state.nmi_blocked
+    cpu.halted = state.halted
     for index, value in state.msrs.items():
         if index in _FIELDS:
             setattr(core, _FIELDS[index], value)
@@ -88,6 +91,7 @@ def set_state(cpu: TranslationVcpu, state: CpuState) -> None:
     if msr.IA32_TIME_STAMP_COUNTER in state.msrs:
         core.tsc_offset = 0
         core.tsc_offset = state.msrs[msr.IA32_TIME_STAMP_COUNTER] - cpu.tsc()
+        cpu.board.tsc_changed()
     area = OFFSETS["FPU"]
     core.bytes[area : area + cpu.xsave_size] = bytes(cpu.xsave_size)
     if state.xsave:

@@ -81,7 +81,13 @@ class FakeCpu:
         self.port = Port()
         ports = Bus("port")
         ports.attach(0x60, 0x10, self.port)
-        self.board: Any = SimpleNamespace(memory=memory, ports=ports, msrs={})
+        self.board: Any = SimpleNamespace(
+            memory=memory,
+            ports=ports,
+            msrs={},
+            interrupts=SimpleNamespace(cr8=0),
+            tsc_changed=lambda: self.calls.append("tsc_changed"),
+        )
         self.msrs = Msrs()
         self.observed: dict[type, list[Any]] = {}
         self.features = set(FEATURES)
@@ -249,7 +255,8 @@ class FakeCpu:
         """Every register that an instruction could change."""
         core = self.core
         return (
-            core.rip, core.rflags, list(core.regs), core.cpl, core.cr0, core.cr3, core.cr4, core.cr8,
+            core.rip, core.rflags, list(core.regs), core.cpl, core.cr0, core.cr3, core.cr4,
+            self.board.interrupts.cr8,
             core.efer, [(s.selector, s.base, s.limit, s.attributes) for s in core.segments],
             list(core.dr), core.xcr0,
             core.gdtr_base, core.gdtr_limit, core.idtr_base, core.idtr_limit, core.kernel_gs_base,

@@ -123,6 +123,7 @@ def test_writing_the_tsc_moves_it(cpu: Any) -> None:
     cpu.advanced("wrmsr")
     cpu.advanced("rdtsc")
     assert (cpu.core.regs[RDX], cpu.core.regs[RAX]) == (0, 5)
+    assert cpu.calls == ["tsc_changed"]
 
 
 def test_time_stamp_instructions(cpu: Any) -> None:
@@ -245,7 +246,7 @@ def test_cr2_cr8_and_the_missing_ones(cpu: Any) -> None:
     core.regs[RAX] = 0xF
     cpu.advanced("mov cr8, rax")
     cpu.advanced("mov rbx, cr8")
-    assert core.regs[RBX] == 0xF
+    assert core.regs[RBX] == 0xF == cpu.board.interrupts.cr8
     core.regs[RAX] = KERNEL_TEXT
     assert cpu.fault("mov cr8, rax") == GP0
     cpu.advanced("mov cr2, rax")

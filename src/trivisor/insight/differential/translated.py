@@ -40,6 +40,8 @@ _FRAME_FLAGS = 0x244DD5
 
 class _NoInterrupts:
     on_pending: Callable[[], None] = staticmethod(lambda: None)
+    on_nmi: Callable[[], None] = staticmethod(lambda: None)
+    cr8 = 0
 
     def pending(self) -> bool:
         return False
@@ -61,7 +63,11 @@ class _Board:
         self.apic_id = 0
         self.tsc_frequency = 1_000_000_000
         self.crystal_frequency = 25_000_000
+        self.tsc: Callable[[], int] = lambda: 0
         self.stop_reason: object | None = None
+
+    def tsc_changed(self) -> None:
+        """Nothing here waits for it."""
 
 
 class _PageTables:

@@ -1,0 +1,1 @@
+"""Timings of trivisor, side by side with QEMU's TCG: `python -m bench`."""

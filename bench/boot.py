@@ -1,0 +1,80 @@
+"""Boot to userspace: the default guest under trivisor and under QEMU's TCG, turn by turn."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.process import Timing, time_to_line
+from trivisor.guests.debian import default_guest
+from trivisor.guests.initramfs import CONSOLE_COMMAND_LINE, default_initramfs
+
+FIRST_LINE = b"trivisor: userspace after"
+"""What the guest's /init says first."""
+QEMU = "qemu-system-x86_64"
+MEMORY_MIB = 512
+_LIMIT_SECONDS = 300.0
+
+
+@dataclass(slots=True)
+class Boots:
+    """The timings, in the order in which they were taken; `qemu` is empty where there is no QEMU."""
+
+    trivisor: list[Timing] = field(default_factory=list)
+    qemu: list[Timing] = field(default_factory=list)
+    statistics: list[dict[str, Any]] = field(default_factory=list)
+    """trivisor's own, of each of its boots up to there."""
+
+    @property
+    def ratios(self) -> list[float]:
+        """trivisor's time over QEMU's, pair by pair."""
+        return [ours.wall / theirs.wall for ours, theirs in zip(self.trivisor, self.qemu, strict=False)]
+
+    @property
+    def ratio(self) -> float | None:
+        """The median of the pairs' ratios."""
+        return median(self.ratios) if self.ratios else None
+
+
+def have_qemu() -> bool:
+    """Whether there is a QEMU to compare with."""
+    return shutil.which(QEMU) is not None
+
+
+def run_boots(runs: int, said: Callable[[str], None]) -> Boots:
+    """Boot `runs` times under each, in turn; `said` is told what is being done.  Raises `process.Failed`."""
+    boots = Boots()
+    guest = default_guest(lambda what, part: said(what))
+    with tempfile.TemporaryDirectory(prefix="trivisor-bench-") as directory:
+        # What `trivisor run` without a terminal gives its guest.
+        initrd = Path(directory, "initramfs.cpio")
+        initrd.write_bytes(default_initramfs(guest.busybox.read_bytes()))
+        statistics = Path(directory, "statistics.json")
+        ours = [
+            sys.executable, "-m", "trivisor", "run", "--memory", f"{MEMORY_MIB}M", "--stats-json", str(statistics),
+        ]  # fmt: skip
+        theirs = qemu_command(guest.kernel, initrd) if have_qemu() else None
+        for number in range(1, runs + 1):
+            said(f"boot {number} of {runs} under trivisor")
+            boots.trivisor.append(time_to_line(ours, FIRST_LINE, limit=_LIMIT_SECONDS, end_with=signal.SIGTERM))
+            boots.statistics.append(json.loads(statistics.read_text()))
+            if theirs is not None:
+                said(f"boot {number} of {runs} under QEMU")
+                boots.qemu.append(time_to_line(theirs, FIRST_LINE, limit=_LIMIT_SECONDS))
+    return boots
+
+
+def qemu_command(kernel: Path, initrd: Path) -> list[str]:
+    """QEMU on the same guest; without the devices that it would add and that trivisor's board has not."""
+    return [
+        QEMU, "-accel", "tcg", "-m", str(MEMORY_MIB), "-nodefaults", "-display", "none", "-serial", "stdio",
+        "-no-reboot", "-kernel", str(kernel), "-initrd", str(initrd), "-append", CONSOLE_COMMAND_LINE,
+    ]  # fmt: skip

@@ -1,0 +1,78 @@
+"""Timing a process from its start to a line of its output."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class Failed(Exception):
+    """A process did not get to where it was to be timed; the message is one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds from the start to the line: by the clock, and of processor time (user and system, to the end)."""
+
+    wall: float
+    cpu: float
+
+
+def time_to_line(command: Sequence[str], line: bytes, *, limit: float, end_with: int = signal.SIGKILL) -> Timing:
+    """Start `command`, wait until `line` stands in its output, and end it with the signal `end_with`.
+
+    Raises `Failed` when it ends before that or takes more than `limit` seconds.
+    """
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    assert process.stdout is not None
+    try:
+        output = _read_until(process.stdout.fileno(), line, started + limit)
+        wall = time.perf_counter() - started
+        process.send_signal(end_with)
+        cpu = _reap(process)
+    finally:
+        process.stdout.close()
+        if process.returncode is None:
+            process.kill()
+            process.wait()
+    if line not in output:
+        last = output.decode(errors="replace").strip().rpartition("\n")[2]
+        raise Failed(f"{command[0]} did not print {line.decode()!r} within {limit:g} s; its last line: {last!r}")
+    return Timing(wall, cpu)
+
+
+def _read_until(descriptor: int, line: bytes, deadline: float) -> bytearray:
+    """What was printed up to the line, the end of the output or the deadline."""
+    output = bytearray()
+    while line not in output[-4096 - len(line) :]:
+        remaining = deadline - time.perf_counter()
+        if remaining <= 0 or not select.select([descriptor], [], [], remaining)[0]:
+            break
+        piece = os.read(descriptor, 4096)
+        if not piece:
+            break
+        output += piece
+    return output
+
+
+def _reap(process: subprocess.Popen[bytes]) -> float:
+    """Wait for the end (a minute at most, for those that end in their own way); its processor time in seconds."""
+    deadline = time.monotonic() + 60
+    descriptor = process.stdout.fileno() if process.stdout is not None else -1
+    while True:
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            process.returncode = os.waitstatus_to_exitcode(status)
+            return usage.ru_utime + usage.ru_stime
+        if time.monotonic() > deadline:
+            process.kill()
+        if select.select([descriptor], [], [], 0.01)[0] and not os.read(descriptor, 1 << 16):
+            time.sleep(0.01)

@@ -25,7 +25,8 @@ class _Page:
     __slots__ = ("blocks", "decoded", "steps")
 
     def __init__(self) -> None:
-        self.blocks: list[Block] = []
+        self.blocks: list[tuple[int, int, Block]] = []
+        """(first byte, end, block), as offsets in the page."""
         self.steps: dict[tuple[int, int, int], Block] = {}
         self.decoded: dict[tuple[int, int], Instruction] = {}
 
@@ -90,11 +91,16 @@ class BlockStore:
             block = self.translator.translate(mode, rip, page, code)
         self._blocks[rip, block.key] = block
         self._add(block)
-        self._own(page).blocks.append(block)
-        self._mark(page, rip & 0xFFF, min((rip & 0xFFF) + block.length, 0x1000))
-        if block.crosses:
-            self._own(second).blocks.append(block)
-            self._mark(second, 0, 15)
+        first = rip & 0xFFF
+        last = first + block.length
+        if last <= 0x1000:
+            self._own(page).blocks.append((first, last, block))
+            self._mark(page, first, last)
+        else:
+            self._own(page).blocks.append((first, 0x1000, block))
+            self._mark(page, first, 0x1000)
+            self._own(second).blocks.append((0, last - 0x1000, block))
+            self._mark(second, 0, last - 0x1000)
         self.made += 1
         self.translating += time.perf_counter_ns() - started
         return block
@@ -193,28 +199,25 @@ class BlockStore:
                 self._written_page(page, own, max(address, page), min(address + length, page + 0x1000))
 
     def _written_page(self, page: int, own: _Page, start: int, end: int) -> None:
-        hit = [block for block in own.blocks if self._overlaps(block, page, start, end)]
-        for block in hit:
-            self._forget(block)
+        only_blocks = not own.steps
         own.steps.clear()
         own.decoded.clear()
+        start -= page
+        end -= page
+        hit = [block for first, last, block in own.blocks if first < end and last > start]
+        if not hit and own.blocks and only_blocks:
+            return
+        for block in hit:
+            self._forget(block)
         self.mmu.code_lines[page >> 12] = 0
         if not own.blocks:
             del self._pages[page]
-        for block in own.blocks:
-            first = block.rip & 0xFFF if block.key & ~0xFFF == page else 0
-            self._mark(page, first, min(first + block.length, 0x1000))
+        for first, last, _ in own.blocks:
+            self._mark(page, first, last)
 
     def forget_page(self, page: int) -> None:
         """The whole page is about to be overwritten."""
         self.written(page, 0x1000)
-
-    def _overlaps(self, block: Block, page: int, start: int, end: int) -> bool:
-        first = block.physical
-        if first & ~0xFFF == page:
-            return first < end and min(first + block.length, page + 0x1000) > start
-        # The rest of an instruction that began in the page before.
-        return page + block.length - (0x1000 - (block.rip & 0xFFF)) > start
 
     def _forget(self, block: Block) -> None:
         if block.dead:
@@ -224,8 +227,7 @@ class BlockStore:
         self._blocks.pop((block.rip, block.key), None)
         self.translator.disconnect(block)
         for own in self._pages.values() if block.crosses else (self._pages[block.key & ~0xFFF],):
-            if block in own.blocks:
-                own.blocks.remove(block)
+            own.blocks = [entry for entry in own.blocks if entry[2] is not block]
         words = self.core.words
         at = _TABLE + (block.rip % BLOCK_TABLE_ENTRIES) * (BLOCK_TABLE_ENTRY_SIZE // 8)
         if words[at] == block.rip:

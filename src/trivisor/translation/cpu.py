@@ -153,6 +153,8 @@ class TranslationVcpu:
         self._flush_local = one(self._address("flush_local"))
         self._flush_jumps = [one(self._address(f"flush_{name}_jumps")) for name in ("kernel", "user", "other")]
         self._invalidate_page = two(self._address("invalidate_page"))
+        walker = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)
+        self.mmu.native_walker = walker(self._address("walk_for_python"))
         self._purge_writes = two(self._address("purge_writes"))
         self._flush_everything(core.address)
         end = self._cache.base + self._cache.size

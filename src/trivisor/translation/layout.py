@@ -138,6 +138,11 @@ _FIELDS = (
     "KNOWN_SS_SELECTOR",
     "KNOWN_KERNEL_CS",
     "KNOWN_KERNEL_CS_SELECTOR",
+    "WALKED_PHYSICAL",  # what the native page walker found for Python
+    "WALKED_LEAF",
+    "WALKED_RIGHTS",
+    "WALKED_NX",
+    "WALKED_INFO",
     "COUNT_TLB_MISS",
     "COUNT_LOOKUP",
     "COUNT_LOOKUP_MISS",

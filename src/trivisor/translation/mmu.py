@@ -16,12 +16,18 @@ from trivisor.translation.layout import (
     TLB_ENTRIES,
     TLB_ENTRY_SIZE,
 )
+from trivisor.translation.recipe import KIND_USER, KIND_WRITE
 from trivisor.x86 import paging
-from trivisor.x86.exceptions import GuestException
+from trivisor.x86.exceptions import PAGE_FAULT, GuestException
 from trivisor.x86.paging import Access, PagingMode, Translation
 
 GENERAL_PROTECTION = 13
 _CR0_WP = 1 << 16
+_KINDS = {Access.READ: 0, Access.WRITE: KIND_WRITE, Access.EXECUTE: 8}
+_PAGING_NATIVE, _WALKED_PHYSICAL, _WALKED_LEAF, _WALKED_RIGHTS, _WALKED_NX, _WALKED_INFO = (
+    OFFSETS[name] // 8
+    for name in ("PAGING_NATIVE", "WALKED_PHYSICAL", "WALKED_LEAF", "WALKED_RIGHTS", "WALKED_NX", "WALKED_INFO")
+)
 
 
 class _Tables:
@@ -57,6 +63,9 @@ class Mmu:
         self.on_code_write: Callable[[int, int], None] = lambda address, length: None
         """Called before a store of (physical address, length) into a page that code was translated from."""
         self._tables = _Tables(memory)
+        self._words = core.words
+        self.native_walker: Callable[[int, int, int], int] = lambda state, linear, kind: 2
+        """`walk_for_python` of the native helpers, once they are there."""
         self._paging: tuple[tuple[int, int, int, int], PagingMode] | None = None
         pages = memory.span >> 12
         self._map_length = (pages * 8 + 4095) & ~4095
@@ -96,6 +105,10 @@ class Mmu:
         self, linear: int, access: Access, user: bool, *, implicit: bool = False
     ) -> Translation:
         """A page walk with accessed and dirty bits set; raises GuestException."""
+        if self._words[_PAGING_NATIVE] and not implicit:
+            found = self._native_walk(linear, access, user)
+            if found is not None:
+                return found
         mode = self.paging()
         if mode.mode is paging.Mode.LEVEL4 and not paging.is_canonical(linear):
             raise GuestException(GENERAL_PROTECTION, 0)
@@ -103,6 +116,21 @@ class Mmu:
             linear &= 0xFFFFFFFF if mode.mode is not paging.Mode.NONE or self.core.efer & 0x400 == 0 else -1
         ac = bool(self.core.rflags & 0x40000)
         return paging.walk(self._tables, mode, linear, access, user=user, ac=ac, implicit=implicit)
+
+    def _native_walk(self, linear: int, access: Access, user: bool) -> Translation | None:
+        """The same by the native walker; None for what it leaves to the exact one."""
+        kind = _KINDS[access] | (KIND_USER if user else 0)
+        status = self.native_walker(self.core.address, linear, kind)
+        words = self._words
+        if status == 0:
+            info, rights = words[_WALKED_INFO], words[_WALKED_RIGHTS]
+            return Translation(
+                words[_WALKED_PHYSICAL] | linear & 0xFFF, 0x200000 if info & 2 else 0x1000, bool(rights & 2),
+                bool(rights & 4), not words[_WALKED_NX] >> 63, bool(info & 1), bool(words[_WALKED_LEAF] & 0x40), 0,
+            )  # fmt: skip
+        if status == 1:
+            raise GuestException(PAGE_FAULT, words[_WALKED_LEAF], linear)
+        return None
 
     # -- loads and stores -----------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ def helpers(xsave_mask: int) -> Program:
             lookup.LOOKUP,
             walk.WALK,
             walk.FILL_TLB,
+            walk.WALK_FOR_PYTHON,
             miss.MISS,
             events.EVENTS,
             flush.C_FUNCTIONS,

@@ -223,3 +223,30 @@ fill_has_code:
 fill_done:
     ret
 """
+
+WALK_FOR_PYTHON = """
+; int walk_for_python(state, linear, kind): the walk's outcome, with its findings in the state block
+walk_for_python:
+    push rbx
+    push rbp
+    push r12
+    push r13
+    push r14
+    push r15
+    mov rbp, rdi
+    mov rax, rsi
+    mov r12, rdx
+    call walk
+    mov [rbp+WALKED_PHYSICAL], rdi
+    mov [rbp+WALKED_LEAF], rdx
+    mov [rbp+WALKED_RIGHTS], r9
+    mov [rbp+WALKED_NX], r14
+    mov [rbp+WALKED_INFO], rsi
+    pop r15
+    pop r14
+    pop r13
+    pop r12
+    pop rbp
+    pop rbx
+    ret
+"""

@@ -3,7 +3,7 @@
 ISA interrupts go to the 8259A pair and to the I/O APIC alike, IRQ 0 to its
 pin 2; the pair's output goes to LINT0 and to I/O APIC pin 0.  What firmware
 would have left behind is there: interrupt controllers in virtual wire mode,
-the BIOS data area, and ACPI tables.
+the BIOS data area, and ACPI and SMBIOS tables.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from trivisor.devices import acpi_pm
+from trivisor.devices import acpi_pm, acpi_tables, smbios
 from trivisor.devices.acpi_pm import AcpiPm
-from trivisor.devices.acpi_tables import BoardLayout, build
+from trivisor.devices.acpi_tables import BoardLayout
 from trivisor.devices.cmos import Cmos
 from trivisor.devices.debug_exit import DebugExit as DebugExitPort
 from trivisor.devices.i8042 import I8042, SystemControlPortA
@@ -44,6 +44,7 @@ _BIOS_DATA_AREA = 0x400
 _EXTENDED_BIOS_DATA = 0x9FC00
 _VIDEO_MEMORY = 0xA0000
 _FIRMWARE_START, _FIRMWARE_END = 0xE0000, 0x100000
+_SMBIOS = 0xF0000
 _APIC_WINDOW, _IO_APIC_WINDOW = 0x1000, 0x1000
 
 
@@ -185,7 +186,7 @@ class Pc:
             self._on_stop()
 
     def _leave_firmware_data(self) -> int:
-        """Write the BIOS data area and the ACPI tables; return the address of the RSDP."""
+        """Write the BIOS data area, the ACPI and SMBIOS tables; return the address of the RSDP."""
         memory = self.memory
         memory.write_u16(_BIOS_DATA_AREA, 0x3F8)  # COM1
         memory.write_u16(_BIOS_DATA_AREA + 0x0E, _EXTENDED_BIOS_DATA >> 4)
@@ -201,7 +202,8 @@ class Pc:
             pci_window=(LOW_RAM_LIMIT, IO_APIC_BASE - 1),
             sci=SCI,
         )
-        memory.write(_FIRMWARE_START, build(_FIRMWARE_START, layout))
+        memory.write(_FIRMWARE_START, acpi_tables.build(_FIRMWARE_START, layout))
+        memory.write(_SMBIOS, smbios.build(_SMBIOS))
         return _FIRMWARE_START  # where the RSDP is
 
 

@@ -33,7 +33,7 @@ from trivisor.translation.state_transfer import get_state, set_state
 from trivisor.x86.cpuid import host_cpuid, host_xgetbv
 from trivisor.x86.exceptions import DEBUG, NMI, GuestException
 
-CODE_CACHE_SIZE = 128 << 20
+CODE_CACHE_SIZE = 64 << 20
 
 _LMA = 0x400
 _LONG = 1 << 13

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable
 
@@ -17,6 +18,11 @@ from trivisor.translation.translator import Translator
 
 _TABLE = OFFSETS["BLOCK_TABLE"] // 8
 _JUMP_CACHES = tuple(OFFSETS[f"JUMP_CACHE_{name}"] // 8 for name in ("KERNEL", "USER", "OTHER"))
+
+
+def _place(rip: int) -> int:
+    """Where in the state block's words the native block table has `rip`'s entry."""
+    return _TABLE + ((rip ^ rip >> 16) & BLOCK_TABLE_ENTRIES - 1) * (BLOCK_TABLE_ENTRY_SIZE // 8)
 
 
 class _Page:
@@ -56,6 +62,7 @@ class BlockStore:
         self._starts: list[int] = []
         self._in_order: list[Block] = []
         self._helpers_end = cache.used
+        self.core.words[_TABLE + 1] = 0xFFF
         self.translator = Translator(
             cache, lookup - cache.base, features, xsave_size, lambda rip, key: self._blocks.get((rip, key))
         )
@@ -74,7 +81,7 @@ class BlockStore:
         found = self._blocks.get((rip, key))
         if found is None:
             found = self._make(mode, rip, page)
-        at = _TABLE + (rip % BLOCK_TABLE_ENTRIES) * (BLOCK_TABLE_ENTRY_SIZE // 8)
+        at = _place(rip)
         words = self.core.words
         words[at] = rip
         words[at + 1] = key
@@ -207,6 +214,7 @@ class BlockStore:
         hit = [block for first, last, block in own.blocks if first < end and last > start]
         if not hit and own.blocks and only_blocks:
             return
+        own.blocks = [entry for entry in own.blocks if entry[0] >= end or entry[1] <= start]
         for block in hit:
             self._forget(block)
         self.mmu.code_lines[page >> 12] = 0
@@ -226,10 +234,11 @@ class BlockStore:
         self.invalidated += 1
         self._blocks.pop((block.rip, block.key), None)
         self.translator.disconnect(block)
-        for own in self._pages.values() if block.crosses else (self._pages[block.key & ~0xFFF],):
-            own.blocks = [entry for entry in own.blocks if entry[2] is not block]
+        if block.crosses:  # its other page still has it
+            for own in self._pages.values():
+                own.blocks = [entry for entry in own.blocks if entry[2] is not block]
         words = self.core.words
-        at = _TABLE + (block.rip % BLOCK_TABLE_ENTRIES) * (BLOCK_TABLE_ENTRY_SIZE // 8)
+        at = _place(block.rip)
         if words[at] == block.rip:
             words[at + 1] = 0xFFF
         entry = self.cache.base + block.checked
@@ -250,7 +259,12 @@ class BlockStore:
         self._in_order.clear()
         self.translator.links.clear()
         self.cache.used = self._helpers_end
-        words = self.core.words
-        for index in range(BLOCK_TABLE_ENTRIES):
-            words[_TABLE + index * (BLOCK_TABLE_ENTRY_SIZE // 8) + 1] = 0xFFF
+        self.clear_table()
         self._forget_jumps()
+
+    def clear_table(self) -> None:
+        """Empty the native block table."""
+        start, size = OFFSETS["BLOCK_TABLE"], BLOCK_TABLE_ENTRIES * BLOCK_TABLE_ENTRY_SIZE
+        ctypes.memset(self.core.address + start, 0, size)
+        # Zeros are an entry for address 0 of page 0, which has its place in the first one.
+        self.core.words[_TABLE + 1] = 0xFFF

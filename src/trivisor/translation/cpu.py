@@ -140,7 +140,6 @@ class TranslationVcpu:
         self._unreadable = host_map(4096, 0)
         words[_BAD] = self._unreadable
         words[_ARMED] = words[_POLL] = core.address
-        self.core.bytes[OFFSETS["BLOCK_TABLE"] :] = b"\xff" * (len(self.core.bytes) - OFFSETS["BLOCK_TABLE"])
         for name in ("KERNEL", "USER", "OTHER"):
             at = OFFSETS[f"JUMP_CACHE_{name}"]
             lookup = self._address("lookup").to_bytes(8, "little")

@@ -10,7 +10,7 @@ for every instruction with the same bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 from trivisor.translation.layout import SYMBOLS, TLB_ENTRIES
@@ -21,7 +21,7 @@ ALL_FLAGS = 0x7F
 ARITHMETIC = 0x3F
 
 
-@cache
+@lru_cache(maxsize=1 << 16)
 def asm(source: str) -> bytes:
     """Assemble a fixed sequence; the state block's fields are symbols."""
     return assemble(source, bits=64, symbols=SYMBOLS).code
@@ -67,7 +67,7 @@ class Fragment(NamedTuple):
     """Prepared ones included."""
 
 
-@cache
+@lru_cache(maxsize=1 << 14)
 def fragment(source: str, user: bool, first: int, prepared: int) -> Fragment:
     """Assemble text in which these lines stand for more:
 

@@ -33,7 +33,10 @@ dispatch_found:
     mov rcx, r8
     and rcx, -4096
     or rcx, [rbp+MODE]
-    movzx edx, ax
+    mov rdx, rax
+    shr rdx, 16
+    xor edx, eax
+    and edx, BLOCK_TABLE_ENTRIES-1
     shl edx, 5
     lea rsi, [rbp+rdx+BLOCK_TABLE]
     cmp [rsi], rax

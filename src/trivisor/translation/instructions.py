@@ -86,10 +86,14 @@ _MOFFS = {
     Code.MOV_MOFFS32_EAX: Code.MOV_RM32_R32, Code.MOV_MOFFS64_RAX: Code.MOV_RM64_R64,
 }  # fmt: skip
 
-# inc/dec r32 and r16 have one-byte encodings that 64-bit mode lacks.
-_SHORT_INC_DEC = {
+# INC and DEC have one-byte encodings that 64-bit mode lacks, and opcode 82 is another 80.
+_IN_64BIT_MODE = {
     Code.INC_R16: Code.INC_RM16, Code.INC_R32: Code.INC_RM32,
     Code.DEC_R16: Code.DEC_RM16, Code.DEC_R32: Code.DEC_RM32,
+    **{
+        getattr(Code, f"{name}_RM8_IMM8_82"): getattr(Code, f"{name}_RM8_IMM8")
+        for name in ("ADD", "OR", "ADC", "SBB", "AND", "SUB", "XOR", "CMP")
+    },
 }  # fmt: skip
 
 _WRITES = {OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE}
@@ -225,13 +229,14 @@ class InstructionMaker:
         lea.memory_index_scale = instruction.memory_index_scale
         offset = _signed(instruction.memory_displacement, bits) + adjust
         size = self._offsets.displacement_size
-        if adjust or size == 2:
+        baked = bool(adjust) or size == 2
+        if baked:
             self._baked = True
             size = 4
         lea.memory_displacement = offset & 0xFFFFFFFFFFFFFFFF
         lea.memory_displ_size = 8 if size == 4 else size
         code = self.encode(lea)
-        recipe.raw(code, (len(code) - size, size, DISPLACEMENT) if size else None)
+        recipe.raw(code, (len(code) - size, size, DISPLACEMENT) if size and not baked else None)
         if bits == 16:
             recipe.code("movzx r10d, r10w")
 
@@ -450,8 +455,7 @@ class InstructionMaker:
     ) -> bytes:
         """Encode with slotted registers in `scratch` registers, loaded before and stored after as needed."""
         host = instruction.copy()
-        if host.code in _SHORT_INC_DEC:
-            host.code = _SHORT_INC_DEC[host.code]
+        host.code = _IN_64BIT_MODE.get(host.code, host.code)
         displaced_reads = sorted(reads & DISPLACED)
         displaced_writes = sorted(writes & DISPLACED)
         places: dict[int, int] = {}

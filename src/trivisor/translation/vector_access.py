@@ -27,8 +27,11 @@ from trivisor.translation.recipe import Item, Recipe
 from trivisor.translation.registers import SEGMENTS
 
 if TYPE_CHECKING:
+    from iced_x86._iced_x86_py import Register as RegisterNumber
+
     from trivisor.translation.instructions import InstructionMaker
 
+_XMM: list[RegisterNumber] = [getattr(Register, f"XMM{n}") for n in range(16)]
 _DATA = OFFSETS["VECTORS"]
 _INDEX = _DATA + 32
 _MASK = _DATA + 64
@@ -134,6 +137,8 @@ def byte_move(maker: InstructionMaker, recipe: Recipe, instruction: Instruction)
     recipe.code("mov r10, rdi" if instruction.op0_kind == OpKind.MEMORY_SEG_RDI else "mov r10d, edi")
     maker.add_segment(recipe, SEGMENTS[instruction.memory_segment])
     recipe.check(MemorySizeExt.size(instruction.memory_size), write=True)
+    if instruction.mnemonic == Mnemonic.MASKMOVQ:
+        _append(maker, recipe, _WAIT)  # a pending x87 exception must strike while rdi is the guest's
     host = instruction.copy()
     host.set_op_kind(0, OpKind.MEMORY_SEG_RDI)
     host.segment_prefix = Register.NONE
@@ -142,26 +147,29 @@ def byte_move(maker: InstructionMaker, recipe: Recipe, instruction: Instruction)
     recipe.code("mov rdi, [rsp+SPILL]")
 
 
+_WAIT = Instruction.create(Code.WAIT)
+
+
 def _linear(maker: InstructionMaker) -> str:
     return "r10" if maker.mode.bits == 64 else "r10d"
 
 
-def _low_half(register: int) -> int:
+def _low_half(register: RegisterNumber) -> RegisterNumber:
     """The XMM register that is the low half of a YMM register; an XMM register is itself."""
-    return Register.XMM0 + RegisterExt.number(register)
+    return _XMM[RegisterExt.number(register)]
 
 
 def _append(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
     recipe.items.append(Item(False, maker.encode(instruction)))
 
 
-def _save(maker: InstructionMaker, recipe: Recipe, register: int, place: int) -> None:
+def _save(maker: InstructionMaker, recipe: Recipe, register: RegisterNumber, place: int) -> None:
     """Store a vector register in the state block."""
     code = Code.VEX_VMOVDQU_YMMM256_YMM if RegisterExt.is_ymm(register) else Code.VEX_VMOVDQU_XMMM128_XMM
     _append(maker, recipe, Instruction.create_mem_reg(code, _block(place), register))
 
 
-def _load(maker: InstructionMaker, recipe: Recipe, register: int, place: int) -> None:
+def _load(maker: InstructionMaker, recipe: Recipe, register: RegisterNumber, place: int) -> None:
     """Load one from there; the rest of a wider register becomes 0."""
     code = Code.VEX_VMOVDQU_YMM_YMMM256 if RegisterExt.is_ymm(register) else Code.VEX_VMOVDQU_XMM_XMMM128
     _append(maker, recipe, Instruction.create_reg_mem(code, register, _block(place)))

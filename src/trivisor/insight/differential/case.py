@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from iced_x86 import Code, Encoder, Instruction
+from iced_x86 import Code, Encoder, Instruction, OpKind
 
 PAGE = 4096
 DATA = 0x20000000
@@ -21,17 +22,16 @@ CODE_DATA_SIZE = 0x400
 FPU_SIZE = 832
 """x87, SSE and AVX state in XSAVE's standard format (Intel SDM 1, 13.4)."""
 
-GPR_NAMES = (
-    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
-    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
-)  # fmt: skip
-
 _PLACEHOLDER_DISTANCE = 0x10
 
 
 @dataclass(slots=True)
 class Item:
-    """One instruction; a branch (or its operand) leads to item number `target` (one past the last is the end)."""
+    """One instruction.
+
+    A branch leads to the item of number `target` (one past the last is the
+    end), as does an instruction that makes the address for an indirect one.
+    """
 
     instruction: Instruction
     target: int | None = None
@@ -44,8 +44,11 @@ class Item:
 class Case:
     """The state before, and the code."""
 
+    bits: int
+    """Of the code: 32 or 64."""
     items: list[Item]
     gpr: list[int]
+    """Sixteen; of the first eight only the low half, in 32-bit code."""
     rflags: int
     fs_base: int
     gs_base: int
@@ -64,21 +67,22 @@ class Case:
 
     def layout(self) -> tuple[bytes, list[int]]:
         """The code's bytes and the address of every item and of the end."""
-        return lay_out(self.items, self.rip)
+        return lay_out(self.items, self.rip, self.bits)
 
     def memory(self, addresses: list[int]) -> bytes:
         """The data pages beforehand, given the addresses of the items."""
         if not self.pokes:
             return self.data
+        size = self.bits // 8
         out = bytearray(self.data)
         for at, number in self.pokes:
-            out[at - DATA : at - DATA + 8] = addresses[number].to_bytes(8, "little")
+            out[at - DATA : at - DATA + size] = addresses[number].to_bytes(size, "little")
         return bytes(out)
 
 
-def lay_out(items: list[Item], rip: int) -> tuple[bytes, list[int]]:
+def lay_out(items: Sequence[Item], rip: int, bits: int) -> tuple[bytes, list[int]]:
     """Encode items one after the other from `rip`; raises ValueError for what cannot be encoded there."""
-    encoder = Encoder(64)
+    encoder = Encoder(bits)
     addresses = [rip]
     code = bytearray()
     for item in items:
@@ -100,12 +104,20 @@ def lay_out(items: list[Item], rip: int) -> tuple[bytes, list[int]]:
 
 def _aim(instruction: Instruction, address: int) -> None:
     """Have a branch, or what makes the address for an indirect one, name `address`."""
-    if instruction.code == Code.LEA_R64_M:
+    code = instruction.code
+    if code == Code.LEA_R64_M:
         instruction.memory_displacement = address
-    elif instruction.code == Code.PUSHQ_IMM32:
+    elif code == Code.MOV_R32_IMM32:
+        instruction.immediate32 = address
+    elif code == Code.PUSHQ_IMM32:
         instruction.immediate32to64 = address
-    elif instruction.code == Code.MOV_RM32_IMM32:
-        instruction.memory_displacement = address + 2  # the immediate of a MOV_R64_IMM64
+    elif code == Code.PUSHD_IMM32:
+        instruction.immediate32 = address
+    elif code == Code.MOV_RM32_IMM32:
+        # The immediate of a MOV, after two bytes with REX and one without.
+        instruction.memory_displacement = address + (2 if instruction.memory_displ_size == 8 else 1)
+    elif instruction.op0_kind == OpKind.NEAR_BRANCH32:
+        instruction.near_branch32 = address
     else:
         instruction.near_branch64 = address
 

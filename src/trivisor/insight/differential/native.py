@@ -21,12 +21,12 @@ from trivisor.insight.differential.case import (
     DATA,
     DATA_PAGES,
     FPU_SIZE,
-    GPR_NAMES,
     PAGE,
     READ_ONLY,
     Case,
     Result,
 )
+from trivisor.machine.state import GPR_NAMES
 from trivisor.translation.host_signals import HostSignals
 from trivisor.x86.assembler import assemble
 
@@ -36,11 +36,14 @@ _STACK = 0x10020000
 _STACK_SIZE = 0x40000
 _FIELDS = {
     "IN_GPR": 0, "IN_FLAGS": 0x80, "IN_FS": 0x88, "IN_GS": 0x90, "IN_RIP": 0x98,
-    "OUT_GPR": 0x100, "OUT_FLAGS": 0x180, "SIGNAL": 0x188, "VECTOR": 0x190, "ERROR": 0x198, "FAULT_ADDRESS": 0x1A0,
-    "FAULT_RIP": 0x1A8, "HOST_RSP": 0x1B0, "HOST_FS": 0x1B8, "ACTIVE": 0x1C0, "WAY_OUT": 0x1C8,
+    "OUT_GPR": 0x100, "OUT_FLAGS": 0x180, "SIGNAL": 0x188, "VECTOR": 0x190, "ERROR": 0x198,
+    "FAULT_ADDRESS": 0x1A0, "FAULT_RIP": 0x1A8, "HOST_RSP": 0x1B0, "HOST_FS": 0x1B8, "ACTIVE": 0x1C0, "WAY_OUT": 0x1C8,
+    "IN_FAR": 0xA0, "IN_DATA": 0xA8,
     "PREVIOUS": 0x200, "IN_FPU": 0x400, "OUT_FPU": 0x800,
 }  # fmt: skip
 
+_USER32_CS, _USER_DS, _USER_CS = 0x23, 0x2B, 0x33
+"""Linux's selectors (asm/segment.h)."""
 _SA_SIGINFO, _SA_ONSTACK, _SA_RESTORER, _SA_NODEFER = 4, 0x08000000, 0x04000000, 0x40000000
 _MAP_FIXED_NOREPLACE = 0x100000
 _SYS_RT_SIGACTION, _SYS_SIGALTSTACK = 13, 131
@@ -84,11 +87,22 @@ enter:
     wrfsbase rax
     mov rax, [IN_GS]
     wrgsbase rax
+    mov eax, [IN_DATA]
+    mov ds, eax
+    mov es, eax
     mov qword [ACTIVE], 1
+    cmp eax, 0
+    jne enter_narrow
     push qword [IN_FLAGS]
     popfq
     {load}
     jmp qword [IN_RIP]
+enter_narrow:
+    push qword [IN_FLAGS]
+    popfq
+    {load}
+    db 0xff, 0x2c, 0x25 ; jmp far dword [IN_FAR]
+    dd IN_FAR
 way_out:
     mov [OUT_GPR+32], rsp
     mov rsp, [HOST_RSP]
@@ -97,6 +111,9 @@ way_out:
     cld
     {store}
     mov qword [ACTIVE], 0
+    xor eax, eax
+    mov ds, eax
+    mov es, eax
     mov eax, 7
     xor edx, edx
     xsave [OUT_FPU]
@@ -131,8 +148,9 @@ fault:
     mov [VECTOR], rax
     mov rax, [rdx+216]
     mov [FAULT_ADDRESS], rax
-    mov rax, [WAY_OUT]
+    mov eax, [WAY_OUT]
     mov [rdx+168], rax
+    mov word [rdx+184], USER_CS
     ret
 other:
     movsxd rax, edi
@@ -174,13 +192,14 @@ class NativeHost:
         _map(_STACK, _STACK_SIZE, read_write)
         self.data = _map(DATA, DATA_PAGES * PAGE, read_write)
         self._code = {at: _map(at, CODE_PAGES * PAGE, everything) for at in (CODE_NEAR, CODE_FAR)}
-        symbols = {name: _CONTROL + offset for name, offset in _FIELDS.items()}
+        symbols = {name: _CONTROL + offset for name, offset in _FIELDS.items()} | {"USER_CS": _USER_CS}
         program = assemble(_program(), origin=_STUB, symbols=symbols)
         stub[: len(program.code)] = program.code
         labels = program.labels
         pack_into("<Q", self.control, _FIELDS["WAY_OUT"], labels["way_out"])
-        self.exit = b"\xff\x24\x25" + (_CONTROL + _FIELDS["WAY_OUT"]).to_bytes(4, "little")
-        """Machine code that ends a case."""
+        way_out = (_CONTROL + _FIELDS["WAY_OUT"]).to_bytes(4, "little")
+        self._exits = {64: b"\xff\x24\x25" + way_out, 32: b"\xff\x2d" + way_out}
+        """Machine code that ends a case: a jump through memory, a far one for 32-bit code."""
         self._enter = ctypes.CFUNCTYPE(None)(labels["enter"])
         alternate = (ctypes.c_uint64 * 3)(_STACK, 0, _STACK_SIZE)
         self._alternate = ctypes.addressof(alternate)
@@ -200,9 +219,12 @@ class NativeHost:
         page = self._code[case.code_page]
         page[CODE_DATA : CODE_DATA + CODE_DATA_SIZE] = case.code_data
         at = case.code_offset
-        full = code + self.exit
+        full = code + self._exits[case.bits]
         page[at : at + len(full)] = full
         pack_into("<16Q4Q", control, 0, *case.gpr, case.rflags, case.fs_base, case.gs_base, case.rip)
+        narrow = case.bits == 32
+        pack_into("<IIQ", control, _FIELDS["IN_FAR"], case.rip & 0xFFFFFFFF, _USER32_CS, _USER_DS if narrow else 0)
+        control[_FIELDS["WAY_OUT"] + 4] = _USER_CS if narrow else 0
         pack_into("<5Q", control, _FIELDS["SIGNAL"], *[0] * 5)
         control[_FIELDS["IN_FPU"] : _FIELDS["IN_FPU"] + FPU_SIZE] = case.fpu
         _libc.syscall(_SYS_SIGALTSTACK, ctypes.c_void_p(self._alternate), None)

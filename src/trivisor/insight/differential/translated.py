@@ -39,9 +39,12 @@ _FRAME_FLAGS = 0x244DD5
 
 
 class _NoInterrupts:
-    on_pending: Callable[[], None] = staticmethod(lambda: None)
-    on_nmi: Callable[[], None] = staticmethod(lambda: None)
-    cr8 = 0
+    """Interrupt controllers that never have any."""
+
+    def __init__(self) -> None:
+        self.on_pending: Callable[[], None] = lambda: None
+        self.on_nmi: Callable[[], None] = lambda: None
+        self.cr8 = 0
 
     def pending(self) -> bool:
         return False
@@ -63,11 +66,11 @@ class _Board:
         self.apic_id = 0
         self.tsc_frequency = 1_000_000_000
         self.crystal_frequency = 25_000_000
-        self.tsc: Callable[[], int] = lambda: 0
         self.stop_reason: object | None = None
+        self.tsc: Callable[[], int] = lambda: 0
 
     def tsc_changed(self) -> None:
-        """Nothing here waits for it."""
+        """There is no timer that would want to know."""
 
 
 class _PageTables:
@@ -116,15 +119,21 @@ class TranslatedGuest:
             memory.write_u64(_GDT + 8 * number, descriptor)
         memory.write_u64(_TSS + 0x24, KERNEL + _STACK_TOP)  # IST1
         self.vcpu = TranslationVcpu(self.board)
-        self._states = {user: self._state(user, tables.root) for user in (False, True)}
+        self.features = self.vcpu.blocks.translator.features
+        """The decoder's features that the guest's processor has."""
+        self._states = {
+            (bits, user): self._state(bits, user, tables.root) for bits in (32, 64) for user in (False, True)
+        }
 
-    def _state(self, user: bool, root: int) -> CpuState:
+    def _state(self, bits: int, user: bool, root: int) -> CpuState:
         dpl = 3 if user else 0
-        code = Segment(0x18 | dpl if user else 8, 0, 0xFFFFFFFF, 0xA09B | dpl << 5)
+        long = 0x2000 if bits == 64 else 0x4000
+        code = Segment(0x18 | dpl if user else 8, 0, 0xFFFFFFFF, 0x809B | long | dpl << 5)
         data = Segment(0x20 | dpl if user else 0x10, 0, 0xFFFFFFFF, 0xC093 | dpl << 5)
         null = Segment(0, 0, 0xFFFFFFFF, 0xC093 | dpl << 5)
+        flat = null if bits == 64 else data
         return CpuState(
-            cs=code, ss=data, ds=null, es=null, fs=null, gs=null,
+            cs=code, ss=data, ds=flat, es=flat, fs=null, gs=null,
             tr=Segment(0x40, KERNEL + _TSS, 0x67, 0x8B),
             gdtr=Table(KERNEL + _GDT, 0x17), idtr=Table(KERNEL + _IDT, 0x1FF),
             cr0=0x80050033, cr3=root, cr4=0x506A0 | 0x10000, efer=0xD01, xcr0=7,
@@ -150,7 +159,7 @@ class TranslatedGuest:
         if after:
             self._write(frames[1] + max(0, at - PAGE), after)
         self._write(frames[0] + CODE_DATA, case.code_data)
-        state = self._states[case.user]
+        state = self._states[case.bits, case.user]
         state.gpr[:] = case.gpr
         state.rip, state.rflags, state.xsave = case.rip, case.rflags, case.fpu
         state.fs = Segment(0, case.fs_base, 0xFFFFFFFF, 0xC093)

@@ -1,0 +1,255 @@
+"""A case in the making: which registers still have known values, and operands in memory that both sides have.
+
+Only registers with known values take part in addresses.
+"""
+
+from __future__ import annotations
+
+from random import Random
+from typing import TYPE_CHECKING
+
+from iced_x86 import (
+    Code,
+    Decoder,
+    Encoder,
+    Instruction,
+    InstructionInfoFactory,
+    Mnemonic,
+    OpKind,
+    Register,
+    RegisterExt,
+)
+
+from trivisor.insight.differential import tables
+from trivisor.insight.differential.case import (
+    CODE_DATA,
+    CODE_DATA_SIZE,
+    DATA,
+    DATA_END,
+    PAGE,
+    READ_ONLY,
+    Item,
+    lay_out,
+)
+
+if TYPE_CHECKING:
+    from iced_x86._iced_x86_py import Register as RegisterNumber
+
+RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
+_ATTEMPTS = 12
+_DISPLACED = (4, 5, 10, 11, 13, 15)
+"""Registers that the translator or the encoding treats in a way of their own."""
+
+_info = InstructionInfoFactory()
+
+
+class Impossible(Exception):
+    """What was drawn cannot be had here; draw again."""
+
+
+class Draft:
+    """The items of a case so far, and what is known of the state after them."""
+
+    def __init__(self, random: Random, bits: int, rip: int, gpr: list[int], fs_base: int, gs_base: int) -> None:
+        self.random = random
+        self.bits = bits
+        self.rip = rip
+        self.segment_bases = {Register.FS: fs_base, Register.GS: gs_base}
+        self.mask = (1 << bits) - 1
+        self.registers = tables.R64 if bits == 64 else tables.R32[:8]
+        """By number, at the width of addresses."""
+        self.items: list[Item] = []
+        self.known = dict(enumerate(gpr[: len(self.registers)]))
+        """Values of registers by number."""
+        self.pokes: list[tuple[int, int]] = []
+        self.used_x87 = False
+        """The x87's instruction and operand pointers are not the same on both sides."""
+        self.undefined_flags = 0
+        self.skipped_to = 0
+        """Items before this one may be jumped over."""
+        self._encoder = Encoder(bits)
+
+    # -- items ----------------------------------------------------------------------------------------------
+
+    def append(self, instruction: Instruction, target: int | None = None, *, keep: bool = False) -> None:
+        """Add an instruction whose effects are the caller's to note."""
+        self.items.append(Item(instruction, target, keep=keep))
+
+    def add(self, instruction: Instruction, target: int | None = None, *, keep: bool = False) -> None:
+        """Add an instruction, and note what it does to the known registers."""
+        moves = instruction.stack_pointer_increment
+        if moves and RSP not in self.known:
+            raise Impossible
+        self._note_flags(instruction, target)
+        stack = self.known.get(RSP)
+        for used in _info.info(instruction).used_registers():
+            if used.access in tables.WRITES:
+                self.known.pop(tables.NUMBER.get(RegisterExt.full_register(used.register), -1), None)
+                self.known.pop(tables.NUMBER.get(used.register, -1), None)
+        if moves and stack is not None and instruction.mnemonic not in (Mnemonic.LEAVE, Mnemonic.ENTER):
+            popped = instruction.op_count and instruction.op0_kind == OpKind.REGISTER and moves > 0
+            if not popped or tables.NUMBER.get(instruction.op0_register) != RSP:
+                self.known[RSP] = (stack + moves) & self.mask
+        self.used_x87 |= not tables.X87.isdisjoint(instruction.cpuid_features())
+        decorated = target is None and self.random.random() < 0.08
+        self.items.append(
+            Item(instruction, target, self._idle_prefixes(instruction) if decorated else b"", keep)
+        )
+
+    def _note_flags(self, instruction: Instruction, target: int | None) -> None:
+        """Refuse to read flags that are undefined.
+
+        An instruction may leave those as they were, but the translator does not keep them.
+        """
+        reads_all = instruction.mnemonic in tables.READ_ALL_FLAGS
+        if instruction.rflags_read & self.undefined_flags or (self.undefined_flags and reads_all):
+            raise Impossible
+        self.skipped_to = max(self.skipped_to, target or 0)
+        may_do_nothing = instruction.mnemonic in tables.MAY_DO_NOTHING or len(self.items) < self.skipped_to
+        if not instruction.rflags_read and not may_do_nothing:
+            self.undefined_flags &= ~instruction.rflags_modified
+        if instruction.mnemonic in tables.LEAVE_FLAGS:
+            self.undefined_flags |= instruction.rflags_undefined
+
+    def _idle_prefixes(self, instruction: Instruction) -> bytes:
+        """Prefixes that change nothing about the instruction."""
+        random = self.random
+        choice = tables.IDLE_PREFIXES[self.bits]
+        prefix = bytes(random.choice(choice) for _ in range(random.choice((1, 1, 2))))
+        at = lay_out(self.items, self.rip, self.bits)[1][-1]
+        self._encoder.encode(instruction, at + len(prefix))
+        code = prefix + self._encoder.take_buffer()
+        found = Decoder(self.bits, code, ip=at).decode()
+        plain = Decoder(self.bits, code[len(prefix) :], ip=at + len(prefix)).decode()
+        return prefix if found.len == len(code) and found == plain else b""
+
+    def ensure(self, number: int, value: int) -> int:
+        """Have a register hold a value, by a MOV if need be; returns the value."""
+        value &= self.mask
+        if self.known.get(number) == value:
+            return value
+        register = self.registers[number]
+        if self.bits == 32:
+            instruction = Instruction.create_reg_u32(Code.MOV_RM32_IMM32, register, value)
+        elif fits(value) and self.random.random() < 0.7:
+            signed = value - (1 << 64) if value >> 63 else value
+            instruction = Instruction.create_reg_i64(Code.MOV_RM64_IMM32, register, signed)
+        else:
+            instruction = Instruction.create_reg_u64(Code.MOV_R64_IMM64, register, value)
+        self.append(instruction, keep=True)
+        self.known[number] = value
+        return value
+
+    # -- places in memory -----------------------------------------------------------------------------------
+
+    def place(self, size: int) -> int:
+        """A linear address for an operand of `size` bytes."""
+        random = self.random
+        kind = random.random()
+        if kind < 0.45:
+            align = max(16, min(64, size))
+            return DATA + random.randrange(0, 3 * PAGE - size, align)
+        if kind < 0.7:
+            return DATA + random.randrange(0, 2 * PAGE)
+        if kind < 0.88:
+            return DATA + random.choice((1, 2)) * PAGE - random.randrange(0, size + 2)
+        if kind < 0.92:
+            return READ_ONLY + random.randrange(-size, PAGE)
+        if kind < 0.98:
+            code_page = self.rip & ~0xFFF
+            return code_page + CODE_DATA + random.randrange(0, CODE_DATA_SIZE - min(size, 512), 4)
+        if kind < 0.995 or self.bits == 32:
+            before, after = DATA - random.randrange(0, size + 1), DATA_END - random.randrange(0, size + 4)
+            return random.choice((before, after))
+        return 1 << 47 | random.getrandbits(40)
+
+    def based_segment(self) -> tuple[RegisterNumber, int]:
+        """A segment override now and then, and the segment's base."""
+        random = self.random
+        kind = random.random()
+        if kind < 0.2 and self.bits == 64:
+            segment = random.choice((Register.FS, Register.GS))
+            return segment, self.segment_bases[segment]
+        if kind < 0.25:
+            return random.choice((Register.DS, Register.ES, Register.SS, Register.CS)), 0
+        return Register.NONE, 0
+
+    def point(self, instruction: Instruction, linear: int) -> None:
+        """Have the memory operand lie at `linear`, by some addressing form."""
+        segment, base = self.based_segment()
+        if instruction.mnemonic not in tables.STRINGS and segment == Register.CS and self.bits == 32:
+            segment = Register.DS  # CS cannot be written through
+        instruction.segment_prefix = segment
+        self.address(instruction, linear - base & self.mask)
+
+    def address(self, instruction: Instruction, offset: int) -> None:
+        """Choose base, index and displacement so that the effective address is `offset`."""
+        random = self.random
+        for _ in range(_ATTEMPTS):
+            kind = random.random()
+            if kind < 0.12 and self.bits == 64:
+                done = self._relative(instruction, offset)
+            elif kind < 0.2:
+                done = self._absolute(instruction, offset)
+            else:
+                narrow = self.bits == 64 and random.random() < 0.15
+                done = not (narrow and offset >> 32) and self._based(instruction, offset, narrow)
+            if done:
+                return
+        raise Impossible
+
+    def _relative(self, instruction: Instruction, offset: int) -> bool:
+        wide = self.random.random() < 0.8
+        if abs(offset - self.rip) > 0x7FFF0000 or (not wide and (self.rip >> 32 or offset >> 32)):
+            return False
+        instruction.memory_base = Register.RIP if wide else Register.EIP
+        instruction.memory_index = Register.NONE
+        instruction.memory_displacement = offset
+        instruction.memory_displ_size = 8 if wide else 4
+        return True
+
+    def _absolute(self, instruction: Instruction, offset: int) -> bool:
+        if self.bits == 64 and not fits(offset):
+            return False
+        instruction.memory_base = instruction.memory_index = Register.NONE
+        instruction.memory_displacement = offset
+        instruction.memory_displ_size = self.bits // 8
+        return True
+
+    def _based(self, instruction: Instruction, offset: int, narrow: bool) -> bool:
+        random = self.random
+        names = tables.R32 if narrow else self.registers
+        bits = 32 if narrow else self.bits
+        candidates = list(self.known)
+        if random.random() < 0.4:
+            candidates = [n for n in _DISPLACED if n in self.known] or candidates
+        if not candidates:
+            return False
+        base = random.choice(candidates) if random.random() < 0.92 else None
+        index = random.choice(candidates) if base is None or random.random() < 0.45 else None
+        if index == RSP:
+            index = None
+        if base is None and index is None:
+            return False
+        scale = random.choice((1, 2, 4, 8)) if index is not None else 1
+        total = (0 if base is None else self.known[base]) + (0 if index is None else self.known[index] * scale)
+        displacement = (offset - total) & ((1 << bits) - 1)
+        if bits == 64 and not fits(displacement):
+            return False
+        instruction.memory_base = Register.NONE if base is None else names[base]
+        instruction.memory_index = Register.NONE if index is None else names[index]
+        instruction.memory_index_scale = scale
+        instruction.memory_displacement = displacement
+        instruction.memory_displ_size = self._displacement_size(base, displacement, bits)
+        return True
+
+    def _displacement_size(self, base: int | None, displacement: int, bits: int) -> int:
+        if not displacement and base not in (None, RBP, 13):
+            return 0
+        short = displacement < 0x80 or displacement >= (1 << bits) - 0x80
+        return 1 if short and base is not None and self.random.random() < 0.8 else bits // 8
+
+
+def fits(value: int) -> bool:
+    """Whether a 64-bit value is a sign-extended one of 32 bits."""
+    return value < 1 << 31 or value >= (1 << 64) - (1 << 31)

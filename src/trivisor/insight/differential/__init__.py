@@ -7,6 +7,7 @@ must end in the same registers, flags and memory, and in the same fault.
     python -m trivisor.insight.differential --seed 1 --count 10000
 """
 
-from trivisor.insight.differential.hunt import Report, run
+from trivisor.insight.differential.hunt import Difference, Hunt, Report, run
+from trivisor.insight.differential.native import is_available
 
-__all__ = ["Report", "run"]
+__all__ = ["Difference", "Hunt", "Report", "is_available", "run"]

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import platform
 import signal
+import sys
 from struct import pack_into, unpack_from
 
 from trivisor.insight.differential.case import (
@@ -29,6 +31,7 @@ from trivisor.insight.differential.case import (
 from trivisor.machine.state import GPR_NAMES
 from trivisor.translation.host_signals import HostSignals
 from trivisor.x86.assembler import assemble
+from trivisor.x86.cpuid import host_xgetbv
 
 _CONTROL = 0x10000000
 _STUB = 0x10010000
@@ -46,6 +49,7 @@ _USER32_CS, _USER_DS, _USER_CS = 0x23, 0x2B, 0x33
 """Linux's selectors (asm/segment.h)."""
 _SA_SIGINFO, _SA_ONSTACK, _SA_RESTORER, _SA_NODEFER = 4, 0x08000000, 0x04000000, 0x40000000
 _MAP_FIXED_NOREPLACE = 0x100000
+_AT_HWCAP2, _HWCAP2_FSGSBASE = 26, 2
 _SYS_RT_SIGACTION, _SYS_SIGALTSTACK = 13, 131
 _FAULTS = (signal.SIGSEGV, signal.SIGFPE, signal.SIGBUS, signal.SIGILL, signal.SIGTRAP)
 
@@ -170,6 +174,16 @@ class _SigAction(ctypes.Structure):
         ("restorer", ctypes.c_uint64),
         ("mask", ctypes.c_uint64),
     )
+
+
+def is_available() -> bool:
+    """Whether the host is one that this can run on: Linux on x86-64 with AVX and FSGSBASE."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    _libc.getauxval.restype = ctypes.c_ulong
+    if not _libc.getauxval(_AT_HWCAP2) & _HWCAP2_FSGSBASE:
+        return False
+    return bool(host_xgetbv() & 4)
 
 
 class NativeHost:

@@ -28,7 +28,7 @@ class Link:
 class Block:
     """Translated code of one run of guest instructions within a page (or of one that crosses pages)."""
 
-    __slots__ = ("body", "checked", "dead", "end", "key", "length", "links", "map", "polled", "rip")
+    __slots__ = ("body", "checked", "dead", "end", "key", "length", "links", "map", "polled", "rip", "second")
 
     def __init__(self, rip: int, key: int, length: int) -> None:
         self.rip = rip
@@ -48,6 +48,8 @@ class Block:
         """Jumps of other blocks that lead here."""
         self.map = b""
         self.dead = False
+        self.second = -1
+        """Physical address of the next page, for an instruction that runs into it."""
 
     @property
     def physical(self) -> int:

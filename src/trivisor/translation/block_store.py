@@ -104,6 +104,7 @@ class BlockStore:
             self._own(page).blocks.append((first, last, block))
             self._mark(page, first, last)
         else:
+            block.second = second
             self._own(page).blocks.append((first, 0x1000, block))
             self._mark(page, first, 0x1000)
             self._own(second).blocks.append((0, last - 0x1000, block))
@@ -217,11 +218,12 @@ class BlockStore:
         own.blocks = [entry for entry in own.blocks if entry[0] >= end or entry[1] <= start]
         for block in hit:
             self._forget(block)
-        self.mmu.code_lines[page >> 12] = 0
-        if not own.blocks:
-            del self._pages[page]
+        lines = 0
         for first, last, _ in own.blocks:
-            self._mark(page, first, last)
+            lines |= (2 << (last - 1 >> 6)) - (1 << (first >> 6))
+        self.mmu.code_lines[page >> 12] = lines
+        if not lines:
+            del self._pages[page]
 
     def forget_page(self, page: int) -> None:
         """The whole page is about to be overwritten."""
@@ -235,8 +237,10 @@ class BlockStore:
         self._blocks.pop((block.rip, block.key), None)
         self.translator.disconnect(block)
         if block.crosses:  # its other page still has it
-            for own in self._pages.values():
-                own.blocks = [entry for entry in own.blocks if entry[2] is not block]
+            for page in (block.key & ~0xFFF, block.second):
+                own = self._pages.get(page)
+                if own is not None:
+                    own.blocks = [entry for entry in own.blocks if entry[2] is not block]
         words = self.core.words
         at = _place(block.rip)
         if words[at] == block.rip:

@@ -686,6 +686,10 @@ def mov(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> No
         _store(recipe, GPR[target][0], f"mov r10, [rsp+{OFFSETS[_READABLE_CONTROL[source]]}]")
     elif source in SEGMENTS and target in GPR and GPR[target][1] >= 4:
         _store(recipe, GPR[target][0], f"movzx r10d, word [rsp+{SEGMENTS[source]}_SELECTOR]")
+    elif source in SEGMENTS and target in GPR:
+        number = GPR[target][0]
+        place = f"word [rsp+GPR_R{number}]" if number in DISPLACED else name(STACK if number == RSP else number, 2)
+        recipe.code(f"mov r10w, [rsp+{SEGMENTS[source]}_SELECTOR]\n mov {place}, r10w")
     elif source in SEGMENTS and target == Register.NONE:
         maker.address(recipe, instruction)
         recipe.check(2, write=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 
@@ -20,9 +20,11 @@ class Mode:
     other: int = 0
     """A number that sets apart modes that differ in what else matters."""
 
-    @property
-    def key(self) -> int:
-        return (
+    key: int = field(init=False, compare=False)
+    """The mode in ten bits: part of every block's key."""
+
+    def __post_init__(self) -> None:
+        key = (
             {16: 0, 32: 1, 64: 2}[self.bits]
             | (4 if self.user else 0)
             | (0 if self.flat else 8)
@@ -30,6 +32,7 @@ class Mode:
             | {16: 0, 32: 32, 64: 64}[self.stack_bits]
             | self.other << 7
         )
+        object.__setattr__(self, "key", key)
 
     def at_level(self, user: bool) -> Mode:
         """The same mode at CPL 3 or not."""

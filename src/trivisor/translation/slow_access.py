@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from iced_x86 import InstructionInfoFactory, Mnemonic, OpAccess, Register
+from iced_x86 import Code, InstructionInfoFactory, Mnemonic, OpAccess, Register
 
 from trivisor.machine.exits import Exit
 from trivisor.translation.contract import UnsupportedFeature
 from trivisor.translation.layout import EXITS, OFFSETS
 from trivisor.translation.recipe import KIND_CHUNK
+from trivisor.translation.registers import GPR
 from trivisor.x86.exceptions import GENERAL_PROTECTION, STACK_FAULT, GuestException
 from trivisor.x86.paging import Access
 
@@ -55,9 +56,30 @@ class Prepared:
 def handle(cpu: TranslationVcpu) -> Exit | None:
     """EXIT_SLOW_ACCESS: fill the TLB and go on, or do the instruction with what it needs prepared."""
     access = _access(cpu)
-    if access is None:
+    if access is None or _register_access(cpu, access):
         return None
     return step(cpu, [access])
+
+
+def _register_access(cpu: TranslationVcpu, access: Prepared) -> bool:
+    """Do the plain 32-bit moves that drivers access device registers with; False for everything else."""
+    physical, size = access.pieces[0]
+    mmu, core = cpu.mmu, cpu.core
+    if size != 4 or access.crosses or mmu.memory.is_ram(physical & ~0xFFF, 0x1000):
+        return False
+    instruction = cpu.blocks.instruction(cpu.mode, core.rip)
+    code = instruction.code
+    if code == Code.MOV_RM32_R32:
+        mmu.write_device(physical, 4, core.regs[GPR[instruction.op1_register][0]] & 0xFFFFFFFF)
+    elif code == Code.MOV_R32_RM32:
+        core.regs[GPR[instruction.op0_register][0]] = mmu.read_device(physical, 4)
+    elif code == Code.MOV_RM32_IMM32:
+        mmu.write_device(physical, 4, instruction.immediate32)
+    else:
+        return False
+    core.rip = instruction.next_ip
+    cpu.count("mmio access")
+    return True
 
 
 def _access(cpu: TranslationVcpu) -> Prepared | None:
@@ -80,15 +102,28 @@ def _access(cpu: TranslationVcpu) -> Prepared | None:
     if size > room:
         second = mmu.walk(linear + room & ((1 << 64) - 1), kind, user)
         pieces.append((second.physical, size - room))
-    elif ram and write and chunk and not _runs_in(cpu, found.physical):
-        cpu.count("code page overwritten")
-        cpu.blocks.forget_page(found.physical & ~0xFFF)
+    elif ram and write and mmu.code_lines[found.physical >> 12] and not _runs_in(cpu, found.physical):
+        if chunk:
+            cpu.count("code page overwritten")
+            cpu.blocks.forget_page(found.physical & ~0xFFF)
+        else:
+            cpu.count("code page write")
+            cpu.blocks.written(found.physical, size)
+            if not _has_code(mmu.code_lines[found.physical >> 12], linear & 0xFFF, size):
+                cpu.resume_at(retry)
+                return None
     if ram and size <= room and not (write and mmu.code_lines[found.physical >> 12]):
         cpu.count("tlb fill")
         mmu.fill(linear, user, found)
         cpu.resume_at(retry)
         return None
     return Prepared(check, linear, size, write, user, pieces)
+
+
+def _has_code(lines: int, offset: int, size: int) -> bool:
+    """Whether the native helper would refuse the write because of the lines that it touches."""
+    touched = (1 << ((offset + size - 1) >> 6) + 1) - (1 << (offset >> 6))
+    return size > 64 or bool(lines & touched)
 
 
 def _stack_fault(cpu: TranslationVcpu, check: int) -> GuestException:

@@ -337,13 +337,15 @@ def _step(maker: InstructionMaker, *registers: str) -> str:
 _POLL = "mov r11, [rsp+POLL]\n mov r11d, [r11]\n"
 
 
-def _element_loop(instruction: Instruction, recipe: Recipe, size: int, body: str, again: str) -> str:
-    """`body` once, or as long as the count lasts and `again` jumps to `top`."""
+def _element_loop(instruction: Instruction, recipe: Recipe, size: int, body: str, until: str = "") -> str:
+    """`body` once, or as long as the count lasts and `until` does not jump to `done`."""
     if not _repeated(instruction):
         return f"{_stride(size)}\n{body}"
     if recipe.single:
         return f"{_stride(size)}\n{_UNLESS_ZERO}\n{body}\n lea rcx, [rcx-1]\n done:"
-    return f"{_stride(size)}\n top:\n{_UNLESS_ZERO}\n{body}\n lea rcx, [rcx-1]\n {_POLL}\n {again}\n done:"
+    # An interrupt has the instruction start again, so it is looked for only when there is more to do.
+    rest = f"lea rcx, [rcx-1]\n {until}\n {_POLL}\n jmp top\n done:"
+    return f"{_stride(size)}\n top:\n{_UNLESS_ZERO}\n{body}\n {rest}"
 
 
 def _repeated(instruction: Instruction) -> bool:
@@ -362,7 +364,7 @@ def stos(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
     size = _string_size(instruction)
     target = _linear(maker, "rdi", "ES")
     body = f"retry\n {target}\n check write {size}\n mov [r10], {name(0, size)}\n {_step(maker, 'rdi')}"
-    elements = _element_loop(instruction, recipe, size, body, "jmp top")
+    elements = _element_loop(instruction, recipe, size, body)
     if not _repeated(instruction) or recipe.single:
         recipe.clobber(elements, loops=True)
         _finish_single(recipe, instruction)
@@ -431,7 +433,7 @@ def movs(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
         mov [r10], {register}
         {_step(maker, "rsi", "rdi")}
         """
-    elements = _element_loop(instruction, recipe, size, body, "jmp top")
+    elements = _element_loop(instruction, recipe, size, body)
     if not _repeated(instruction) or recipe.single:
         recipe.clobber(elements, loops=True)
         _finish_single(recipe, instruction)
@@ -519,14 +521,14 @@ def element_string(maker: InstructionMaker, recipe: Recipe, instruction: Instruc
                 cmp {register}, [r10]
                 """
             moved = _step(maker, "rsi", "rdi")
-    again = "jmp top"
+    until = ""
     if family != "LODS":
         # The flags come out parked and are taken from there: those of the last comparison, if there was one.
         recipe.reads |= ARITHMETIC
         work += _PARK
-        again = "test byte [rsp+FLAGS_AX+1], 0x40\n"
-        again += f"{'jnz' if instruction.has_repne_prefix else 'jz'} done\n jmp top"
-    recipe.clobber(_element_loop(instruction, recipe, size, work + moved, again), loops=True)
+        jump = "jnz" if instruction.has_repne_prefix else "jz"
+        until = f"test byte [rsp+FLAGS_AX+1], 0x40\n {jump} done"
+    recipe.clobber(_element_loop(instruction, recipe, size, work + moved, until), loops=True)
     if recipe.single and _repeated(instruction):
         recipe.ends = RepeatCompare(bool(instruction.has_repne_prefix)) if family != "LODS" else Repeat()
 

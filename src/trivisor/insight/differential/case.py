@@ -19,6 +19,10 @@ CODE_PAGES = 2
 CODE_DATA = 0x800
 """Offset in the first code page of bytes that serve as data; `CODE_DATA_SIZE` of them."""
 CODE_DATA_SIZE = 0x400
+MANNERS = ("", "", "", "", "", "", "stepped", "on a device", "polled")
+"""As it is; one instruction at a time; with a data page that is a device's; with an interrupt check that fires."""
+DEVICE_PAGE = 1
+"""The data page that may be a device's, one that remembers what is written to it like memory."""
 FPU_SIZE = 832
 """x87, SSE and AVX state in XSAVE's standard format (Intel SDM 1, 13.4)."""
 
@@ -58,6 +62,8 @@ class Case:
     code_page: int
     code_offset: int
     user: bool
+    manner: str = ""
+    """How the translated side runs: see `MANNERS`."""
     pokes: list[tuple[int, int]] = field(default_factory=list)
     """(address in the data pages, item number): the item's address is stored there beforehand."""
 

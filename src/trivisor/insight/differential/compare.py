@@ -197,7 +197,7 @@ def describe(case: Case) -> list[str]:
     """The case as lines of text: the state before, and the code."""
     formatter = Formatter(FormatterSyntax.INTEL)
     code, _ = case.layout()
-    lines = [f"  {case.bits}-bit code at CPL {3 if case.user else 0}, flags {flag_text(case.rflags)}"]
+    lines = [f"  {case.bits}-bit code at CPL {3 if case.user else 0}, flags {flag_text(case.rflags)} {case.manner}"]
     lines.append(f"  fs base {case.fs_base:#x}, gs base {case.gs_base:#x}")
     for at in range(0, 16, 4):
         lines.append("  " + "  ".join(f"{GPR_NAMES[i]:>3} {case.gpr[i]:016x}" for i in range(at, at + 4)))

@@ -10,6 +10,7 @@ from trivisor.insight.differential.case import (
     CODE_NEAR,
     DATA,
     DATA_PAGES,
+    MANNERS,
     PAGE,
     Case,
     Item,
@@ -19,6 +20,7 @@ from trivisor.insight.differential.catalogue import SCALAR, VECTOR, X87, Groups,
 from trivisor.insight.differential.draft import RSP, Draft, Impossible
 from trivisor.insight.differential.flow import add_branch, add_special
 from trivisor.insight.differential.operands import add_ordinary
+from trivisor.insight.differential.tables import XSAVE_FAMILY
 from trivisor.insight.differential.values import fpu_image, integer, pool_slice
 
 _LENGTHS = (1, 1, 2, 2, 3, 3, 4, 5, 6, 8)
@@ -52,11 +54,14 @@ class Generator:
         draft = Draft(random, self.bits, page + offset, gpr, fs_base, gs_base)
         self._fill(draft, length)
         _move_targets(draft.items)
+        manner = random.choice(MANNERS)
+        if draft.used_x87 or any(item.instruction.code in XSAVE_FAMILY for item in draft.items):
+            manner = ""  # these may leave what they write to as it was, and a device is not asked what it has
         flags = random.getrandbits(12) & 0x8D5 | 0x202 | (0x400 if random.random() < 0.2 else 0)
         return Case(
             self.bits, draft.items, gpr, flags, fs_base, gs_base, fpu_image(random),
             pool_slice(random, DATA_PAGES * PAGE), pool_slice(random, CODE_DATA_SIZE),
-            page, offset, random.random() < 0.5, draft.pokes,
+            page, offset, random.random() < 0.5, manner, draft.pokes,
         )  # fmt: skip
 
     def _segment_base(self, random: Random) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from struct import unpack_from
 
 from trivisor.insight.differential.case import (
@@ -11,6 +11,7 @@ from trivisor.insight.differential.case import (
     CODE_FAR,
     CODE_NEAR,
     DATA,
+    DEVICE_PAGE,
     PAGE,
     READ_ONLY,
     Case,
@@ -19,16 +20,19 @@ from trivisor.insight.differential.case import (
 )
 from trivisor.machine.bus import Bus
 from trivisor.machine.clock import Clock
-from trivisor.machine.exits import Halt, Unsupported
+from trivisor.machine.exits import DebugStop, Exit, Halt, Unsupported
 from trivisor.machine.interrupts import InterruptController
 from trivisor.machine.memory import MIB, GuestMemory
 from trivisor.machine.state import CpuState, Segment, Table
 from trivisor.machine.vcpu import MsrHandler
 from trivisor.translation.cpu import TranslationVcpu
+from trivisor.translation.layout import OFFSETS
 
 KERNEL = 0xFFFF800000000000
 """Where the guest's kernel sees the first 2 MiB of physical memory."""
-_IDT, _TSS, _HANDLERS, _STACK_TOP, _TABLES, _GDT = 0x2000, 0x3000, 0x4000, 0x7000, 0x10000, 0x8000
+_IDT, _TSS, _HANDLERS, _STACK_TOP, _GDT = 0x2000, 0x3000, 0x4000, 0x7000, 0x8000
+_TABLES, _DEVICE_TABLES = 0x10000, 0x30000
+_DEVICE_FRAME = 0xFE000000
 _DATA_FRAMES = (0x400000, 0x640000, 0x410000, 0x500000)
 _CODE_FRAMES = {CODE_NEAR: (0x700000, 0x722000), CODE_FAR: (0x810000, 0x804000)}
 _UD2 = b"\x0f\x0b"
@@ -73,13 +77,28 @@ class _Board:
         """There is no timer that would want to know."""
 
 
+class _Device:
+    """A page of registers that remember what is written to them."""
+
+    def __init__(self) -> None:
+        self.content = bytearray(PAGE)
+
+    def read(self, offset: int, size: int) -> int:
+        """Read `size` bytes."""
+        return int.from_bytes(self.content[offset : offset + size], "little")
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Write `size` bytes."""
+        self.content[offset : offset + size] = value.to_bytes(size, "little")
+
+
 class _PageTables:
     """Builds 4-level page tables in guest memory."""
 
-    def __init__(self, memory: GuestMemory) -> None:
+    def __init__(self, memory: GuestMemory, root: int) -> None:
         self.memory = memory
-        self.root = _TABLES
-        self._free = _TABLES + PAGE
+        self.root = root
+        self._free = root + PAGE
 
     def map(self, linear: int, physical: int, flags: int) -> None:
         """Map a 4 KiB page, or with `_LARGE` one of 2 MiB."""
@@ -100,14 +119,10 @@ class TranslatedGuest:
     def __init__(self) -> None:
         self.board = _Board()
         memory = self.memory = self.board.memory
-        tables = _PageTables(memory)
-        tables.map(KERNEL, 0, _LARGE | _WRITABLE)
-        for number, frame in enumerate(_DATA_FRAMES):
-            linear = DATA + number * PAGE
-            tables.map(linear, frame, _USER if linear == READ_ONLY else _USER | _WRITABLE)
-        for linear, frames in _CODE_FRAMES.items():
-            for number, frame in enumerate(frames):
-                tables.map(linear + number * PAGE, frame, _USER | _WRITABLE)
+        self.device = _Device()
+        self.board.mmio.attach(_DEVICE_FRAME, PAGE, self.device)
+        self._map_all(_TABLES, _DATA_FRAMES)
+        self._map_all(_DEVICE_TABLES, [*_DATA_FRAMES[:DEVICE_PAGE], _DEVICE_FRAME, *_DATA_FRAMES[DEVICE_PAGE + 1 :]])
         for vector in range(32):
             handler = KERNEL + _HANDLERS + 16 * vector
             memory.write_u8(_HANDLERS + 16 * vector, 0xF4)  # hlt
@@ -122,10 +137,21 @@ class TranslatedGuest:
         self.features = self.vcpu.blocks.translator.features
         """The decoder's features that the guest's processor has."""
         self._states = {
-            (bits, user): self._state(bits, user, tables.root) for bits in (32, 64) for user in (False, True)
+            (bits, user): self._state(bits, user) for bits in (32, 64) for user in (False, True)
         }
 
-    def _state(self, bits: int, user: bool, root: int) -> CpuState:
+    def _map_all(self, root: int, data: Sequence[int]) -> None:
+        """Page tables at physical `root` with the data pages in these frames."""
+        tables = _PageTables(self.memory, root)
+        tables.map(KERNEL, 0, _LARGE | _WRITABLE)
+        for number, frame in enumerate(data):
+            linear = DATA + number * PAGE
+            tables.map(linear, frame, _USER if linear == READ_ONLY else _USER | _WRITABLE)
+        for linear, frames in _CODE_FRAMES.items():
+            for number, frame in enumerate(frames):
+                tables.map(linear + number * PAGE, frame, _USER | _WRITABLE)
+
+    def _state(self, bits: int, user: bool) -> CpuState:
         dpl = 3 if user else 0
         long = 0x2000 if bits == 64 else 0x4000
         code = Segment(0x18 | dpl if user else 8, 0, 0xFFFFFFFF, 0x809B | long | dpl << 5)
@@ -136,7 +162,7 @@ class TranslatedGuest:
             cs=code, ss=data, ds=flat, es=flat, fs=null, gs=null,
             tr=Segment(0x40, KERNEL + _TSS, 0x67, 0x8B),
             gdtr=Table(KERNEL + _GDT, 0x17), idtr=Table(KERNEL + _IDT, 0x1FF),
-            cr0=0x80050033, cr3=root, cr4=0x506A0 | 0x10000, efer=0xD01, xcr0=7,
+            cr0=0x80050033, cr4=0x506A0 | 0x10000, efer=0xD01, xcr0=7,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -148,6 +174,7 @@ class TranslatedGuest:
         view, vcpu = self.memory.view, self.vcpu
         code, addresses = case.layout()
         content = case.memory(addresses)
+        self.device.content[:] = content[DEVICE_PAGE * PAGE : (DEVICE_PAGE + 1) * PAGE]
         for number, frame in enumerate(_DATA_FRAMES):
             view[frame : frame + PAGE] = content[number * PAGE : (number + 1) * PAGE]
         frames = _CODE_FRAMES[case.code_page]
@@ -164,8 +191,9 @@ class TranslatedGuest:
         state.rip, state.rflags, state.xsave = case.rip, case.rflags, case.fpu
         state.fs = Segment(0, case.fs_base, 0xFFFFFFFF, 0xC093)
         state.gs = Segment(0, case.gs_base, 0xFFFFFFFF, 0xC093)
+        state.cr3 = _DEVICE_TABLES if case.manner == "on a device" else _TABLES
         vcpu.state = state
-        exit_ = vcpu.run()
+        exit_ = self._go(case.manner)
         if isinstance(exit_, Unsupported):
             raise Skipped(exit_.what)
         core = vcpu.core
@@ -183,12 +211,29 @@ class TranslatedGuest:
         gpr = list(out.gpr)
         gpr[4] = rsp
         ended = vector == 6 and rip == addresses[-1]
-        data = b"".join(bytes(view[frame : frame + PAGE]) for frame in _DATA_FRAMES)
+        pages = [bytes(view[frame : frame + PAGE]) for frame in _DATA_FRAMES]
+        if case.manner == "on a device":
+            pages[DEVICE_PAGE] = bytes(self.device.content)
+        data = b"".join(pages)
         at = frames[0] + CODE_DATA
         return Result(
             gpr, rip, flags & _FRAME_FLAGS, out.xsave, data, bytes(view[at : at + CODE_DATA_SIZE]),
             -1 if ended else vector, error, core.cr2,
         )  # fmt: skip
+
+    def _go(self, manner: str) -> Exit:
+        """Run to HLT, or to whatever else comes of it."""
+        vcpu = self.vcpu
+        if manner == "stepped":
+            while isinstance(exit_ := vcpu.step(), DebugStop):
+                pass
+            return exit_
+        if manner == "polled":
+            # As it is when an interrupt came in: the next check for one leaves the translated code.
+            words = vcpu.core.words
+            words[OFFSETS["PENDING"] // 8] = 0
+            words[OFFSETS["POLL"] // 8] = words[OFFSETS["POLL_BAD"] // 8]
+        return vcpu.run()
 
     def _write(self, physical: int, content: bytes) -> None:
         self.vcpu.memory_written(physical, len(content))

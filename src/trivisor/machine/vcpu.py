@@ -75,6 +75,9 @@ class Vcpu(Protocol):
     def memory_written(self, address: int, length: int) -> None:
         """Guest physical memory was changed from outside: forget translations made from it."""
 
+    def last_block(self) -> tuple[int, int] | None:
+        """(linear address, length in bytes) of the straight run of code that rip stands in, if the engine knows."""
+
     def statistics(self) -> dict[str, Any]:
         """Exact counters since the start: exits by kind and what the engine adds."""
 

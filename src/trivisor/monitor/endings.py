@@ -45,7 +45,7 @@ def by_processor(exit_: Exit, vcpu: Vcpu, memory: GuestMemory) -> Outcome | None
 
 def _crash(reason: StopReason, what: str, vcpu: Vcpu, memory: GuestMemory) -> Outcome:
     state = vcpu.state
-    return Outcome(reason, f"{what} at {state.rip:#x}", dump=dump_state(state, memory))
+    return Outcome(reason, f"{what} at {state.rip:#x}", dump=dump_state(state, memory, vcpu.last_block()))
 
 
 def with_command(ended: Outcome, command: CommandOutput) -> Outcome:

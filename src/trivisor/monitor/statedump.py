@@ -16,9 +16,12 @@ _LINE_LENGTH = 16
 _LINES_OF_CODE = 6
 
 
-def dump_state(state: CpuState, memory: GuestMemory) -> str:
-    """Registers, control registers, segments and the code at rip, over several lines."""
-    return "\n".join([*_general(state), *_control(state), *_segments(state), *_code(state, memory)])
+def dump_state(state: CpuState, memory: GuestMemory, block: tuple[int, int] | None = None) -> str:
+    """Registers, control registers, segments, the last block (address, length) and the code at rip, as lines."""
+    lines = [*_general(state), *_control(state), *_segments(state), *_code(state, memory)]
+    if block is not None:
+        lines += _block(state, memory, *block)
+    return "\n".join(lines)
 
 
 def _general(state: CpuState) -> Iterator[str]:
@@ -61,12 +64,21 @@ def _code(state: CpuState, memory: GuestMemory) -> Iterator[str]:
     yield from _disassembly(data, code_bits(state), address)
 
 
-def _disassembly(data: bytes, bits: int, address: int) -> Iterator[str]:
+def _block(state: CpuState, memory: GuestMemory, address: int, length: int) -> Iterator[str]:
+    """The run of code that led to rip."""
+    data = read_linear(memory, state, address, length)
+    yield f"last block at {address:#x}, {length} bytes:"
+    yield from _disassembly(data, code_bits(state), address, length)
+
+
+def _disassembly(data: bytes, bits: int, address: int, most: int = _LINES_OF_CODE) -> Iterator[str]:
     from iced_x86 import Decoder, Formatter, FormatterSyntax
 
     formatter = Formatter(FormatterSyntax.NASM)
     decoder = Decoder(bits, data, ip=address)
-    for _ in range(_LINES_OF_CODE):
+    for _ in range(most):
+        if not decoder.can_decode:
+            return
         instruction = decoder.decode()
         if instruction.is_invalid:
             yield f"  {instruction.ip:016x}  (bad)"

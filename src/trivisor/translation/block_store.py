@@ -15,6 +15,7 @@ from trivisor.translation.layout import BLOCK_TABLE_ENTRIES, BLOCK_TABLE_ENTRY_S
 from trivisor.translation.mmu import Mmu
 from trivisor.translation.modes import Mode
 from trivisor.translation.translator import Translator
+from trivisor.x86.exceptions import GuestException
 
 _TABLE = OFFSETS["BLOCK_TABLE"] // 8
 _JUMP_CACHES = tuple(OFFSETS[f"JUMP_CACHE_{name}"] // 8 for name in ("KERNEL", "USER", "OTHER"))
@@ -134,6 +135,18 @@ class BlockStore:
         if not memory.is_ram(second, 0x1000):
             return code + b"\xff" * 15, second
         return code + bytes(memory.view[second : second + 15 - len(code)]), second
+
+    def around(self, mode: Mode, rip: int) -> tuple[int, int] | None:
+        """(address, length) of the longest known block that holds or ends at `rip`."""
+        try:
+            page, _ = self.mmu.fetch(rip, mode.user)
+        except GuestException:
+            return None
+        own = self._pages.get(page)
+        blocks = [block for _, _, block in own.blocks] if own is not None else []
+        found = [b for b in blocks if b.key == page | mode.key and b.rip <= rip <= b.rip + b.length]
+        longest = min(found, key=lambda block: block.rip, default=None)
+        return None if longest is None else (longest.rip, longest.length)
 
     def step_block(self, mode: Mode, rip: int, prepared: int) -> Block:
         """A block of the one instruction at `rip`; see `Recipe.prepared`."""

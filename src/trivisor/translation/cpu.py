@@ -367,7 +367,7 @@ class TranslationVcpu:
         except GuestException as fault:
             return events.raise_exception(self, fault)
         except UnsupportedFeature as missing:
-            return Unsupported(f"{missing} at {self.core.rip:#x}", self.core.rip)
+            return Unsupported(str(missing), self.core.rip)
 
     def count(self, name: str) -> None:
         """Count an event of the Python side."""
@@ -481,7 +481,7 @@ class TranslationVcpu:
         except GuestException as fault:
             return events.raise_exception(self, fault)
         except UnsupportedFeature as missing:
-            return Unsupported(f"{missing} at {core.rip:#x}", core.rip)
+            return Unsupported(str(missing), core.rip)
 
     # -- exits ----------------------------------------------------------------------------------------------
 
@@ -519,7 +519,7 @@ class TranslationVcpu:
 
     def _on_undefined(self) -> Exit | None:
         instruction = self.blocks.instruction(self.mode, self.core.rip)
-        return Unsupported(f"{instruction} at {self.core.rip:#x}", self.core.rip)
+        return Unsupported(str(instruction), self.core.rip)
 
     def _on_host_fault(self) -> Exit | None:
         words, core = self._words, self.core
@@ -544,7 +544,7 @@ class TranslationVcpu:
             # A pending x87 exception is also raised by MMX instructions, so ask the host which it was.
             raise GuestException(16 if words[OFFSETS["HOST_FAULT_CODE"] // 8] == 16 else 19)
         if number == signal.SIGILL:
-            return Unsupported(f"{instruction} (this host refuses it) at {core.rip:#x}", core.rip)
+            return Unsupported(f"{instruction} (this host refuses it)", core.rip)
         if number == signal.SIGSEGV:
             raise GuestException(13, 0)
         raise OSError(f"host signal {number} while running {instruction} at {core.rip:#x}: out of memory?")
@@ -569,6 +569,9 @@ class TranslationVcpu:
     def resume_at(self, host: int) -> None:
         """Go on at a host address, in the middle of an instruction."""
         self._next = host
+
+    def last_block(self) -> tuple[int, int] | None:
+        return self.blocks.around(self.mode, self.core.rip)
 
     def memory_written(self, address: int, length: int) -> None:
         self.blocks.written(address, length)

@@ -84,5 +84,4 @@ def execute(cpu: Cpu, instruction: Instruction) -> Exit | None:
     except UnsupportedFeature as missing:
         what = f"{missing}: "
     core.interrupt_shadow = shadow
-    rip = core.rip
-    return Unsupported(f"{what}{_formatter.format(instruction)} at {rip:#x}", rip)
+    return Unsupported(f"{what}{_formatter.format(instruction)}", core.rip)

@@ -83,6 +83,9 @@ class FakeVcpu:
     def memory_written(self, address: int, length: int) -> None:
         self.written.append((address, length))
 
+    def last_block(self) -> tuple[int, int] | None:
+        return None
+
     def statistics(self) -> dict[str, Any]:
         return {"exits": {"kicked": self.runs}}
 

@@ -19,7 +19,7 @@ from trivisor.translation.modes import (
     Repeat,
     RepeatCompare,
 )
-from trivisor.translation.recipe import ARITHMETIC, CHECK_TAIL, POLL, RESTORE, Constants, Miss, Recipe, asm
+from trivisor.translation.recipe import ARITHMETIC, CHECK_TAIL, PARK, POLL, RESTORE, Constants, Miss, Recipe, asm
 
 _MASK64 = (1 << 64) - 1
 
@@ -75,7 +75,7 @@ class Emission:
         block, out, base = self.block, self.out, self.base
         rip = at = block.rip
         if not self.single:
-            self._prologue()
+            self._prologue(bool(live))
             block.polled = base + len(out)
             out += POLL
         body = len(out)
@@ -101,41 +101,64 @@ class Emission:
             at += recipe.length
             if absolutes:
                 _patch_absolutes(out, start, absolutes, at, constants.relative)
-        if parked:
-            out += RESTORE
         if poll_at_end:
+            self._in_host(parked)
+            parked = False
             locations.append((len(out) - body) | (at - rip) << 22)
             out += POLL
-        self._ending(*chosen[-1], at)
+        self._ending(*chosen[-1], at, parked)
         self._out_of_line(first_link, body)
         block.map = locations.tobytes()
         block.end = base + len(out)
 
-    def _prologue(self) -> None:
+    def _prologue(self, flags_live: bool) -> None:
         """The checked entry: on with the block if r10 is its address, else to the look-up.
 
-        No flag may change here: if r10 is another block's address, that block may want them.
+        Flags are parked on the way here, so the comparison may destroy the host's: if r10 is another block's
+        address, that block finds them where they are.
         """
         out, rip = self.out, self.block.rip
-        out += _add_to_r10(-rip & _MASK64, self.near) + _COMPARE_START
-        differs = _COMPARE_DIFFERS + _add_to_r10(rip, self.near)
-        out += bytes((0xE3, len(differs) + 5)) + differs  # jrcxz same
-        out += b"\xe9" + pack("<i", self.lookup - (self.base + len(out) + 5))
-        out += _COMPARE_SAME
+        if self.near:
+            out += b"\x49\x81\xfa" + pack("<I", rip & 0xFFFFFFFF)  # cmp r10, rip
+        else:
+            out += b"\x49\xbb" + pack("<Q", rip) + b"\x4d\x39\xda"  # mov r11, rip; cmp r10, r11
+        out += b"\x0f\x85" + pack("<i", self.lookup - (self.base + len(out) + 6))
+        if flags_live:
+            out += RESTORE
 
-    def _ending(self, last: Recipe, constants: Constants, next_rip: int) -> None:
+    def _in_host(self, parked: bool) -> None:
+        """Have the flags in the host's."""
+        if parked:
+            self.out += RESTORE
+
+    def _in_park(self, parked: bool) -> None:
+        """Have the flags parked, as every way through a jump cache wants them."""
+        if not parked:
+            self.out += PARK
+
+    def _ending(self, last: Recipe, constants: Constants, next_rip: int, parked: bool) -> None:
         out = self.out
         ends = last.ends
         here = next_rip - last.length
         after = next_rip & ((1 << self.mode.bits) - 1)
         if ends is None:
-            self._go(after, here)
+            self._go(after, here, parked)
         elif isinstance(ends, Jump):
-            self._go(after + constants.relative, here)
+            self._go(after + constants.relative, here, parked)
         elif isinstance(ends, Branch):
-            self._branch(ends, after, after + constants.relative, here)
-        elif isinstance(ends, Indirect):
-            out += _STEPPED if self.single else _JUMP_INDEXED[self.mode.jump_cache_name]
+            self._branch(ends, after, after + constants.relative, here, parked)
+        elif isinstance(ends, Indirect) and not self.single:
+            self._in_park(parked)
+            out += _JUMP_INDEXED[self.mode.jump_cache_name]
+        else:
+            self._in_host(parked)
+            self._leaving(ends, last, here, after)
+
+    def _leaving(self, ends: object, last: Recipe, here: int, after: int) -> None:
+        """The ends that lead out of translated code."""
+        out = self.out
+        if isinstance(ends, Indirect):
+            out += _STEPPED
         elif isinstance(ends, CallOut):
             out += _CALL_OUT + pack("<Q", here & _MASK64)
         elif isinstance(ends, Native):
@@ -157,39 +180,42 @@ class Emission:
         else:
             raise TypeError(ends)
 
-    def _branch(self, ends: Branch, after: int, target: int, here: int) -> None:
+    def _branch(self, ends: Branch, after: int, target: int, here: int, parked: bool) -> None:
         out = self.out
         if ends.prelude:
             out += ends.prelude
             jump = len(out)
-            self._go(after, here)
+            self._go(after, here, parked)
             out[jump - 1] = len(out) - jump
         else:
             out += bytes((0x0F, 0x80 | ends.condition))
             if self._is_linkable(target, here):
                 self._link(target & ((1 << self.mode.bits) - 1), here)
-                self._go(after, here)
+                self._go(after, here, parked)
                 return
             out += bytes(4)
             jump = len(out)
-            self._go(after, here)
+            self._go(after, here, parked)
             pack_into("<i", out, jump - 4, len(out) - jump)
-        self._go(target, here)
+        self._go(target, here, parked)
 
     def _is_linkable(self, target: int, here: int) -> bool:
         """Direct jumps stay within a page, where no change of mappings can come between."""
         return not self.single and target >> 12 == here >> 12 and not self.block.crosses
 
-    def _go(self, target: int, here: int) -> None:
+    def _go(self, target: int, here: int, parked: bool) -> None:
         """Continue at `target`, from the instruction at `here`."""
         target &= (1 << self.mode.bits) - 1
         if self.single:
+            self._in_host(parked)
             self.out += _rip_into_r10(target) + _STEPPED
         elif self._is_linkable(target, here):
+            self._in_host(parked)
             self.out += b"\xe9"
             self._link(target, here)
         else:
             # Another page: by way of the jump cache, which is emptied when mappings change.
+            self._in_park(parked)
             slot = OFFSETS[f"JUMP_CACHE_{self.mode.jump_cache_name}"] + 8 * (target & 0xFFFF)
             self.out += _rip_into_r10(target) + b"\xff\xa4\x24" + pack("<I", slot)
 
@@ -218,18 +244,6 @@ class Emission:
             link.stub = self.base + len(out)
             pack_into("<i", out, link.site - self.base, link.stub - link.site - 4)
             out += _CALL_CHAIN + pack("<I", number)
-
-
-_COMPARE_START = asm("mov r11, rcx\n mov rcx, r10")
-_COMPARE_DIFFERS = asm("mov rcx, r11")
-_COMPARE_SAME = asm("mov rcx, r11")
-
-
-def _add_to_r10(value: int, near: bool) -> bytes:
-    """LEA: no flag changes."""
-    if near:
-        return b"\x4d\x8d\x92" + pack("<I", value & 0xFFFFFFFF)  # lea r10, [r10+value]
-    return b"\x49\xbb" + pack("<Q", value) + b"\x4f\x8d\x14\x1a"  # mov r11, value; lea r10, [r10+r11]
 
 
 def _rip_into_r10(rip: int) -> bytes:

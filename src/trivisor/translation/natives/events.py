@@ -387,6 +387,10 @@ syscall_native:
     lea r10, [rsp+JUMP_CACHE_USED]
     mov [rsp+JUMP_CACHE_USED_CURRENT], r10
     inc qword [rsp+COUNT_SYSCALL]
+    mov [rsp+FLAGS_AX+1], r11b
+    shr r11d, 11
+    and r11d, 1
+    mov [rsp+FLAGS_AX], r11b
     push qword [rsp+FLAGS]
     popfq
     mov r10, [rsp+LSTAR]
@@ -424,6 +428,10 @@ sysret_native:
     mov r10d, r11d
     and r10d, HOST_FLAGS
     mov [rsp+FLAGS], r10
+    mov [rsp+FLAGS_AX+1], r10b
+    shr r10d, 11
+    and r10d, 1
+    mov [rsp+FLAGS_AX], r10b
     and r11d, FLAG_IF
     mov [rsp+IF], r11
     mov r10, [rsp+STAR]

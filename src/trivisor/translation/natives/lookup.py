@@ -5,13 +5,24 @@ from __future__ import annotations
 from trivisor.translation.natives.common import fill, spill
 
 LOOKUP = f"""
-; r10 = the guest's rip to go on at; every other register is the guest's.
+; r10 = the guest's rip to go on at; every other register is the guest's, and its flags are parked.
 lookup:
     pushfq
     pop qword [rsp+FLAGS]
     {spill(0)}
     mov rbp, rsp
     mov [rbp+GUEST_RIP], r10
+    movzx eax, word [rbp+FLAGS_AX]
+    mov edx, eax
+    shr edx, 8
+    and edx, 0xd5
+    and eax, 1
+    shl eax, 11
+    or eax, edx
+    mov rdx, [rbp+FLAGS]
+    and edx, 0x400
+    or eax, edx
+    mov [rbp+FLAGS], rax
 ; RIP and all registers are in the state block: find the translation and run it, or leave.
 dispatch:
     inc qword [rbp+COUNT_LOOKUP]
@@ -61,6 +72,11 @@ dispatch_found:
     mov qword [rbp+KERNEL_JUMPS_LOCAL], 1
 dispatch_go:
     mov [rbp+SCRATCH_3], rdx
+    mov rax, [rbp+FLAGS]
+    mov [rbp+FLAGS_AX+1], al
+    shr eax, 11
+    and eax, 1
+    mov [rbp+FLAGS_AX], al
     push qword [rbp+FLAGS]
     popfq
     {fill()}

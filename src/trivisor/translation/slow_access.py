@@ -17,6 +17,7 @@ from trivisor.translation.contract import UnsupportedFeature
 from trivisor.translation.layout import EXITS, OFFSETS
 from trivisor.translation.recipe import KIND_CHUNK
 from trivisor.translation.registers import GPR
+from trivisor.translation.vector_access import BYTE_MOVES
 from trivisor.x86.exceptions import GENERAL_PROTECTION, STACK_FAULT, GuestException
 from trivisor.x86.paging import Access
 
@@ -190,7 +191,7 @@ def _reads(cpu: TranslationVcpu, access: Prepared) -> bool:
     if all(cpu.mmu.memory.is_ram(piece, size) for piece, size in access.pieces):
         return True
     instruction = cpu.blocks.instruction(cpu.mode, cpu.core.rip)
-    return any(
+    return instruction.mnemonic in BYTE_MOVES or any(
         memory.access in _READING and memory.access != OpAccess.READ
         for memory in _info.info(instruction).used_memory()
     )

@@ -11,7 +11,7 @@ from trivisor.machine.state import GPR_NAMES
 from trivisor.translation.vector_access import BYTE_MOVES
 
 END = -1
-_GENERAL_PROTECTION, _PAGE_FAULT = 13, 14
+_GENERAL_PROTECTION, _PAGE_FAULT, _FLOATING_POINT = 13, 14, 19
 _FPU_IGNORED = (slice(6, 24), slice(28, 32), slice(416, 576))
 """x87 operation and its addresses, MXCSR_MASK, unused bytes and XSAVE's header."""
 _UPPER_VECTORS = (slice(288, 416), slice(704, 832))
@@ -65,15 +65,18 @@ class _Comparison:
     def _has_two_faults(self) -> bool:
         """Whether an instruction has two reasons to fault: the translator looks for memory first.
 
-        The others are misaligned vector operands, pending x87 exceptions, and x87 stores that raise one.
+        The others are misaligned vector operands, pending x87 exceptions, and floating-point exceptions of
+        stores.
         """
         if self.found.vector != _PAGE_FAULT or self.expected.vector == _PAGE_FAULT:
             return False
         instruction = self._instruction_at(self.found)
         if instruction is not None and _uses_x87(instruction):
             return True
-        same = self.expected.vector == _GENERAL_PROTECTION and self.expected.rip == self.found.rip
-        return same and self._operand_size() >= 16
+        if self.expected.rip != self.found.rip:
+            return False
+        misaligned = self.expected.vector == _GENERAL_PROTECTION and self._operand_size() >= 16
+        return misaligned or self.expected.vector == _FLOATING_POINT
 
     # -- the parts ------------------------------------------------------------------------------------------
 

@@ -177,7 +177,7 @@ class Draft:
     def point(self, instruction: Instruction, linear: int) -> None:
         """Have the memory operand lie at `linear`, by some addressing form."""
         segment, base = self.based_segment()
-        if instruction.mnemonic not in tables.STRINGS and segment == Register.CS and self.bits == 32:
+        if segment == Register.CS and self.bits == 32:
             segment = Register.DS  # CS cannot be written through
         instruction.segment_prefix = segment
         self.address(instruction, linear - base & self.mask)

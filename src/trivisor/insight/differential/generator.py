@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from random import Random
 
+from iced_x86 import Instruction
+
 from trivisor.insight.differential.case import (
     CODE_DATA_SIZE,
     CODE_FAR,
@@ -20,7 +22,7 @@ from trivisor.insight.differential.catalogue import SCALAR, VECTOR, X87, Groups,
 from trivisor.insight.differential.draft import RSP, Draft, Impossible
 from trivisor.insight.differential.flow import add_branch, add_special
 from trivisor.insight.differential.operands import add_ordinary
-from trivisor.insight.differential.tables import XSAVE_FAMILY
+from trivisor.insight.differential.tables import SAVE_X87, XSAVE_FAMILY
 from trivisor.insight.differential.values import fpu_image, integer, pool_slice
 
 _LENGTHS = (1, 1, 2, 2, 3, 3, 4, 5, 6, 8)
@@ -55,7 +57,7 @@ class Generator:
         self._fill(draft, length)
         _move_targets(draft.items)
         manner = random.choice(MANNERS)
-        if draft.used_x87 or any(item.instruction.code in XSAVE_FAMILY for item in draft.items):
+        if draft.used_x87 or any(_leaves_holes(item.instruction) for item in draft.items):
             manner = ""  # these may leave what they write to as it was, and a device is not asked what it has
         flags = random.getrandbits(12) & 0x8D5 | 0x202 | (0x400 if random.random() < 0.2 else 0)
         return Case(
@@ -112,6 +114,11 @@ class Generator:
 
     def _ordinary(self, draft: Draft, group: str) -> None:
         add_ordinary(draft, draft.random.choice(draft.random.choice(self.groups[group])))
+
+
+def _leaves_holes(instruction: Instruction) -> bool:
+    """Whether it writes only parts of its memory operand."""
+    return instruction.code in XSAVE_FAMILY or instruction.mnemonic in SAVE_X87
 
 
 def _move_targets(items: list[Item]) -> None:

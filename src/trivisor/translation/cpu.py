@@ -41,6 +41,7 @@ _DEFAULT_32 = 1 << 14
 _CR0_PG = 1 << 31
 _CR0_TS_EM = 0xC
 _CR4_TSD = 4
+_CR4_OSXMMEXCPT = 1 << 10
 _CR4_LA57 = 1 << 12
 _CR4_SMAP = 1 << 21
 _TF = 0x100
@@ -542,7 +543,9 @@ class TranslationVcpu:
             if instruction.mnemonic in (Mnemonic.DIV, Mnemonic.IDIV):
                 raise GuestException(0)
             # A pending x87 exception is also raised by MMX instructions, so ask the host which it was.
-            raise GuestException(16 if words[OFFSETS["HOST_FAULT_CODE"] // 8] == 16 else 19)
+            if words[OFFSETS["HOST_FAULT_CODE"] // 8] == 16:
+                raise GuestException(16)
+            raise GuestException(19 if core.cr4 & _CR4_OSXMMEXCPT else 6)
         if number == signal.SIGILL:
             return Unsupported(f"{instruction} (this host refuses it)", core.rip)
         if number == signal.SIGSEGV:

@@ -30,17 +30,18 @@ def _table(console: Console, title: str, *columns: str) -> Table:
 def print_boots(console: Console, boots: Boots) -> None:
     """Each pair of boots, then median, least and most."""
     both = bool(boots.qemu)
-    columns = ["", "trivisor", "(CPU)"] + (["QEMU TCG", "ratio"] if both else [])
+    columns = ["", "trivisor", "(CPU)"] + (["QEMU TCG", "(CPU)", "ratio"] if both else [])
     table = _table(console, "Boot to userspace, in seconds", *columns)
     for number, ours in enumerate(boots.trivisor, 1):
         row = [str(number), f"{ours.wall:.2f}", f"{ours.cpu:.2f}"]
         if both:
-            row += [f"{boots.qemu[number - 1].wall:.2f}", f"{boots.ratios[number - 1]:.2f}"]
+            theirs = boots.qemu[number - 1]
+            row += [f"{theirs.wall:.2f}", f"{theirs.cpu:.2f}", f"{boots.ratios[number - 1]:.2f}"]
         table.add_row(*row)
     table.add_section()
     measured = [[t.wall for t in boots.trivisor], [t.cpu for t in boots.trivisor]]
     if both:
-        measured += [[t.wall for t in boots.qemu], boots.ratios]
+        measured += [[t.wall for t in boots.qemu], [t.cpu for t in boots.qemu], boots.ratios]
     for name, choose in (("median", median), ("min", min), ("max", max)):
         table.add_row(name, *(f"{choose(column):.2f}" for column in measured))
     console.print(table)

@@ -70,7 +70,7 @@ def test_ratios_are_pair_by_pair_and_their_median_is_the_figure() -> None:
     assert found.ratios == [4, 3, 10]
     assert found.ratio == 4
     text = shown(found)
-    assert "median      6.00   6.00      2.00   4.00" in text
+    assert "median      6.00   6.00      2.00   2.00   4.00" in text
     assert "us an instruction    20.00" in text
 
 

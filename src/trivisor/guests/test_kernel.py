@@ -10,6 +10,7 @@ forever, `halt` halts with interrupts off, `triple` ends in a triple fault and
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 
 from trivisor.x86.assembler import assemble
 
@@ -324,11 +325,19 @@ stack_top equ idt + SCRATCH
 
 def build() -> bytes:
     """The kernel as a multiboot ELF file."""
-    program = assemble(_SOURCE, bits=32, origin=_ORIGIN, symbols={"SCRATCH": _SCRATCH})
+    return multiboot_elf(_SOURCE, {"SCRATCH": _SCRATCH})
+
+
+def multiboot_elf(source: str, symbols: Mapping[str, int]) -> bytes:
+    """32-bit code that begins with a multiboot header and has a label `start`, as an ELF file.
+
+    It stands at 1 MiB, and has `symbols["SCRATCH"]` bytes of memory after it.
+    """
+    program = assemble(source, bits=32, origin=_ORIGIN, symbols=symbols)
     header_length, offset = 52, 0x1000
     identity = b"\x7fELF" + bytes([1, 1, 1]) + bytes(9)  # 32 bits, little-endian, version 1
     entry = program.labels["start"]
     header = identity + struct.pack("<HHIIIIIHHHHHH", 2, 3, 1, entry, header_length, 0, 0, 52, 32, 1, 0, 0, 0)
     length = len(program.code)
-    header += struct.pack("<8I", 1, offset, _ORIGIN, _ORIGIN, length, length + _SCRATCH, 7, 0x1000)
+    header += struct.pack("<8I", 1, offset, _ORIGIN, _ORIGIN, length, length + symbols["SCRATCH"], 7, 0x1000)
     return header.ljust(offset, b"\0") + program.code

@@ -10,17 +10,18 @@ class Link:
 
     `site` is the offset in the code cache of the jump's 32-bit displacement and
     `stub` the offset of the code that asks for the link; `backward` jumps go to
-    the target's poll.
+    the target's poll, and those with the flags parked to its entry for that.
     """
 
-    __slots__ = ("backward", "key", "site", "stub", "target")
+    __slots__ = ("backward", "key", "parked", "site", "stub", "target")
 
-    def __init__(self, site: int, target: int, backward: bool, key: int) -> None:
+    def __init__(self, site: int, target: int, backward: bool, parked: bool, key: int) -> None:
         self.site = site
         self.stub = 0
         self.target = target
         """Linear address, in the page of the block that jumps."""
         self.backward = backward
+        self.parked = parked
         self.key = key
         """The target's key, being the jumping block's own."""
 
@@ -28,7 +29,7 @@ class Link:
 class Block:
     """Translated code of one run of guest instructions within a page (or of one that crosses pages)."""
 
-    __slots__ = ("body", "checked", "dead", "end", "key", "length", "links", "map", "polled", "rip", "second")
+    __slots__ = ("body", "checked", "dead", "end", "key", "length", "links", "map", "parked", "polled", "rip", "second")
 
     def __init__(self, rip: int, key: int, length: int) -> None:
         self.rip = rip
@@ -39,6 +40,8 @@ class Block:
         """Bytes of guest code."""
         self.checked = 0
         """Offset in the code cache of the entry that checks r10 against `rip`."""
+        self.parked = 0
+        """... of the same without the check: flags are parked, and looked for interrupts."""
         self.polled = 0
         """... of the entry that looks for interrupts."""
         self.body = 0

@@ -123,6 +123,7 @@ class Emission:
         else:
             out += b"\x49\xbb" + pack("<Q", rip) + b"\x4d\x39\xda"  # mov r11, rip; cmp r10, r11
         out += b"\x0f\x85" + pack("<i", self.lookup - (self.base + len(out) + 6))
+        self.block.parked = self.base + len(out)
         if flags_live:
             out += RESTORE
 
@@ -190,7 +191,7 @@ class Emission:
         else:
             out += bytes((0x0F, 0x80 | ends.condition))
             if self._is_linkable(target, here):
-                self._link(target & ((1 << self.mode.bits) - 1), here)
+                self._link(target & ((1 << self.mode.bits) - 1), here, parked)
                 self._go(after, here, parked)
                 return
             out += bytes(4)
@@ -210,18 +211,17 @@ class Emission:
             self._in_host(parked)
             self.out += _rip_into_r10(target) + _STEPPED
         elif self._is_linkable(target, here):
-            self._in_host(parked)
             self.out += b"\xe9"
-            self._link(target, here)
+            self._link(target, here, parked)
         else:
             # Another page: by way of the jump cache, which is emptied when mappings change.
             self._in_park(parked)
             slot = OFFSETS[f"JUMP_CACHE_{self.mode.jump_cache_name}"] + 8 * (target & 0xFFFF)
             self.out += _rip_into_r10(target) + b"\xff\xa4\x24" + pack("<I", slot)
 
-    def _link(self, target: int, here: int) -> None:
+    def _link(self, target: int, here: int, parked: bool) -> None:
         """Append a jump's displacement, to be filled in."""
-        self.links.append(Link(self.base + len(self.out), target, target <= here, self.block.key))
+        self.links.append(Link(self.base + len(self.out), target, target <= here, parked, self.block.key))
         self.out += bytes(4)
 
     def _out_of_line(self, first_link: int, body: int) -> None:
@@ -243,6 +243,7 @@ class Emission:
         for number, link in enumerate(self.links, first_link):
             link.stub = self.base + len(out)
             pack_into("<i", out, link.site - self.base, link.stub - link.site - 4)
+            self._in_host(link.parked)
             out += _CALL_CHAIN + pack("<I", number)
 
 

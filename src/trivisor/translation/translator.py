@@ -166,7 +166,7 @@ class Translator:
 
     def connect(self, link: Link, target: Block) -> None:
         """Make the link's jump lead to `target`."""
-        entry = target.polled if link.backward else target.body
+        entry = target.parked if link.parked else target.polled if link.backward else target.body
         pack_into("<i", self.cache.writable, link.site, entry - link.site - 4)
         target.links.append(link)
 

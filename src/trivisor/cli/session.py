@@ -123,8 +123,7 @@ def _announce(request: Request, machine: VirtualMachine) -> None:
 def _report(request: Request, machine: VirtualMachine, outcome: Outcome) -> None:
     """How it ended, when that is not plain from what was asked for; the statistics."""
     quiet = {StopReason.POWEROFF, StopReason.RESET, StopReason.DEBUG_EXIT, StopReason.STOPPED}
-    lost = request.command is not None and outcome.guest_status is None
-    if request.verbose or outcome.reason not in quiet or (lost and outcome.reason is not StopReason.STOPPED):
+    if request.verbose or outcome.reason not in quiet or outcome.cut_short:
         _say(outcome.message)
     if outcome.dump:
         print(outcome.dump, file=sys.stderr)

@@ -59,5 +59,6 @@ def with_command(ended: Outcome, command: CommandOutput) -> Outcome:
         ended,
         guest_status=STATUS_CRASH,
         message=f"{ended.message} before the command ended",
+        cut_short=True,
         dump="" if command.started else command.preamble.decode(errors="replace"),
     )

@@ -42,6 +42,8 @@ class Outcome:
     guest_status: int | None = None
     """The exit status that the guest gave: its command's, or what it wrote to the debug-exit port."""
     dump: str = ""
+    cut_short: bool = False
+    """The guest ended in order, but before the command that it was to run."""
 
     @property
     def status(self) -> int:

@@ -188,9 +188,9 @@ def test_missing_techniques_are_said_to_be(capfd, technique: str) -> None:
 
 
 def test_a_command_that_did_not_get_to_its_end(guest, capfd) -> None:
-    guest(lambda machine: Outcome(StopReason.POWEROFF, "ended before", guest_status=125, dump="Kernel panic"))
+    guest(lambda machine: Outcome(StopReason.POWEROFF, "ended before", 125, "Kernel panic", True))
     assert main(["run", "--", "true"]) == 125
-    assert "Kernel panic" in capfd.readouterr().err
+    assert capfd.readouterr().err == "trivisor: ended before\nKernel panic\n"
 
 
 def test_statistics(guest, capfd, tmp_path: Path) -> None:

@@ -55,8 +55,8 @@ ALLOWED = {
     # Not under QEMU, at level "info": there is no IOMMU to remap interrupts, so Linux, which sees no hypervisor
     # that it trusts with it, leaves the x2APIC that there is in xAPIC mode.
     r"x2apic: IRQ remapping doesn't support X2APIC mode",
-    # Not under QEMU's AMD processor, at level "info": an Intel processor without performance counters or
-    # frequency control, as all virtual ones are without a PMU.
+    # The same under QEMU with an Intel processor (-cpu Icelake-Server): it has neither performance counters nor
+    # frequency control.
     r"Performance Events: unsupported p6 CPU model \d+ no PMU driver, software events only",
     r"intel_pstate: CPU model not supported",
     # At level "info": nobody could type on a PS/2 keyboard, so ACPI does not tell of one.

@@ -36,7 +36,7 @@ def time_to_line(command: Sequence[str], line: bytes, *, limit: float, end_with:
     try:
         output = _read_until(process.stdout.fileno(), line, started + limit)
         wall = time.perf_counter() - started
-        process.send_signal(end_with)
+        os.kill(process.pid, end_with)  # not send_signal, which may reap it
         cpu = _reap(process)
     finally:
         process.stdout.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +40,29 @@ def test_a_commands_output_and_status_are_exact_with_4_gib(debian: DefaultGuest)
     rest = run.stdout.removeprefix(EVERY_BYTE)
     match = re.fullmatch(rb"1\nMemTotal: (\d+) kB\ntrouble\nno end of line", rest)
     assert match and 3_900_000 < int(match[1]) < 4 * 1024 * 1024
+
+
+def test_without_a_terminal_the_guest_reports_on_itself(debian: DefaultGuest, tmp_path: Path) -> None:
+    counters = tmp_path / "counters.json"
+    run = subprocess.run(
+        [*TRIVISOR, "--append", "ignore_loglevel", "--stats-json", str(counters)],
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        timeout=110,
+        env=ENVIRONMENT,
+    )
+    assert (run.returncode, run.stderr) == (0, b"")
+    lines = run.stdout.replace(b"\r\n", b"\n").decode().splitlines()
+    assert re.match(r"\[ +0\.000000\] Linux version ", lines[0])
+    assert lines[-1].endswith("reboot: Power down")
+    report = [line for line in lines if not line.startswith("[")]
+    assert re.fullmatch(r"trivisor: userspace after [\d.]+ s", report[0])
+    assert report[1].startswith("Linux trivisor ") and report[1].endswith(" x86_64 GNU/Linux")
+    assert report[2] == "processor: 1 x trivisor virtual CPU"
+    assert re.fullmatch(r"memory: 4\d\d MiB, \d+ MiB of it available", report[3])
+    assert re.fullmatch(r"uptime: [\d.]+ s", report[4])
+    counted = json.loads(counters.read_text())
+    assert counted["exits"]["interrupt"] > 100 and counted["translation"]["blocks"] > 10_000
 
 
 class Terminal:

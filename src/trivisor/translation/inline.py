@@ -553,8 +553,11 @@ def cli(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> No
 
 
 def sti(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
-    """STI at CPL 0 sets it; interrupts are looked for one instruction later (Intel SDM 2B, STI)."""
-    if maker.mode.user:
+    """STI at CPL 0 sets it; interrupts are looked for one instruction later (Intel SDM 2B, STI).
+
+    Single-stepped, Python does it, who remembers that until the next step.
+    """
+    if maker.mode.user or recipe.single:
         recipe.ends = CallOut()
         return
     recipe.code("mov byte [rsp+IF+1], 2\n mov r11, [rsp+ARMED]\n mov [rsp+POLL], r11")

@@ -115,6 +115,17 @@ class Translator:
             if len(chosen) >= MAXIMUM_INSTRUCTIONS:
                 break
             shadow = recipe.shadow
+        if recipe.shadow and not (len(chosen) > 1 and chosen[-2][0].shadow):
+            # Nothing that its shadow could cover follows here: Python knows shadows across blocks.
+            shadow = False
+            if len(chosen) > 1:
+                chosen.pop()
+                position -= recipe.length
+            else:
+                decoder = Decoder(mode.bits, raw, ip=rip)
+                decoder.decode_out(instruction)
+                offsets = decoder.get_constant_offsets(instruction)
+                chosen[0] = known.maker.make(instruction, raw, offsets, single=True), Constants()
         self.instructions += len(chosen)
         polls = chosen[-1][0].polls or (shadow and chosen[-1][0].ends is None)
         return self._emit(mode, near, Block(rip, page | mode_key, position), chosen, polls, single=False)

@@ -1,0 +1,341 @@
+"""Interrupts in awkward places (Intel SDM 3A 6.8), timers, HLT and kicks."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from tests.unit.translation.engine.guest import CODE, DATA, HANDLERS, KERNEL_DS, STACK, USER_CS, Machine, Make
+from trivisor.machine.exits import DebugStop, Halt, Kicked
+
+VECTOR, OTHER = 0x40, 0x41
+IF = 0x200
+MILLISECOND = 1_000_000
+PAGE_END = 0x401000
+
+
+def pending_at_out(m: Machine, *vectors: int) -> None:
+    """OUT to port 0x80 makes interrupts wait."""
+
+    def act(_: object) -> None:
+        for vector in vectors or (VECTOR,):
+            m.interrupt(vector)
+
+    m.on_port(act)
+
+
+def after(m: Machine, delay: int, vector: int = VECTOR) -> None:
+    """An interrupt comes in `delay` nanoseconds."""
+    m.board.clock.at(m.board.clock.now() + delay, lambda: m.interrupt(vector))
+
+
+def kicked(m: Machine, delay: float = 0.02, at: str | int | None = None) -> None:
+    """Run until a kick from another thread ends it."""
+    threading.Timer(delay, m.vcpu.kick).start()
+    started = time.monotonic()
+    assert m.run(at) == Kicked()
+    assert time.monotonic() - started < 1
+
+
+# -- where an interrupt is taken ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stepping", [False, True])
+@pytest.mark.parametrize(
+    ("code", "where"),
+    [
+        ("out 0x80, al\n sti\n nop\n here: nop\n hlt", "here"),
+        ("out 0x80, al\n sti\n inc dword [DATA]\n here: nop\n hlt", "here"),
+        ("out 0x80, al\n sti\n cli\n here: nop\n sti\n nop\n there: nop\n hlt", "there"),
+        ("out 0x80, al\n sti\n pushf\n here: pop rax\n hlt", "here"),
+        ("out 0x80, al\n sti\n jmp here\n nop\n here: nop\n hlt", "here"),
+        ("out 0x80, al\n sti\n call here\n nop\n here: nop\n hlt", "here"),
+        ("out 0x80, al\n sti\n hlt\n here: nop\n hlt", "here"),
+        ("out 0x80, al\n sti\n cpuid\n here: nop\n hlt", "here"),
+        ("out 0x80, al\n sti\n sti\n here: nop\n hlt", "here"),
+        ("sti\n nop\n out 0x80, al\n here: nop\n hlt", "here"),
+        ("sti\n nop\n cli\n out 0x80, al\n nop\n sti\n nop\n here: nop\n hlt", "here"),
+        ("out 0x80, al\n sti\n mov ss, bx\n here: nop\n there: nop\n hlt", "here there"),
+        ("sti\n out 0x80, al\n here: mov ss, bx\n nop\n hlt", "here"),
+        ("cli\n out 0x80, al\n push 0x202\n popf\n here: nop\n hlt", "here"),
+        ("out 0x80, al\n mov rcx, rsp\n push KERNEL_DS\n push rcx\n push 0x202\n push KERNEL_CS\n push here\n iretq\n"
+         "nop\n here: nop\n hlt", "here"),
+        ("out 0x80, al\n push 0x602\n popf\n here: nop\n hlt", "here"),
+    ],
+)  # fmt: skip
+def test_the_boundary_at_which_it_is_taken(machine: Make, code: str, where: str, stepping: bool) -> None:
+    m = machine(code)
+    pending_at_out(m)
+    m.set(rbx=KERNEL_DS)
+    if stepping:
+        for _ in range(30):
+            if not isinstance(m.vcpu.step(), DebugStop):
+                break
+        assert HANDLERS <= m.core.rip < HANDLERS + 0x1000
+        frame = m.frame()
+    else:
+        frame = m.fault()
+    assert frame.vector == VECTOR
+    assert frame.rip in [m.labels[name] for name in where.split()]
+    assert frame.rflags & IF
+    assert not m.vcpu.state.rflags & IF
+
+
+@pytest.mark.parametrize("stepping", [False, True])
+@pytest.mark.parametrize(
+    ("code", "distance"),
+    [
+        ("sti\n hlt\n here: hlt", 1), ("sti\n hlt\n here: hlt", 2), ("nop\n nop\n sti\n hlt\n here: hlt", 3),
+        ("sti\n mov eax, 0x12345678\n here: hlt", 3), ("nop\n sti\n mov eax, 0x12345678\n here: hlt", 4),
+        ("times 63 nop\n sti\n hlt\n here: hlt", 400),
+    ],
+)  # fmt: skip
+def test_the_shadow_of_sti_at_a_block_s_end(machine: Make, code: str, distance: int, stepping: bool) -> None:
+    """STI; HLT must not lose the interrupt, wherever the page or the block ends."""
+    m = machine(f"out 0x80, al\n mov r8d, {PAGE_END - distance}\n jmp r8")
+    m.put(code, PAGE_END - distance)
+    pending_at_out(m)
+    if stepping:
+        while isinstance(m.vcpu.step(), DebugStop):
+            pass
+        frame = m.frame()
+    else:
+        frame = m.fault()
+    assert (frame.vector, frame.rip) == (VECTOR, m.labels["here"])
+
+
+def test_one_instruction_runs_between_sti_and_an_interrupt_even_when_it_faults(machine: Make) -> None:
+    m = machine("out 0x80, al\n sti\n here: ud2")
+    pending_at_out(m)
+    frame = m.fault()
+    # The fault's own handler runs with IF=0 and halts; the interrupt has not come before it.
+    assert (frame.vector, frame.rip) == (6, m.labels["here"])
+
+
+def test_mov_ss_keeps_the_next_instruction_uninterrupted(machine: Make) -> None:
+    m = machine("sti\n nop\n top: mov ss, bx\n mov rsp, rcx\n after: jmp top")
+    seen = set()
+    for _ in range(30):
+        after(m, 50_000)
+        m.fault("top", rsp=STACK, rbx=KERNEL_DS, rcx=STACK, rflags=0x202)
+        seen.add(m.frame().rip)
+        m.vcpu.board.local_apic.write(0xB0, 4, 0)  # EOI
+    assert m.labels["top"] + 2 not in seen
+    assert seen
+
+
+def test_the_highest_priority_comes_first_and_the_other_after_iret(machine: Make) -> None:
+    m = machine(
+        """
+        out 0x80, al
+        sti
+        nop
+        nop
+        cli
+        hlt
+        first:
+        mov [DATA], ebx
+        inc ebx
+        jmp eoi
+        second:
+        inc ebx
+        mov [DATA+4], ebx
+        eoi:
+        mov eax, 0xfee000b0
+        mov dword [rax], 0
+        iretq
+        """
+    )
+    pending_at_out(m, 0x50, 0x90)
+    m.gate(0x50, "second")
+    m.gate(0x90, "first")
+    m.halt(rbx=1)
+    assert m["rbx"] == 3
+    assert (m.memory.read_u32(DATA), m.memory.read_u32(DATA + 4)) == (1, 3)
+
+
+def test_an_interrupt_of_ring_3(machine: Make) -> None:
+    m = machine("top: jmp top", cpl=3)
+    after(m, MILLISECOND)
+    frame = m.fault(rflags=0x202)
+    assert (frame.vector, frame.rip, frame.cs) == (VECTOR, CODE, USER_CS | 3)
+
+
+# -- loops --------------------------------------------------------------------------------------------------
+
+_LOOPS = [
+    "top: jmp top", "top: inc rax\n jmp top", "top: pause\n jmp top", "top: inc eax\n jnz top\n jmp top",
+    "top: mov rbx, [DATA]\n jmp top", "top: call there\n jmp top\n there: ret", "top: mov eax, top\n jmp rax",
+    "top: loop top\n jmp top", "top: push top\n ret", "top: nop\n times 300 inc eax\n jmp top",
+    "top: jmp there\n align 4096\n there: jmp top", "top: mov rcx, 1 << 20\n mov rdi, DATA\n rep stosb\n jmp top",
+    "top: in al, 0x80\n jmp top", "top: cpuid\n jmp top", "top: xor ecx, ecx\n jrcxz top", "top: mov [top+20], al\n jmp top",
+    "top: syscall_free: rdtsc\n jmp top",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("loop", _LOOPS)
+def test_loops_can_be_interrupted_and_kicked(machine: Make, loop: str) -> None:
+    loop = loop.replace("syscall_free: ", "")
+    m = machine(loop)
+    end = CODE + 0x1100
+    kicked(m, 0.004)
+    assert CODE <= m.core.rip < end or HANDLERS > m.core.rip
+    m.core.rflags |= IF
+    m.vcpu.state = m.vcpu.state
+    after(m, MILLISECOND)
+    frame = m.fault()
+    assert frame.vector == VECTOR
+    assert CODE <= frame.rip < end
+
+
+def test_registers_at_an_interrupt_of_a_long_repeated_move_are_exact(machine: Make) -> None:
+    """Whatever the boundary, what has been moved is what the registers tell, and IRET goes on to the end."""
+    size = 8 << 20
+    m = machine("sti\n here: rep movsb\n done: cli\n hlt")
+    source = bytes(range(251)) * (size // 251 + 1)
+    m.memory.write(0x1000000, source[:size])
+    for direction in ("rep movsb",):
+        after(m, 200_000)
+        exit_ = m.run(CODE, rsi=0x1000000, rdi=0x2000000, rcx=size, rflags=2, rsp=STACK)
+        assert isinstance(exit_, Halt), direction
+        assert HANDLERS <= m.core.rip < HANDLERS + 0x1000
+        frame = m.frame()
+        moved = size - m["rcx"]
+        assert (m["rsi"], m["rdi"]) == (0x1000000 + moved, 0x2000000 + moved)
+        assert m.memory.read(0x2000000, moved) == source[:moved]
+        assert not any(m.memory.read(0x2000000 + moved, min(size - moved, 4096)))
+        assert frame.rip == m.labels["here"] if m["rcx"] else frame.rip in (m.labels["here"], m.labels["done"])
+    m.vcpu.board.local_apic.write(0xB0, 4, 0)
+    m.halt("here", rsp=STACK)
+    assert (m["rcx"], m["rdi"]) == (0, 0x2000000 + size)
+    assert m.memory.read(0x2000000, size) == source[:size]
+
+
+@pytest.mark.parametrize("string", ["rep stosd", "repne scasb", "repe cmpsb", "rep lodsb"])
+def test_long_repeated_instructions_can_be_kicked(machine: Make, string: str) -> None:
+    m = machine(f"top: mov rcx, 1 << 24\n mov rdi, 0x1000000\n mov rsi, 0x2000000\n mov al, 1\n {string}\n jmp top")
+    kicked(m, 0.01)
+    assert m["rdi"] - 0x1000000 <= 1 << 26
+
+
+def test_an_interrupt_at_an_instruction_across_pages(machine: Make) -> None:
+    m = machine(f"top: mov rcx, {PAGE_END - 2}\n jmp rcx")
+    m.put("mov eax, 0x12345678\n back: mov ebx, top\n jmp rbx", PAGE_END - 2)
+    places = set()
+    for _ in range(20):
+        after(m, 100_000)
+        frame = m.fault(CODE, rflags=0x202, rsp=STACK)
+        m.vcpu.board.local_apic.write(0xB0, 4, 0)
+        places.add(frame.rip)
+    assert places <= {CODE, CODE + 7, CODE + 5, PAGE_END - 2, m.labels["back"], m.labels["back"] + 5, CODE + 10}
+
+
+def test_many_timer_interrupts_lose_no_increment(machine: Make) -> None:
+    """A handler that keeps all registers, at any boundary of a loop with memory and flags."""
+    m = machine(
+        """
+        sti
+        mov ecx, 3000000
+        xor ebx, ebx
+        top:
+        add ebx, 3
+        adc [DATA], rbx
+        lea rbx, [rbx-2]
+        sub ecx, 1
+        jnz top
+        cli
+        hlt
+        handler:
+        push rax
+        inc dword [DATA+16]
+        out 0x80, al
+        mov eax, 0xfee000b0
+        mov dword [rax], 0
+        xor eax, eax
+        pop rax
+        iretq
+        """
+    )
+    m.gate(VECTOR, "handler")
+    m.on_port(lambda _: after(m, 150_000))
+    after(m, 100_000)
+    m.halt()
+    count = 3000000
+    assert m["rbx"] == count
+    total = sum(range(3, count + 3))
+    assert m.memory.read_u64(DATA) == total & (1 << 64) - 1
+    assert m.memory.read_u32(DATA + 16) > 3
+
+
+# -- HLT ----------------------------------------------------------------------------------------------------
+
+
+def test_hlt_sleeps_until_the_timer(machine: Make) -> None:
+    m = machine("sti\n hlt\n here: hlt")
+    after(m, 20 * MILLISECOND)
+    started = time.monotonic()
+    busy = time.process_time()
+    frame = m.fault()
+    assert 0.018 < time.monotonic() - started < 1
+    assert time.process_time() - busy < 0.015
+    assert (frame.vector, frame.rip) == (VECTOR, m.labels["here"])
+    assert m.vcpu.statistics()["seconds"]["idle"] > 0.015
+
+
+def test_hlt_with_interrupts_off_is_told(machine: Make) -> None:
+    m = machine("cli\n hlt\n here: nop")
+    assert m.run() == Halt(interrupts_enabled=False)
+    assert m.core.rip == m.labels["here"]
+
+
+def test_a_kick_ends_the_run_in_hlt_and_the_next_run_sleeps_on(machine: Make) -> None:
+    m = machine("sti\n hlt\n here: hlt")
+    kicked(m)
+    assert m.vcpu.state.halted
+    after(m, MILLISECOND)
+    assert m.fault().rip == m.labels["here"]
+
+
+def test_kicks_while_interrupts_are_off(machine: Make) -> None:
+    m = machine("cli\n top: inc rax\n jmp top")
+    for _ in range(3):
+        kicked(m, 0.01)
+    assert m["rax"] > 0
+
+
+def test_a_kick_before_running_is_not_lost(machine: Make) -> None:
+    m = machine("top: jmp top")
+    m.vcpu.kick()
+    assert m.run() == Kicked()
+
+
+def test_kicks_change_nothing(machine: Make) -> None:
+    """A computation that is kicked all the time comes to the same end."""
+    m = machine("mov ecx, 400000\n top: add rax, rcx\n adc rbx, 1\n rol rax, 5\n mov [DATA], rax\n dec ecx\n jnz top\n hlt")
+    m.halt()
+    expected = (m["rax"], m["rbx"], m.core.rflags)
+    m.restart()
+    stop = threading.Event()
+
+    def kicker() -> None:
+        while not stop.wait(0.0005):
+            m.vcpu.kick()
+
+    thread = threading.Thread(target=kicker)
+    thread.start()
+    kicks = 0
+    while isinstance(m.run(), Kicked):
+        kicks += 1
+    stop.set()
+    thread.join()
+    assert (m["rax"], m["rbx"], m.core.rflags) == expected
+
+
+def test_injection(machine: Make) -> None:
+    m = machine("here: nop\n hlt")
+    m.core.rflags = 0x202
+    m.vcpu.interrupt(0x55)
+    frame = m.fault()
+    assert (frame.vector, frame.rip) == (0x55, CODE)

@@ -10,7 +10,6 @@ import pytest
 from tests.unit.translation.engine.guest import Machine, Make
 
 
-
 @pytest.fixture
 def machine() -> Iterator[Make]:
     made: list[Machine] = []

@@ -9,12 +9,10 @@ import pytest
 from tests.unit.translation.engine.guest import (
     CODE,
     HANDLERS,
-    IST_STACK,
     LARGE,
     NX,
     PD,
     PML4,
-    STACK,
     Machine,
     Make,
     P,

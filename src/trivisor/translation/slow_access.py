@@ -30,7 +30,7 @@ _SLOW_ACCESS = EXITS["EXIT_SLOW_ACCESS"]
 _PREPARED = OFFSETS["PREPARED_0"] // 8
 _BOUNCE_SLOT = 8192
 _MAXIMUM_PREPARED = 4
-_READING = {OpAccess.READ, OpAccess.READ_WRITE, OpAccess.COND_READ, OpAccess.READ_COND_WRITE}
+_READ_AND_WRITTEN = {OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE}
 
 _info = InstructionInfoFactory()
 
@@ -144,13 +144,16 @@ def _runs_in(cpu: TranslationVcpu, physical: int) -> bool:
 
 def step(cpu: TranslationVcpu, prepared: list[Prepared]) -> Exit | None:
     """Run the one instruction at rip, with these accesses prepared, and with more as it asks for them."""
+    ready = 0
     while True:
         if len(prepared) > _MAXIMUM_PREPARED:
             raise UnsupportedFeature("too many slow accesses in one instruction")
         mask = sum(1 << access.check for access in prepared)
         block = cpu.blocks.step_block(cpu.mode, cpu.core.rip, mask)
         for number, access in enumerate(prepared):
-            _prepare(cpu, access, number)
+            if number >= ready or access.bounce < 0:  # a device is read once only: that has effects
+                _prepare(cpu, access, number)
+        ready = len(prepared)
         exit_number = cpu.enter_step(block)
         while exit_number == _SLOW_ACCESS and (another := _access(cpu)) is None:
             exit_number = cpu.enter_next()
@@ -192,8 +195,7 @@ def _reads(cpu: TranslationVcpu, access: Prepared) -> bool:
         return True
     instruction = cpu.blocks.instruction(cpu.mode, cpu.core.rip)
     return instruction.mnemonic in BYTE_MOVES or any(
-        memory.access in _READING and memory.access != OpAccess.READ
-        for memory in _info.info(instruction).used_memory()
+        memory.access in _READ_AND_WRITTEN for memory in _info.info(instruction).used_memory()
     )
 
 

@@ -49,7 +49,8 @@ _TF = 0x100
 _MODE, _NATIVE_EVENTS, _PENDING, _ARMED, _POLL, _GOOD, _BAD, _EXIT_A, _EXIT_B, _EXIT_C, _FAULT_IP = (
     OFFSETS[name] // 8
     for name in (
-        "MODE", "NATIVE_EVENTS", "PENDING", "ARMED", "POLL", "POLL_GOOD", "POLL_BAD", "EXIT_A", "EXIT_B", "EXIT_C", "HOST_FAULT_IP"
+        "MODE", "NATIVE_EVENTS", "PENDING", "ARMED", "POLL", "POLL_GOOD", "POLL_BAD", "EXIT_A", "EXIT_B", "EXIT_C",
+        "HOST_FAULT_IP",
     )
 )  # fmt: skip
 
@@ -90,7 +91,7 @@ class TranslationVcpu:
         self._by_key: dict[int, Mode] = {}
         self._modes: dict[tuple[Any, ...], Mode] = {}
         self._cache_keys = [-1, -1, -1]
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str | int, int] = {}
         self._translated_ns = self._idle_ns = self._total_ns = 0
         self._install_helpers()
         self.blocks = BlockStore(
@@ -224,7 +225,8 @@ class TranslationVcpu:
     def tsc(self) -> int:
         from trivisor.machine.tsc import read
 
-        return (read() + self.core.tsc_offset) & ((1 << 64) - 1)
+        value: int = (read() + self.core.tsc_offset) & ((1 << 64) - 1)
+        return value
 
     def mode_changed(self) -> None:
         core = self.core
@@ -510,7 +512,7 @@ class TranslationVcpu:
 
     def execute(self, instruction: Instruction) -> Exit | None:
         """Do a sensitive instruction in Python."""
-        self._counts[instruction.mnemonic] = self._counts.get(instruction.mnemonic, 0) + 1  # type: ignore[index,call-overload]
+        self._counts[instruction.mnemonic] = self._counts.get(instruction.mnemonic, 0) + 1
         result = system.execute(self, instruction)
         if isinstance(result, Halt):
             return self._idle() if result.interrupts_enabled else result

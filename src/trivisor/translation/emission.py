@@ -93,7 +93,7 @@ class Emission:
             locations.append((start - body) | fault_parked << 21 | (at - rip) << 22)
             out += code
             for offset, width, which in patches:
-                out[start + offset : start + offset + width] = constants[which]
+                out[start + offset : start + offset + width] = constants[which]  # type: ignore[assignment]
             if misses:
                 end = len(out)
                 for miss in misses:

@@ -40,7 +40,7 @@ def table(maker: InstructionMaker) -> dict[int, Make]:
     def bind(function: Callable[[InstructionMaker, Recipe, Instruction], None]) -> Make:
         return lambda recipe, instruction: function(maker, recipe, instruction)
 
-    out = {
+    out: dict[int, Make] = {
         Mnemonic.PUSH: bind(push),
         Mnemonic.POP: bind(pop),
         Mnemonic.LEAVE: bind(leave),
@@ -52,7 +52,9 @@ def table(maker: InstructionMaker) -> dict[int, Make]:
         out[getattr(Mnemonic, text)] = bind(stos)
     for text in ["MOVSB", "MOVSW", "MOVSQ", "MOVSD"]:
         out[getattr(Mnemonic, text)] = bind(movs)
-    for text in ["LODSB", "LODSW", "LODSD", "LODSQ", "SCASB", "SCASW", "SCASD", "SCASQ", "CMPSB", "CMPSW", "CMPSQ", "CMPSD"]:
+    for text in """
+        LODSB LODSW LODSD LODSQ SCASB SCASW SCASD SCASQ CMPSB CMPSW CMPSQ CMPSD
+    """.split():
         out[getattr(Mnemonic, text)] = bind(element_string)
     if maker.mode.bits == 64:
         out[Mnemonic.IRETQ] = bind(iret)

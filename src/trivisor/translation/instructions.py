@@ -42,10 +42,19 @@ from trivisor.translation.registers import (
     SEGMENTS,
     STACK,
 )
+from trivisor.x86.iced_types import RegisterNumber
 
 _CALL_OUTS = {
     getattr(Mnemonic, name)
-    for name in ["CPUID", "SGDT", "SIDT", "SLDT", "STR", "SMSW", "LGDT", "LIDT", "LLDT", "LTR", "LMSW", "LAR", "LSL", "VERR", "VERW", "ARPL", "IRET", "IRETD", "IRETQ", "INT", "INT3", "INTO", "SYSCALL", "SYSRET", "SYSRETQ", "SYSENTER", "SYSEXIT", "SYSEXITQ", "IN", "OUT", "INSB", "INSW", "INSD", "OUTSB", "OUTSW", "OUTSD", "RDPMC", "RDTSCP", "XGETBV", "XSETBV", "CLAC", "STAC", "RDMSR", "WRMSR", "HLT", "WBINVD", "INVD", "INVLPG", "INVPCID", "CLTS", "LDS", "LES", "LFS", "LGS", "LSS", "AAA", "AAS", "DAA", "DAS", "AAM", "AAD", "SALC", "PUSHA", "PUSHAD", "POPA", "POPAD", "BOUND", "ENTER", "XLATB", "RDPID", "WRFSBASE", "WRGSBASE", "LEAVE", "VMCALL", "VMMCALL", "MONITOR", "MWAIT", "RSM", "GETSEC", "VMXON", "VMXOFF", "VMLAUNCH", "VMRESUME", "VMREAD", "VMWRITE", "VMPTRLD", "VMPTRST", "VMCLEAR", "INVEPT", "INVVPID", "VMFUNC", "VMRUN", "VMLOAD", "VMSAVE", "STGI", "CLGI", "SKINIT", "INVLPGA", "RETF", "CLFLUSH", "CLFLUSHOPT", "CLWB"]
+    for name in """
+        CPUID SGDT SIDT SLDT STR SMSW LGDT LIDT LLDT LTR LMSW LAR LSL VERR VERW ARPL IRET IRETD IRETQ INT
+        INT3 INTO SYSCALL SYSRET SYSRETQ SYSENTER SYSEXIT SYSEXITQ IN OUT INSB INSW INSD OUTSB OUTSW OUTSD
+        RDPMC RDTSCP XGETBV XSETBV CLAC STAC RDMSR WRMSR HLT WBINVD INVD INVLPG INVPCID CLTS LDS LES LFS LGS
+        LSS AAA AAS DAA DAS AAM AAD SALC PUSHA PUSHAD POPA POPAD BOUND ENTER XLATB RDPID WRFSBASE WRGSBASE
+        LEAVE VMCALL VMMCALL MONITOR MWAIT RSM GETSEC VMXON VMXOFF VMLAUNCH VMRESUME VMREAD VMWRITE VMPTRLD
+        VMPTRST VMCLEAR INVEPT INVVPID VMFUNC VMRUN VMLOAD VMSAVE STGI CLGI SKINIT INVLPGA RETF CLFLUSH
+        CLFLUSHOPT CLWB
+    """.split()
     if hasattr(Mnemonic, name)
 } - {Mnemonic.LEAVE}
 
@@ -66,12 +75,15 @@ _FLAG_IMAGES = {
 
 _IGNORED = {
     getattr(Mnemonic, name)
-    for name in ["CLFLUSH", "CLFLUSHOPT", "CLWB", "PREFETCHNTA", "PREFETCHT0", "PREFETCHT1", "PREFETCHT2", "PREFETCHW", "PREFETCH", "ENDBR64", "ENDBR32", "NOP", "RESERVED_NOP", "WAIT_NOT", "CLDEMOTE", "PREFETCHWT1"]
+    for name in """
+        CLFLUSH CLFLUSHOPT CLWB PREFETCHNTA PREFETCHT0 PREFETCHT1 PREFETCHT2 PREFETCHW PREFETCH ENDBR64
+        ENDBR32 NOP RESERVED_NOP WAIT_NOT CLDEMOTE PREFETCHWT1
+    """.split()
     if hasattr(Mnemonic, name)
 }
 
 _SHIFTS = {
-    getattr(Mnemonic, name) for name in ["SHL", "SHR", "SAR", "SAL", "ROL", "ROR", "RCL", "RCR", "SHLD", "SHRD"] if hasattr(Mnemonic, name)
+    getattr(Mnemonic, name) for name in ("SHL", "SHR", "SAR", "SAL", "ROL", "ROR", "RCL", "RCR", "SHLD", "SHRD")
 }
 
 _XSAVE_FAMILY = {
@@ -102,7 +114,10 @@ _READS = {
 }  # fmt: skip
 _FPU_FEATURES = {
     getattr(CpuidFeature, n)
-    for n in ["FPU", "FPU287", "FPU387", "MMX", "FXSR", "SSE", "SSE2", "SSE3", "SSSE3", "SSE4_1", "SSE4_2", "AVX", "AVX2", "FMA", "F16C", "AES", "PCLMULQDQ", "VAES", "VPCLMULQDQ", "SHA", "GFNI"]
+    for n in """
+        FPU FPU287 FPU387 MMX FXSR SSE SSE2 SSE3 SSSE3 SSE4_1 SSE4_2 AVX AVX2 FMA F16C AES PCLMULQDQ VAES
+        VPCLMULQDQ SHA GFNI
+    """.split()
     if hasattr(CpuidFeature, n)
 }
 
@@ -175,8 +190,8 @@ class InstructionMaker:
 
     def flags(self, recipe: Recipe, instruction: Instruction) -> None:
         """Note which flags the instruction reads and surely writes."""
-        reads = instruction.rflags_read & ARITHMETIC
-        writes = instruction.rflags_modified & ARITHMETIC
+        reads: int = instruction.rflags_read & ARITHMETIC
+        writes: int = instruction.rflags_modified & ARITHMETIC
         if instruction.mnemonic in _SHIFTS:
             # A count of zero leaves every flag as it was.
             last = instruction.op_count - 1
@@ -218,7 +233,9 @@ class InstructionMaker:
         bits = self._address_bits(instruction)
         recipe.code(f"mov r10, {_signed((displacement + adjust) & ((1 << bits) - 1), 64)}")
 
-    def _sum_address(self, recipe: Recipe, instruction: Instruction, base: int, index: int, adjust: int) -> None:
+    def _sum_address(
+        self, recipe: Recipe, instruction: Instruction, base: RegisterNumber, index: RegisterNumber, adjust: int
+    ) -> None:
         """LEA with the same registers, or those that stand for them, and a displacement of the same width."""
         bits = self._address_bits(instruction)
         lea = self._lea_template
@@ -240,7 +257,7 @@ class InstructionMaker:
         if bits == 16:
             recipe.code("movzx r10d, r10w")
 
-    def _address_register(self, recipe: Recipe, register: int, scratch: int) -> int:
+    def _address_register(self, recipe: Recipe, register: RegisterNumber, scratch: int) -> RegisterNumber:
         if register == Register.NONE:
             return register
         number = GPR[register][0]
@@ -386,9 +403,12 @@ class InstructionMaker:
         if offsets.has_immediate:
             at, size = offsets.immediate_offset, offsets.immediate_size
             encoded, place = self._encoded
-            if place is None or place[1] != size or offsets.has_immediate2:
-                self._baked = True
-            elif encoded[place[0] : place[0] + size] != raw[at : at + size]:
+            if (
+                place is None
+                or place[1] != size
+                or offsets.has_immediate2
+                or encoded[place[0] : place[0] + size] != raw[at : at + size]
+            ):
                 self._baked = True
             else:
                 patch = (code.index(encoded) + place[0], size, IMMEDIATE)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from iced_x86 import Register
 
+from trivisor.x86.iced_types import RegisterNumber
+
 _NAMES8 = ("al", "cl", "dl", "bl", "spl", "bpl", "sil", "dil")
 _NAMES16 = ("ax", "cx", "dx", "bx", "sp", "bp", "si", "di")
 
 
-def _register(name: str) -> int:
-    number: int = getattr(Register, name.upper())
+def _register(name: str) -> RegisterNumber:
+    number: RegisterNumber = getattr(Register, name.upper())
     return number
 
 
-BY_SIZE: dict[int, list[int]] = {
+BY_SIZE: dict[int, list[RegisterNumber]] = {
     1: [_register(n) for n in _NAMES8] + [_register(f"r{i}l") for i in range(8, 16)],
     2: [_register(n) for n in _NAMES16] + [_register(f"r{i}w") for i in range(8, 16)],
     4: [_register(f"e{n}") for n in _NAMES16] + [_register(f"r{i}d") for i in range(8, 16)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+
 def _read_entry(level: int) -> str:
     """Read the level's entry of the table at physical rdi for linear rax into rdx; rdi becomes its host address."""
     return f"""

@@ -88,6 +88,7 @@ class TranslationVcpu:
         self._nmi_waiting = False
         self.halted = False
         self._wake = threading.Event()
+        self._missing_mode = ""  # what the code at rip would need that is not there
         self._by_key: dict[int, Mode] = {}
         self._modes: dict[tuple[Any, ...], Mode] = {}
         self._cache_keys = [-1, -1, -1]
@@ -249,6 +250,9 @@ class TranslationVcpu:
                 stack_bits=64 if bits == 64 else 32 if ss & _DEFAULT_32 else 16,
                 other=1 if cr4 & _CR4_TSD else 0,
             )
+        # Code is fetched at rip itself, and 16-bit code is not translated rightly throughout.
+        based = segments[CS].base if mode.bits == 32 else 0
+        self._missing_mode = "16-bit code" if mode.bits == 16 else "a code segment with a base" if based else ""
         words = self._words
         core.mode = mode.key
         self._by_key[mode.key] = mode
@@ -310,13 +314,18 @@ class TranslationVcpu:
             while (exit_ := self._once(False)) is None:
                 pass
             return exit_
+        except UnsupportedFeature as missing:
+            return Unsupported(str(missing), self.core.rip)
         finally:
             self._total_ns += time.perf_counter_ns() - started
 
     def step(self) -> Exit:
         if self.halted and (exit_ := self._idle()) is not None:
             return exit_
-        exit_ = self._once(True)
+        try:
+            exit_ = self._once(True)
+        except UnsupportedFeature as missing:
+            return Unsupported(str(missing), self.core.rip)
         return DebugStop(self.core.rip) if exit_ is None else exit_
 
     def _once(self, single: bool) -> Exit | None:
@@ -330,6 +339,8 @@ class TranslationVcpu:
             if exit_ is not None:
                 return exit_
         core.interrupt_shadow = False
+        if self._missing_mode:
+            raise UnsupportedFeature(self._missing_mode)
         if single or core.rflags & _TF:
             return self._single_step()
         target = self._next

@@ -70,6 +70,8 @@ _FIELDS = (
     "EXIT_A",  # arguments of the exit
     "EXIT_B",
     "EXIT_C",
+    "RESUME",  # where code goes on after the check of an access that needs Python
+    "HOST_R10",  # r10 on the way into translated code: the host address of an access that goes on
     "HOST_RSP",
     "HOST_FAULT_IP",  # where in the code cache a host signal struck
     "HOST_FAULT_SIGNAL",

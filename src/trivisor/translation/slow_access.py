@@ -24,7 +24,9 @@ from trivisor.x86.paging import Access
 if TYPE_CHECKING:
     from trivisor.translation.cpu import TranslationVcpu
 
-_EXIT_A, _EXIT_B, _EXIT_C = (OFFSETS[name] // 8 for name in ("EXIT_A", "EXIT_B", "EXIT_C"))
+_EXIT_A, _EXIT_B, _EXIT_C, _RESUME, _HOST_R10 = (
+    OFFSETS[name] // 8 for name in ("EXIT_A", "EXIT_B", "EXIT_C", "RESUME", "HOST_R10")
+)
 _STEPPED = EXITS["EXIT_STEPPED"]
 _SLOW_ACCESS = EXITS["EXIT_SLOW_ACCESS"]
 _PREPARED = OFFSETS["PREPARED_0"] // 8
@@ -110,21 +112,15 @@ def _access(cpu: TranslationVcpu) -> Prepared | None:
         else:
             cpu.count("code page write")
             cpu.blocks.written(found.physical, size)
-            if not _has_code(mmu.code_lines[found.physical >> 12], linear & 0xFFF, size):
-                cpu.resume_at(retry)
-                return None
+            words[_HOST_R10] = mmu.memory.base + found.physical
+            cpu.resume_at(words[_RESUME])
+            return None
     if ram and size <= room and not (write and mmu.code_lines[found.physical >> 12]):
         cpu.count("tlb fill")
         mmu.fill(linear, user, found)
         cpu.resume_at(retry)
         return None
     return Prepared(check, linear, size, write, user, pieces)
-
-
-def _has_code(lines: int, offset: int, size: int) -> bool:
-    """Whether the native helper would refuse the write because of the lines that it touches."""
-    touched = (1 << ((offset + size - 1) >> 6) + 1) - (1 << (offset >> 6))
-    return size > 64 or bool(lines & touched)
 
 
 def _stack_fault(cpu: TranslationVcpu, check: int) -> GuestException:

@@ -22,7 +22,7 @@ enter:
     push qword [rsp+FLAGS]
     popfq
     {fill()}
-    mov r10, [rsp+GUEST_RIP]
+    mov r10, [rsp+HOST_R10]
     jmp qword [rsp+SCRATCH_3]
 
 ; Leave to Python: EXIT and RIP are set, guest registers are in the host's.

@@ -85,6 +85,10 @@ miss_slow:
     mov [rbp+EXIT_B], rax
     mov qword [rbp+EXIT], EXIT_SLOW_ACCESS
     call miss_flags
+    mov rcx, rbx
+    mov eax, [rbx+16]
+    sub rcx, rax
+    mov [rbp+RESUME], rcx
     mov eax, [rbx]
     sub rbx, rax
     mov [rbp+EXIT_C], rbx

@@ -80,6 +80,9 @@ class BlockStore:
         page, _ = self.mmu.fetch(rip, mode.user)
         key = page | mode.key
         found = self._blocks.get((rip, key))
+        if found is not None and found.second >= 0 and not self._has_second(found, mode):
+            self._forget(found)
+            found = None
         if found is None:
             found = self._make(mode, rip, page)
         at = _place(rip)
@@ -87,7 +90,13 @@ class BlockStore:
         words[at] = rip
         words[at + 1] = key
         words[at + 2] = self.cache.base + found.checked
+        words[at + 3] = found.second | 1 if found.second >= 0 else 0
         return found
+
+    def _has_second(self, block: Block, mode: Mode) -> bool:
+        """Whether the page that the block's instruction runs into is still the same; raises GuestException."""
+        second, _ = self.mmu.fetch((block.rip | 0xFFF) + 1 & ((1 << mode.bits) - 1), mode.user)
+        return second == block.second
 
     def _make(self, mode: Mode, rip: int, page: int) -> Block:
         started = time.perf_counter_ns()
@@ -154,7 +163,7 @@ class BlockStore:
         own = self._own(page)
         key = (rip, mode.key, prepared)
         block = own.steps.get(key)
-        if block is None:
+        if block is None or (block.crosses and not self._has_second(block, mode)):
             code, second = self.code_at(mode, rip, page)
             try:
                 block = self.translator.translate_step(mode, rip, page, code, prepared)
@@ -166,6 +175,7 @@ class BlockStore:
             own.steps[key] = block
             self._mark(page, rip & 0xFFF, min((rip & 0xFFF) + block.length, 0x1000))
             if block.crosses:
+                block.second = second
                 self._own(second).steps[key] = block
                 self._mark(second, 0, 15)
         return block

@@ -22,6 +22,7 @@ from trivisor.translation.modes import (
 from trivisor.translation.recipe import ARITHMETIC, CHECK_TAIL, PARK, POLL, RESTORE, Constants, Miss, Recipe, asm
 
 _MASK64 = (1 << 64) - 1
+_LONGEST = 15  # bytes of an instruction
 
 _CALL_MISS = int.from_bytes(asm("call qword [rsp+MISS]"), "little")
 assert _CALL_MISS >> 24, "the call is four bytes long"
@@ -201,8 +202,13 @@ class Emission:
         self._go(target, here, parked)
 
     def _is_linkable(self, target: int, here: int) -> bool:
-        """Direct jumps stay within a page, where no change of mappings can come between."""
-        return not self.single and target >> 12 == here >> 12 and not self.block.crosses
+        """Direct jumps stay within a page, where no change of mappings can come between.
+
+        So what may run into the next page is no target: its second page may be another by then.
+        """
+        if self.single or self.block.crosses:
+            return False
+        return target >> 12 == here >> 12 and target & 0xFFF <= 0x1000 - _LONGEST
 
     def _go(self, target: int, here: int, parked: bool) -> None:
         """Continue at `target`, from the instruction at `here`."""

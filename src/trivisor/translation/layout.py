@@ -180,6 +180,7 @@ _cursor.field("TLB_USER", TLB_ENTRIES * TLB_ENTRY_SIZE, 4096)
 _cursor.field("EXEC_TLB_KERNEL", EXEC_TLB_ENTRIES * EXEC_TLB_ENTRY_SIZE, 4096)
 _cursor.field("EXEC_TLB_USER", EXEC_TLB_ENTRIES * EXEC_TLB_ENTRY_SIZE, 4096)
 _cursor.field("JUMP_PAGES", 65536, 64)  # a byte per linear page (hashed) with jump cache entries
+_cursor.field("JUMP_LARGE", 256, 64)  # a byte per GiB (hashed) with jump cache entries that lead into large pages
 _cursor.field("JUMP_CACHE_USED", 3 * 128, 64)  # a byte per 4 KiB of jump cache that holds something
 _cursor.field("JUMP_CACHE_KERNEL", JUMP_CACHE_ENTRIES * 8, 4096)
 _cursor.field("JUMP_CACHE_USER", JUMP_CACHE_ENTRIES * 8, 4096)
@@ -197,6 +198,7 @@ TLB_INFO = 24  # bit 0: global; bit 1: piece of a large page
 BLOCK_LINEAR = 0
 BLOCK_KEY = 8  # physical page address | mode key
 BLOCK_ENTRY = 16  # host address of the checked entry
+BLOCK_SECOND = 24  # of an instruction that runs into another page: that one's physical address | 1; else 0
 
 _exit = count(1)
 EXITS: dict[str, int] = {
@@ -231,5 +233,6 @@ SYMBOLS: dict[str, int] = {
     "EXEC_TLB_ENTRIES": EXEC_TLB_ENTRIES,
     "JUMP_CACHE_ENTRIES": JUMP_CACHE_ENTRIES,
     "BLOCK_TABLE_ENTRIES": BLOCK_TABLE_ENTRIES,
+    "BLOCK_SECOND": BLOCK_SECOND,
 }  # fmt: skip
 """Everything the helpers' assembly may name."""

@@ -112,8 +112,12 @@ invalidate_jump_before:
     dec ecx
     jnz invalidate_jump_before
 invalidate_tlb:
-    ; pieces of a large page around the address go too
-    mov r11d, 0
+    ; pieces of a large page around the address go too, and with code in large pages there all jumps
+    mov rdx, rsi
+    shr rdx, 30
+    movzx edx, dl
+    movzx r11d, byte [rdi+rdx+JUMP_LARGE]
+    mov byte [rdi+rdx+JUMP_LARGE], 0
     lea rdi, [r9+TLB_KERNEL]
     mov ecx, {2 * TLB_ENTRIES}
     xor r8d, r8d
@@ -139,7 +143,7 @@ invalidate_keep:
     add rdi, {TLB_ENTRY_SIZE}
     dec ecx
     jnz invalidate_next
-    ; the fetch TLB: any piece within 1 GiB goes, and with a large one all jumps
+    ; the fetch TLB: any large piece within 1 GiB goes
     lea rdi, [r9+EXEC_TLB_KERNEL]
     mov ecx, 2*EXEC_TLB_ENTRIES
     mov r8, -1
@@ -154,9 +158,6 @@ invalidate_exec_small:
     cmp rax, rdx
     jae invalidate_exec_keep
     mov [rdi], r8
-    test byte [rdi+8], 2
-    jz invalidate_exec_keep
-    mov r11d, 1
 invalidate_exec_keep:
     add rdi, 16
     dec ecx

@@ -54,6 +54,9 @@ dispatch_found:
     jne dispatch_leave
     cmp [rsi+8], rcx
     jne dispatch_leave
+    cmp qword [rsi+BLOCK_SECOND], 0
+    jne dispatch_second
+dispatch_both_found:
     mov rdx, [rsi+16]
     movzx ecx, ax
     mov rdi, [rbp+JUMP_CACHE_CURRENT]
@@ -65,6 +68,12 @@ dispatch_found:
     shr rcx, 12
     movzx ecx, cx
     mov byte [rbp+rcx+JUMP_PAGES], 1
+    test r8b, 2
+    jz dispatch_small
+    shr rax, 30
+    movzx eax, al
+    mov byte [rbp+rax+JUMP_LARGE], 1
+dispatch_small:
     test r8b, 1
     jnz dispatch_go
     cmp qword [rbp+CPL], 3
@@ -106,6 +115,59 @@ dispatch_walk:
     mov rdi, r13
     mov rax, [rbp+GUEST_RIP]
     jmp dispatch_found
+dispatch_second:
+    ; an instruction that runs into the next page: that must still be the one it was translated from
+    mov rbx, rsi
+    push r8
+    lea r15, [rax+4096]
+    and r15, -4096
+    mov rdx, r15
+    shr rdx, 12
+    and edx, EXEC_TLB_ENTRIES-1
+    shl edx, 4
+    lea r13, [rbp+rdx+EXEC_TLB_KERNEL]
+    lea rsi, [rbp+rdx+EXEC_TLB_USER]
+    xor r12d, r12d
+    cmp qword [rbp+CPL], 3
+    jne dispatch_second_kernel
+    mov r13, rsi
+    mov r12d, KIND_USER
+dispatch_second_kernel:
+    cmp [r13], r15
+    je dispatch_second_known
+    cmp qword [rbp+PAGING_NATIVE], 0
+    je dispatch_leave
+    or r12d, KIND_FETCH
+    inc qword [rbp+COUNT_EXEC_TLB_MISS]
+    mov rax, r15
+    call walk
+    test eax, eax
+    jnz dispatch_leave
+    mov [r13], r15
+    or rdi, rsi
+    mov [r13+8], rdi
+dispatch_second_known:
+    pop r8
+    mov rcx, [r13+8]
+    mov rdx, rcx
+    and rdx, -4096
+    or rdx, 1
+    cmp rdx, [rbx+BLOCK_SECOND]
+    jne dispatch_leave
+    ; what happens to either page counts: global only if both are, large if one is
+    mov edx, r8d
+    or edx, ecx
+    and r8d, ecx
+    and r8d, 1
+    and edx, 2
+    or r8d, edx
+    mov rcx, r15
+    shr rcx, 12
+    movzx ecx, cx
+    mov byte [rbp+rcx+JUMP_PAGES], 1
+    mov rsi, rbx
+    mov rax, [rbp+GUEST_RIP]
+    jmp dispatch_both_found
 dispatch_leave:
     inc qword [rbp+COUNT_LOOKUP_MISS]
     mov qword [rbp+EXIT], EXIT_LOOKUP

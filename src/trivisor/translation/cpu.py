@@ -86,6 +86,7 @@ class TranslationVcpu:
         self._kicked = False
         self._waiting = False  # an interrupt waits for IF
         self._nmi_waiting = False
+        self._injected: list[int] = []  # vectors that `interrupt` was given and that wait for IF
         self.halted = False
         self._wake = threading.Event()
         self._missing_mode = ""  # what the code at rip would need that is not there
@@ -405,17 +406,16 @@ class TranslationVcpu:
         if self._nmi_waiting and not self.core.nmi_blocked:
             self._nmi_waiting = False
             self.count("nmi")
-            self._next = None
-            self.interrupt(NMI)
-        interrupts = board.interrupts
-        if not interrupts.pending():
+            if (shutdown := self._take(NMI)) is not None:
+                return shutdown
+        interrupts, injected = board.interrupts, self._injected
+        if not injected and not interrupts.pending():
             return None
         if self.core.interrupt_flag:
             self.count("interrupt")
-            self._next = None
-            self.interrupt(interrupts.acknowledge())
-            if not interrupts.pending():
-                return None
+            shutdown = self._take(injected.pop(0) if injected else interrupts.acknowledge())
+            if shutdown is not None or not (injected or interrupts.pending()):
+                return shutdown
         self._waiting = True
         words[_ARMED] = words[_BAD]
         if self.core.interrupt_flag:
@@ -423,13 +423,17 @@ class TranslationVcpu:
         return None
 
     def interrupt(self, vector: int) -> None:
+        self._injected.append(vector)
+        self._look()
+
+    def _take(self, vector: int) -> Exit | None:
         """Deliver an external interrupt now."""
+        self._next = None
         try:
             events.deliver(self, vector, external=True)
         except GuestException as fault:
-            shutdown = events.raise_exception(self, fault)
-            if shutdown is not None:
-                self._kicked = True
+            return events.raise_exception(self, fault)
+        return None
 
     def _arm_timer(self, deadline: int) -> None:
         if self._timer is not None:
@@ -465,7 +469,8 @@ class TranslationVcpu:
             while True:
                 words[_PENDING] = 0
                 clock.run_due()
-                if self.board.interrupts.pending() or (self._nmi_waiting and not self.core.nmi_blocked):
+                wanted = self._injected or self.board.interrupts.pending()
+                if wanted or (self._nmi_waiting and not self.core.nmi_blocked):
                     self.halted = False
                     words[_PENDING] = 1
                     return None

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.unit.translation.engine.guest import CODE, DATA, HANDLERS, KERNEL_DS, STACK, USER_CS, Machine, Make
-from trivisor.machine.exits import DebugStop, Halt, Kicked
+from trivisor.machine.exits import DebugStop, Halt, Kicked, Shutdown
 
 VECTOR, OTHER = 0x40, 0x41
 IF = 0x200
@@ -274,14 +274,14 @@ def test_many_timer_interrupts_lose_no_increment(machine: Make) -> None:
 
 def test_hlt_sleeps_until_the_timer(machine: Make) -> None:
     m = machine("sti\n hlt\n here: hlt")
-    after(m, 20 * MILLISECOND)
+    after(m, 50 * MILLISECOND)
     started = time.monotonic()
     busy = time.process_time()
     frame = m.fault()
-    assert 0.018 < time.monotonic() - started < 1
-    assert time.process_time() - busy < 0.015
+    assert 0.045 < time.monotonic() - started < 1
+    assert time.process_time() - busy < 0.04
     assert (frame.vector, frame.rip) == (VECTOR, m.labels["here"])
-    assert m.vcpu.statistics()["seconds"]["idle"] > 0.015
+    assert m.vcpu.statistics()["seconds"]["idle"] > 0.02
 
 
 def test_hlt_with_interrupts_off_is_told(machine: Make) -> None:
@@ -333,9 +333,23 @@ def test_kicks_change_nothing(machine: Make) -> None:
     assert (m["rax"], m["rbx"], m.core.rflags) == expected
 
 
-def test_injection(machine: Make) -> None:
-    m = machine("here: nop\n hlt")
-    m.core.rflags = 0x202
+def test_injection_waits_for_the_interrupt_flag(machine: Make) -> None:
+    m = machine("nop\n sti\n nop\n here: nop\n hlt")
     m.vcpu.interrupt(0x55)
     frame = m.fault()
-    assert (frame.vector, frame.rip) == (0x55, CODE)
+    assert (frame.vector, frame.rip) == (0x55, m.labels["here"])
+    m = machine("sti\n hlt\n here: nop")
+    kicked(m)
+    m.vcpu.interrupt(0x56)
+    m.vcpu.interrupt(0x57)
+    frame = m.fault()
+    assert (frame.vector, frame.rip) == (0x56, m.labels["here"])
+    m.core.rflags |= IF
+    assert m.fault().vector == 0x57
+
+
+def test_a_triple_fault_while_an_interrupt_is_delivered(machine: Make) -> None:
+    m = machine("out 0x80, al\n sti\n nop\n nop\n hlt")
+    pending_at_out(m)
+    m.core.idtr_limit = 0
+    assert isinstance(m.run(), Shutdown)

@@ -19,7 +19,7 @@ from trivisor.translation.modes import (
     Repeat,
     RepeatCompare,
 )
-from trivisor.translation.recipe import ARITHMETIC, CHECK_TAIL, PARK, POLL, RESTORE, Constants, Miss, Recipe, asm
+from trivisor.translation.recipe import ARITHMETIC, CHECK_TAIL, PARK, POLL, RESTORE, Constants, Entry, Miss, Recipe, asm
 
 _MASK64 = (1 << 64) - 1
 _LONGEST = 15  # bytes of an instruction
@@ -65,12 +65,12 @@ class Emission:
         """Of pieces of code, ascending: offset from the body | flags parked << 21 | offset of guest rip << 22."""
         self.links: list[Link] = []
 
-    def emit(self, chosen: list[tuple[Recipe, Constants]], poll_at_end: bool, first_link: int) -> None:
+    def emit(self, chosen: list[Entry], poll_at_end: bool, first_link: int) -> None:
         """Emit everything; links that want stubs are numbered from `first_link`."""
         # Liveness, backwards: what comes after the block is not known, so all flags are live there.
         live = ARITHMETIC
         lives = []
-        for recipe, _ in reversed(chosen):
+        for recipe, _, _ in reversed(chosen):
             lives.append(live)
             live = recipe.reads | (live & ~recipe.writes)
         block, out, base = self.block, self.out, self.base
@@ -84,13 +84,14 @@ class Emission:
         block.body = base + body
         parked = False
         locations = self.locations
-        for recipe, constants in chosen:
-            needed = lives.pop()
-            variant = recipe.simple
-            if variant is None or parked:
-                variant = recipe.variant(parked, needed)
-            code, misses, absolutes, patches, parked, fault_parked = variant
+        for (recipe, constants, finished), needed in zip(chosen, reversed(lives), strict=True):
             start = len(out)
+            if finished is not None and not (parked and recipe.reads | recipe.writes):
+                locations.append((start - body) | parked << 21 | (at - rip) << 22)
+                out += finished
+                at += recipe.length
+                continue
+            code, misses, absolutes, patches, parked, fault_parked = recipe.variant(parked, needed)
             locations.append((start - body) | fault_parked << 21 | (at - rip) << 22)
             out += code
             for offset, width, which in patches:
@@ -107,7 +108,7 @@ class Emission:
             parked = False
             locations.append((len(out) - body) | (at - rip) << 22)
             out += POLL
-        self._ending(*chosen[-1], at, parked)
+        self._ending(*chosen[-1][:2], at, parked)
         self._out_of_line(first_link, body)
         block.map = locations.tobytes()
         block.end = base + len(out)

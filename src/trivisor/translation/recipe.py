@@ -152,6 +152,9 @@ class Constants(NamedTuple):
     """Distance from the next instruction to the branch's target or the rip-relative operand."""
 
 
+Entry = tuple["Recipe", Constants, bytes | None]
+"""An instruction: its recipe, its constants and, where neither address nor flags matter, its finished code."""
+
 DISPLACEMENT, IMMEDIATE = 0, 1
 """Which of `Constants` a patch takes."""
 
@@ -249,6 +252,16 @@ class Recipe:
         """Nothing more is added."""
         if not self.clobbers:
             self.simple = self.variant(False, 0)
+
+    def entry(self, constants: Constants) -> Entry:
+        """The instruction with these constants."""
+        simple = self.simple
+        if simple is None or simple.absolutes:
+            return self, constants, None
+        code = bytearray(simple.code)
+        for offset, width, which in simple.patches:
+            code[offset : offset + width] = constants.immediate if which == IMMEDIATE else constants.displacement
+        return self, constants, bytes(code)
 
     def variant(self, parked: bool, live: int) -> Variant:
         """The bytes when flags are parked (or not) on entry and `live` flags are needed afterwards."""

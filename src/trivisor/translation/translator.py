@@ -13,7 +13,7 @@ from trivisor.translation.code_cache import CodeCache
 from trivisor.translation.emission import Emission, FarTarget
 from trivisor.translation.instructions import InstructionMaker
 from trivisor.translation.modes import Mode
-from trivisor.translation.recipe import Constants, Recipe
+from trivisor.translation.recipe import Constants, Entry, Recipe
 
 MAXIMUM_INSTRUCTIONS = 64
 """In one block."""
@@ -27,7 +27,7 @@ class _Known(NamedTuple):
     """What is known of the instructions of one mode: by their bytes, and by their bytes without constants."""
 
     maker: InstructionMaker
-    entries: dict[bytes, tuple[Recipe, Constants]]
+    entries: dict[bytes, Entry]
     shapes: dict[bytes, Recipe]
 
 
@@ -94,7 +94,7 @@ class Translator:
         decoder = Decoder(mode.bits, code, ip=rip)
         decode = decoder.decode_out
         instruction = self._instruction
-        chosen: list[tuple[Recipe, Constants]] = []
+        chosen: list[Entry] = []
         room = min(0x1000 - (rip & 0xFFF), len(code))
         position = 0
         shadow = False
@@ -125,14 +125,14 @@ class Translator:
                 decoder = Decoder(mode.bits, raw, ip=rip)
                 decoder.decode_out(instruction)
                 offsets = decoder.get_constant_offsets(instruction)
-                chosen[0] = known.maker.make(instruction, raw, offsets, single=True), Constants()
+                chosen[0] = known.maker.make(instruction, raw, offsets, single=True).entry(Constants())
         self.instructions += len(chosen)
         polls = chosen[-1][0].polls or (shadow and chosen[-1][0].ends is None)
         return self._emit(mode, near, Block(rip, page | mode_key, position), chosen, polls, single=False)
 
     def _entry(
         self, known: _Known, decoder: Decoder, instruction: Instruction, raw: bytes
-    ) -> tuple[Recipe, Constants]:
+    ) -> Entry:
         """The recipe of an instruction seen for the first time: that of one like it, if there was one."""
         offsets = decoder.get_constant_offsets(instruction)
         constants = _constants(instruction, offsets, raw)
@@ -149,7 +149,7 @@ class Translator:
             self.recipes_made += 1
             if recipe.shared:
                 known.shapes[key] = recipe
-        return recipe, constants
+        return recipe.entry(constants)
 
     def translate_step(self, mode: Mode, rip: int, page: int, code: bytes, prepared: int) -> Block:
         """Translate one instruction that leaves to Python when it is done; see `Recipe.prepared`."""
@@ -159,11 +159,11 @@ class Translator:
         maker = InstructionMaker(mode, False, self.features, self.xsave_size)
         raw = code[: instruction.len]
         recipe = maker.make(instruction, raw, offsets, prepared, single=True)
-        chosen = [(recipe, _constants(instruction, offsets, raw))]
+        chosen = [recipe.entry(_constants(instruction, offsets, raw))]
         return self._emit(mode, False, Block(rip, page | mode.key, recipe.length), chosen, False, single=True)
 
     def _emit(
-        self, mode: Mode, near: bool, block: Block, chosen: list[tuple[Recipe, Constants]], polls: bool, *, single: bool
+        self, mode: Mode, near: bool, block: Block, chosen: list[Entry], polls: bool, *, single: bool
     ) -> Block:
         emission = Emission(mode, near, block, (self.cache.used + 15) & ~15, self.lookup, single)
         emission.emit(chosen, polls, len(self.links))

@@ -8,8 +8,8 @@ import pytest
 
 from trivisor.insight import differential
 from trivisor.insight.differential import Hunt, Report, compare
-from trivisor.translation import recipe
-from trivisor.translation.instructions import InstructionMaker
+from trivisor.translation.translator import recipe
+from trivisor.translation.translator.instructions import InstructionMaker
 
 pytestmark = pytest.mark.skipif(
     not differential.is_available(), reason="needs an x86-64 Linux host with AVX and FSGSBASE"

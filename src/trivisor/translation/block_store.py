@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 from iced_x86 import Decoder, DecoderError, Instruction
 
-from trivisor.translation.block import Block
 from trivisor.translation.code_cache import CodeCache
 from trivisor.translation.core import Core
 from trivisor.translation.layout import BLOCK_TABLE_ENTRIES, BLOCK_TABLE_ENTRY_SIZE, OFFSETS
 from trivisor.translation.mmu import Mmu
 from trivisor.translation.modes import Mode
-from trivisor.translation.translator import Translator
+from trivisor.translation.translator.block import Block
+from trivisor.translation.translator.translator import Translator
 from trivisor.x86.exceptions import GuestException
 
 _TABLE = OFFSETS["BLOCK_TABLE"] // 8

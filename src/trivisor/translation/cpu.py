@@ -15,14 +15,13 @@ from trivisor.machine.exits import DebugStop, ExceptionExit, Exit, Halt, Kicked,
 from trivisor.machine.memory import host_map
 from trivisor.machine.state import CpuState
 from trivisor.machine.vcpu import Surroundings
-from trivisor.translation import events, slow_access, system
-from trivisor.translation.block import Block
+from trivisor.translation import slow_access
 from trivisor.translation.block_store import BlockStore
 from trivisor.translation.code_cache import CodeCache
-from trivisor.translation.contract import UnsupportedFeature
 from trivisor.translation.core import CS, DS, ES, MASK64, SS, Core
 from trivisor.translation.cpuid import guest_cpuid
-from trivisor.translation.features import decoder_features
+from trivisor.translation.emulator import events, system
+from trivisor.translation.emulator.contract import UnsupportedFeature
 from trivisor.translation.host_signals import HostSignals, HostTimer
 from trivisor.translation.layout import EXITS, OFFSETS
 from trivisor.translation.mmu import Mmu
@@ -30,6 +29,8 @@ from trivisor.translation.modes import Mode
 from trivisor.translation.msrs import MsrFile
 from trivisor.translation.natives import POINTERS, helpers
 from trivisor.translation.state_transfer import get_state, set_state
+from trivisor.translation.translator.block import Block
+from trivisor.translation.translator.features import decoder_features
 from trivisor.x86.cpuid import host_cpuid, host_xgetbv
 from trivisor.x86.exceptions import DEBUG, NMI, GuestException
 

@@ -16,7 +16,7 @@ from trivisor.translation.layout import (
     TLB_ENTRIES,
     TLB_ENTRY_SIZE,
 )
-from trivisor.translation.recipe import KIND_USER, KIND_WRITE
+from trivisor.translation.translator.recipe import KIND_USER, KIND_WRITE
 from trivisor.x86 import paging
 from trivisor.x86.exceptions import PAGE_FAULT, GuestException
 from trivisor.x86.paging import Access, PagingMode, Translation

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from iced_x86 import Code, InstructionInfoFactory, Mnemonic, OpAccess, Register
 
 from trivisor.machine.exits import Exit
-from trivisor.translation.contract import UnsupportedFeature
+from trivisor.translation.emulator.contract import UnsupportedFeature
 from trivisor.translation.layout import EXITS, OFFSETS
-from trivisor.translation.recipe import KIND_CHUNK
-from trivisor.translation.registers import GPR
-from trivisor.translation.vector_access import BYTE_MOVES
+from trivisor.translation.translator.recipe import KIND_CHUNK
+from trivisor.translation.translator.registers import GPR
+from trivisor.translation.translator.vector_access import BYTE_MOVES
 from trivisor.x86.exceptions import GENERAL_PROTECTION, STACK_FAULT, GuestException
 from trivisor.x86.paging import Access
 

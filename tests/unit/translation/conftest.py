@@ -13,8 +13,8 @@ from trivisor.machine.bus import Bus
 from trivisor.machine.exits import Exit
 from trivisor.machine.memory import GuestMemory
 from trivisor.machine.vcpu import GeneralProtection
-from trivisor.translation import system
 from trivisor.translation.core import CS, DS, ES, FS, GS, RSP, SS, TR, Core
+from trivisor.translation.emulator import system
 from trivisor.x86.assembler import assemble
 from trivisor.x86.cpuid import FEATURES
 from trivisor.x86.descriptors import (

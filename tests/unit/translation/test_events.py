@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from trivisor.machine.exits import ExceptionExit, Shutdown
-from trivisor.translation.contract import UnsupportedFeature
 from trivisor.translation.core import CS, RSP, SS, TR
-from trivisor.translation.events import deliver, raise_exception
+from trivisor.translation.emulator.contract import UnsupportedFeature
+from trivisor.translation.emulator.events import deliver, raise_exception
 from trivisor.x86.exceptions import GuestException
 
 HANDLER = 0xFFFF8000_00112233

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from iced_x86 import Register
 
-from trivisor.translation import operands
 from trivisor.translation.core import CS, DS, FS, RAX, RBP, RBX, RSI, RSP, SS
+from trivisor.translation.emulator import operands
 from trivisor.x86.exceptions import GuestException
 
 PATTERN = 0x1122334455667788

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from trivisor.translation import segments
 from trivisor.translation.core import CS, DS, ES, FS, GS, LDTR, SS, TR
+from trivisor.translation.emulator import segments
 from trivisor.x86.descriptors import build_segment, build_system_segment
 from trivisor.x86.exceptions import GuestException
 

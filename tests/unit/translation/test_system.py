@@ -8,8 +8,8 @@ import pytest
 
 from trivisor.machine.exits import CpuidExit, MsrRead, MsrWrite, Unsupported
 from trivisor.machine.vcpu import GeneralProtection
-from trivisor.translation import system
 from trivisor.translation.core import FS, GS, RAX, RBX, RCX, RDX
+from trivisor.translation.emulator import system
 from trivisor.x86.exceptions import GuestException
 
 GP0, UD = (13, 0), (6, None)

@@ -8,7 +8,7 @@ from iced_x86 import RflagsBits as Flag
 from trivisor.insight.differential.case import DATA, Case, Result
 from trivisor.insight.differential.tables import LEAVE_FLAGS, MAY_DO_NOTHING, X87
 from trivisor.machine.state import GPR_NAMES
-from trivisor.translation.vector_access import BYTE_MOVES
+from trivisor.translation.translator.vector_access import BYTE_MOVES
 
 END = -1
 _GENERAL_PROTECTION, _PAGE_FAULT, _FLOATING_POINT = 13, 14, 19

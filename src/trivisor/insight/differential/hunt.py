@@ -11,7 +11,7 @@ from trivisor.insight.differential.compare import describe, differences
 from trivisor.insight.differential.generator import Generator
 from trivisor.insight.differential.native import NativeHost
 from trivisor.insight.differential.translated import TranslatedGuest
-from trivisor.translation.recipe import asm, fragment
+from trivisor.translation.translator.recipe import asm, fragment
 
 _RENEW = 4000
 """Cases for one virtual processor: it keeps what it made of all code."""

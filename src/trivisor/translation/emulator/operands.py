@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from iced_x86 import Instruction, OpKind, Register
 
-from trivisor.translation.contract import Cpu
 from trivisor.translation.core import CS, DS, ES, FS, GS, SS, Core
+from trivisor.translation.emulator.contract import Cpu
 from trivisor.x86.control import CR0_PE, EFER_LMA
 from trivisor.x86.descriptors import (
     DB,

@@ -8,13 +8,13 @@ from __future__ import annotations
 from iced_x86 import Code, Instruction
 
 from trivisor.machine.exits import Exit, Halt
-from trivisor.translation import segments
-from trivisor.translation.contract import Cpu, Handler, UnsupportedFeature, has_feature
-from trivisor.translation.control_instructions import privileged
 from trivisor.translation.core import CS, RCX, RDX, RSP, SS, Core
-from trivisor.translation.events import deliver
-from trivisor.translation.far_transfers import check_target, finish_return, return_code, return_stack
-from trivisor.translation.operands import (
+from trivisor.translation.emulator import segments
+from trivisor.translation.emulator.contract import Cpu, Handler, UnsupportedFeature, has_feature
+from trivisor.translation.emulator.control_instructions import privileged
+from trivisor.translation.emulator.events import deliver
+from trivisor.translation.emulator.far_transfers import check_target, finish_return, return_code, return_stack
+from trivisor.translation.emulator.operands import (
     MASK16,
     MASK32,
     MASK64,
@@ -26,7 +26,7 @@ from trivisor.translation.operands import (
     next_rip,
     read_register,
 )
-from trivisor.translation.stack import push, release, top
+from trivisor.translation.emulator.stack import push, release, top
 from trivisor.x86.control import CR0_PE, CR4_PVI, EFER_LMA, EFER_SCE
 from trivisor.x86.descriptors import SELECTOR_RPL
 from trivisor.x86.exceptions import BOUND_RANGE, BREAKPOINT, DEBUG, OVERFLOW, GuestException

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from iced_x86 import Code, Instruction
 
-from trivisor.translation import segments
-from trivisor.translation.contract import Cpu, Handler, UnsupportedFeature
 from trivisor.translation.core import CS, RSP, SS, Core
-from trivisor.translation.events import enter_inner_stack, tss_stack64
-from trivisor.translation.operands import (
+from trivisor.translation.emulator import segments
+from trivisor.translation.emulator.contract import Cpu, Handler, UnsupportedFeature
+from trivisor.translation.emulator.events import enter_inner_stack, tss_stack64
+from trivisor.translation.emulator.operands import (
     MASK16,
     MASK64,
     general_protection,
@@ -19,7 +19,7 @@ from trivisor.translation.operands import (
     next_rip,
     within_limit,
 )
-from trivisor.translation.stack import pack, push, set_stack_pointer, stack_mask, top
+from trivisor.translation.emulator.stack import pack, push, set_stack_pointer, stack_mask, top
 from trivisor.x86.control import EFER_LMA
 from trivisor.x86.descriptors import (
     CALL_GATE,

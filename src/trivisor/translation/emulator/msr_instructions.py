@@ -11,9 +11,9 @@ from iced_x86 import Code, Instruction
 
 from trivisor.machine.exits import CpuidExit, MsrRead, MsrWrite
 from trivisor.machine.vcpu import GeneralProtection
-from trivisor.translation.contract import Cpu, Handler, has_feature, notify
 from trivisor.translation.core import FS, GS, RAX, RBX, RCX, RDX
-from trivisor.translation.operands import (
+from trivisor.translation.emulator.contract import Cpu, Handler, has_feature, notify
+from trivisor.translation.emulator.operands import (
     MASK32,
     MASK64,
     general_protection,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from iced_x86 import Code, Instruction, OpKind
 
 from trivisor.machine.exits import PortIn, PortOut
-from trivisor.translation.contract import Cpu, Handler, notify
 from trivisor.translation.core import ES, RAX, RCX, RDI, RDX, RSI, TR
-from trivisor.translation.operands import (
+from trivisor.translation.emulator.contract import Cpu, Handler, notify
+from trivisor.translation.emulator.operands import (
     MASK16,
     MASK32,
     MASK64,

@@ -5,9 +5,9 @@ Intel SDM 3A 3.4 and 5.3 to 5.8; 2B, MOV, LLDT and LTR.
 
 from __future__ import annotations
 
-from trivisor.translation.contract import Cpu
 from trivisor.translation.core import CS, DS, ES, FS, GS, LDTR, SS, TR, Core
-from trivisor.translation.operands import general_protection, in_64bit_mode, is_canonical, table_address
+from trivisor.translation.emulator.contract import Cpu
+from trivisor.translation.emulator.operands import general_protection, in_64bit_mode, is_canonical, table_address
 from trivisor.x86.control import CR0_PE, EFER_LMA
 from trivisor.x86.descriptors import (
     DB,

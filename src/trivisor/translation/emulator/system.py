@@ -5,7 +5,7 @@ from __future__ import annotations
 from iced_x86 import Code, Formatter, FormatterSyntax, Instruction
 
 from trivisor.machine.exits import Exit, Unsupported
-from trivisor.translation import (
+from trivisor.translation.emulator import (
     control_instructions,
     descriptor_instructions,
     far_transfers,
@@ -14,8 +14,8 @@ from trivisor.translation import (
     msr_instructions,
     strings_io,
 )
-from trivisor.translation.contract import Cpu, Handler, UnsupportedFeature
-from trivisor.translation.operands import invalid_opcode, next_rip
+from trivisor.translation.emulator.contract import Cpu, Handler, UnsupportedFeature
+from trivisor.translation.emulator.operands import invalid_opcode, next_rip
 
 _STRAIGHT: dict[int, Handler] = {
     **msr_instructions.STRAIGHT,

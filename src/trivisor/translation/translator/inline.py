@@ -9,11 +9,11 @@ from iced_x86 import Code, Instruction, MemorySizeExt, Mnemonic, OpKind, Registe
 
 from trivisor.translation.layout import OFFSETS
 from trivisor.translation.modes import Branch, CallOut, Indirect, Missing, Native, Repeat, RepeatCompare
-from trivisor.translation.recipe import ARITHMETIC, Item, Recipe, asm
-from trivisor.translation.registers import BY_SIZE, DISPLACED, GPR, RSP, SEGMENTS, STACK
+from trivisor.translation.translator.recipe import ARITHMETIC, Item, Recipe, asm
+from trivisor.translation.translator.registers import BY_SIZE, DISPLACED, GPR, RSP, SEGMENTS, STACK
 
 if TYPE_CHECKING:
-    from trivisor.translation.instructions import InstructionMaker
+    from trivisor.translation.translator.instructions import InstructionMaker
 
 SLOT = OFFSETS["SLOT"]
 SLOT_ADDRESS = OFFSETS["SLOT_ADDRESS"]

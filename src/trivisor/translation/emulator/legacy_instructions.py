@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from iced_x86 import Code, Instruction
 
-from trivisor.translation.contract import Cpu, Handler, has_feature
 from trivisor.translation.core import RAX, RBP, RSP, SS, Core
-from trivisor.translation.operands import (
+from trivisor.translation.emulator.contract import Cpu, Handler, has_feature
+from trivisor.translation.emulator.operands import (
     SIZE_MASK,
     in_64bit_mode,
     invalid_opcode,
     linear_address,
     memory_address,
 )
-from trivisor.translation.stack import push, release, set_stack_pointer, stack_mask, top
+from trivisor.translation.emulator.stack import push, release, set_stack_pointer, stack_mask, top
 from trivisor.x86.exceptions import DIVIDE_ERROR, GuestException
 from trivisor.x86.flags import AF, CF, PF, SF, ZF
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from struct import Struct, pack, pack_into
 
-from trivisor.translation.block import Block, Link
 from trivisor.translation.layout import EXITS, OFFSETS
 from trivisor.translation.modes import (
     Branch,
@@ -19,7 +18,19 @@ from trivisor.translation.modes import (
     Repeat,
     RepeatCompare,
 )
-from trivisor.translation.recipe import ARITHMETIC, CHECK_TAIL, PARK, POLL, RESTORE, Constants, Entry, Miss, Recipe, asm
+from trivisor.translation.translator.block import Block, Link
+from trivisor.translation.translator.recipe import (
+    ARITHMETIC,
+    CHECK_TAIL,
+    PARK,
+    POLL,
+    RESTORE,
+    Constants,
+    Entry,
+    Miss,
+    Recipe,
+    asm,
+)
 
 _MASK64 = (1 << 64) - 1
 _LONGEST = 15  # bytes of an instruction

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from iced_x86 import Code, Instruction, OpKind
 
-from trivisor.translation import segments
-from trivisor.translation.contract import Cpu, Handler
-from trivisor.translation.control_instructions import check_umip, privileged
 from trivisor.translation.core import CS, DS, ES, FS, GS, LDTR, RSP, SS, TR, Core
-from trivisor.translation.operands import (
+from trivisor.translation.emulator import segments
+from trivisor.translation.emulator.contract import Cpu, Handler
+from trivisor.translation.emulator.control_instructions import check_umip, privileged
+from trivisor.translation.emulator.operands import (
     MASK32,
     SEGMENT_INDEX,
     SIZE_MASK,
@@ -24,7 +24,7 @@ from trivisor.translation.operands import (
     write_operand,
     write_register,
 )
-from trivisor.translation.stack import push, set_stack_pointer, stack_mask, top
+from trivisor.translation.emulator.stack import push, set_stack_pointer, stack_mask, top
 from trivisor.x86.control import EFER_LMA
 from trivisor.x86.descriptors import (
     CALL_GATE,

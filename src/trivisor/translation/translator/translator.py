@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from iced_x86 import ConstantOffsets, Decoder, Instruction, OpKind
 
-from trivisor.translation.block import Block, Link
 from trivisor.translation.code_cache import CodeCache
-from trivisor.translation.emission import Emission, FarTarget
-from trivisor.translation.instructions import InstructionMaker
 from trivisor.translation.modes import Mode
-from trivisor.translation.recipe import Constants, Entry, Recipe
+from trivisor.translation.translator.block import Block, Link
+from trivisor.translation.translator.emission import Emission, FarTarget
+from trivisor.translation.translator.instructions import InstructionMaker
+from trivisor.translation.translator.recipe import Constants, Entry, Recipe
 
 MAXIMUM_INSTRUCTIONS = 64
 """In one block."""

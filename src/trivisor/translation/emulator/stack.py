@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from trivisor.translation.contract import Cpu
 from trivisor.translation.core import RSP, SS, Core
-from trivisor.translation.operands import MASK16, MASK32, MASK64, in_64bit_mode, linear_address
+from trivisor.translation.emulator.contract import Cpu
+from trivisor.translation.emulator.operands import MASK16, MASK32, MASK64, in_64bit_mode, linear_address
 from trivisor.x86.descriptors import DB
 
 

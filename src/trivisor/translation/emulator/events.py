@@ -7,10 +7,10 @@ All checks and memory writes come before the first register changes, so that a
 from __future__ import annotations
 
 from trivisor.machine.exits import ExceptionExit, Shutdown
-from trivisor.translation import segments
-from trivisor.translation.contract import Cpu, UnsupportedFeature, notify
 from trivisor.translation.core import CS, RSP, SS, TR, Core
-from trivisor.translation.operands import (
+from trivisor.translation.emulator import segments
+from trivisor.translation.emulator.contract import Cpu, UnsupportedFeature, notify
+from trivisor.translation.emulator.operands import (
     MASK16,
     MASK32,
     MASK64,
@@ -20,7 +20,7 @@ from trivisor.translation.operands import (
     table_address,
     within_limit,
 )
-from trivisor.translation.stack import pack, push, set_stack_pointer, stack_mask
+from trivisor.translation.emulator.stack import pack, push, set_stack_pointer, stack_mask
 from trivisor.x86.control import CR0_PE, DR7_GD, EFER_LMA
 from trivisor.x86.descriptors import (
     DB,

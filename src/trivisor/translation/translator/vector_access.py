@@ -23,13 +23,13 @@ from iced_x86 import (
 
 from trivisor.translation.layout import OFFSETS
 from trivisor.translation.modes import Missing
-from trivisor.translation.recipe import Item, Recipe
-from trivisor.translation.registers import SEGMENTS
+from trivisor.translation.translator.recipe import Item, Recipe
+from trivisor.translation.translator.registers import SEGMENTS
 
 if TYPE_CHECKING:
     from iced_x86._iced_x86_py import Register as RegisterNumber
 
-    from trivisor.translation.instructions import InstructionMaker
+    from trivisor.translation.translator.instructions import InstructionMaker
 
 _XMM: list[RegisterNumber] = [getattr(Register, f"XMM{n}") for n in range(16)]
 _DATA = OFFSETS["VECTORS"]

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from iced_x86 import Code, Instruction, Register
 
-from trivisor.translation.contract import Cpu, Handler, has_feature
 from trivisor.translation.core import CS, FS, RAX, RCX, RDX, TR, Core
-from trivisor.translation.layout import OFFSETS
-from trivisor.translation.operands import (
+from trivisor.translation.emulator.contract import Cpu, Handler, has_feature
+from trivisor.translation.emulator.operands import (
     MASK32,
     MASK64,
     SEGMENT_INDEX,
@@ -25,6 +24,7 @@ from trivisor.translation.operands import (
     write_operand,
     write_register,
 )
+from trivisor.translation.layout import OFFSETS
 from trivisor.x86.control import (
     CR0_ET,
     CR0_PAGING,

@@ -28,10 +28,10 @@ from iced_x86 import (
     RegisterExt,
 )
 
-from trivisor.translation import inline, vector_access
 from trivisor.translation.modes import CallOut, Jump, Missing, Mode, Raise
-from trivisor.translation.recipe import ARITHMETIC, DISPLACEMENT, IMMEDIATE, Recipe, asm
-from trivisor.translation.registers import (
+from trivisor.translation.translator import inline, vector_access
+from trivisor.translation.translator.recipe import ARITHMETIC, DISPLACEMENT, IMMEDIATE, Recipe, asm
+from trivisor.translation.translator.registers import (
     BY_SIZE,
     DISPLACED,
     GPR,

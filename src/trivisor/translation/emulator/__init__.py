@@ -1,0 +1,1 @@
+"""Sensitive and rare instructions, exceptions and interrupts, done wholly in Python."""

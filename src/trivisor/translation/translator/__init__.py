@@ -1,0 +1,1 @@
+"""Guest code into host code: instructions into recipes, recipes into blocks."""

@@ -29,7 +29,7 @@ from iced_x86 import (
 )
 
 from trivisor.translation.modes import CallOut, Jump, Missing, Mode, Raise
-from trivisor.translation.translator import inline, vector_access
+from trivisor.translation.translator import control_flow, inline, memory_forms, vector_access
 from trivisor.translation.translator.recipe import ARITHMETIC, DISPLACEMENT, IMMEDIATE, Recipe, asm
 from trivisor.translation.translator.registers import (
     BY_SIZE,
@@ -40,7 +40,10 @@ from trivisor.translation.translator.registers import (
     S1,
     S2,
     SEGMENTS,
+    SLOT,
+    SLOT_ADDRESS,
     STACK,
+    name,
 )
 from trivisor.x86.iced_types import RegisterNumber
 
@@ -345,7 +348,7 @@ class InstructionMaker:
         target = STACK if number == RSP else number
         if instruction.is_ip_rel_memory_operand and size == 8 and number not in DISPLACED | {RSP}:
             recipe.absolute("r10", None)
-            recipe.op(asm(f"mov {inline.name(number, 8)}, r10"))
+            recipe.op(asm(f"mov {name(number, 8)}, r10"))
             recipe.shared = True
             return
         self.address(recipe, instruction, segmented=False)
@@ -355,11 +358,11 @@ class InstructionMaker:
             if slot:
                 recipe.op(asm(f"mov [rsp+GPR_R{number}], r10w"))
             else:
-                recipe.op(asm(f"mov {inline.name(target, 2)}, r10w"))
+                recipe.op(asm(f"mov {name(target, 2)}, r10w"))
         elif slot:
             recipe.op(asm(("mov r10d, r10d\n" if size == 4 else "") + f"mov [rsp+GPR_R{number}], r10"))
         else:
-            recipe.op(asm(f"mov {inline.name(target, size)}, {'r10' if size == 8 else 'r10d'}"))
+            recipe.op(asm(f"mov {name(target, size)}, {'r10' if size == 8 else 'r10d'}"))
 
     def _high_byte_with_rsp(self, recipe: Recipe, instruction: Instruction) -> None:
         """MOVZX, MOVSX and CRC32 of AH to BH into rsp: r15 wants a REX prefix, so the byte comes from a slot."""
@@ -370,23 +373,23 @@ class InstructionMaker:
                 recipe.code(f"mov [rsp+SLOT], {_NAMES[HIGH_BYTES[register]]}")
                 host.set_op_kind(i, OpKind.MEMORY)
                 host.memory_base = Register.RSP
-                host.memory_displacement = inline.SLOT + 1
+                host.memory_displacement = SLOT + 1
                 host.memory_displ_size = 8
         recipe.op(self._substituted(host, set(), set(), ()))
 
     def _with_memory(self, recipe: Recipe, instruction: Instruction, access: int, high: bool) -> None:
         mnemonic = instruction.mnemonic
         if mnemonic in _XSAVE_FAMILY:
-            inline.xsave(self, recipe, instruction)
+            memory_forms.xsave(self, recipe, instruction)
             return
         if access == OpAccess.NO_MEM_ACCESS:
             return
         write = access in _WRITES
         size = MemorySizeExt.size(instruction.memory_size)
         if mnemonic in _BIT_STRING and instruction.op1_kind == OpKind.REGISTER:
-            inline.bit_string_address(self, recipe, instruction, size)
+            memory_forms.bit_string_address(self, recipe, instruction, size)
             recipe.check(size, write=write)
-            recipe.op(inline.bit_string_op(self, instruction))
+            recipe.op(memory_forms.bit_string_op(self, instruction))
             return
         else:
             self.address(recipe, instruction)
@@ -442,12 +445,12 @@ class InstructionMaker:
             return self._substituted(host, reads, set(written), (S2,))
         # No register is left, or a high byte register forbids a REX prefix: go through a slot.
         host.memory_base = Register.RSP
-        host.memory_displacement = inline.SLOT
+        host.memory_displacement = SLOT
         host.memory_displ_size = 8
-        before = _copy(size, "r10", f"rsp+{inline.SLOT}") if read or (write and size > 8) else b""
-        after = _copy(size, f"rsp+{inline.SLOT}", "r10") if write else b""
-        keep = asm(f"mov [rsp+{inline.SLOT_ADDRESS}], r10") if write else b""
-        back = asm(f"mov r10, [rsp+{inline.SLOT_ADDRESS}]") if write else b""
+        before = _copy(size, "r10", f"rsp+{SLOT}") if read or (write and size > 8) else b""
+        after = _copy(size, f"rsp+{SLOT}", "r10") if write else b""
+        keep = asm(f"mov [rsp+{SLOT_ADDRESS}], r10") if write else b""
+        back = asm(f"mov r10, [rsp+{SLOT_ADDRESS}]") if write else b""
         reads = {n for n in slotted if numbers[n][0]}
         body = self._substituted(host, reads, set(written), (S1, S2))
         return before + keep + body + back + after
@@ -521,18 +524,18 @@ class InstructionMaker:
             recipe.ends = Jump()
             recipe.shared = True
         elif kind == FlowControl.CONDITIONAL_BRANCH:
-            inline.conditional(self, recipe, instruction)
+            control_flow.conditional(self, recipe, instruction)
         elif kind == FlowControl.CALL and instruction.is_call_near:
-            inline.push_return(self, recipe)
+            control_flow.push_return(self, recipe)
             recipe.ends = recipe.ends or Jump()
             recipe.shared = True
         elif kind in (FlowControl.INDIRECT_BRANCH, FlowControl.INDIRECT_CALL) and not (
             instruction.is_jmp_far_indirect or instruction.is_call_far_indirect
         ):
-            inline.indirect(self, recipe, instruction, call=kind == FlowControl.INDIRECT_CALL)
+            control_flow.indirect(self, recipe, instruction, call=kind == FlowControl.INDIRECT_CALL)
             recipe.shared = not self._baked
         elif kind == FlowControl.RETURN and instruction.mnemonic == Mnemonic.RET:
-            inline.near_return(self, recipe, instruction)
+            control_flow.near_return(self, recipe, instruction)
         elif instruction.mnemonic in (Mnemonic.UD0, Mnemonic.UD1, Mnemonic.UD2):
             recipe.ends = Raise(6)
         else:
@@ -554,15 +557,15 @@ def _signed(value: int, bits: int) -> int:
 def _copy(size: int, source: str, target: str) -> bytes:
     """Copy a small operand between two places through r11."""
     lines = []
-    for width, name, at in _pieces(size):
-        lines.append(f"mov {name}, {width} [{source}+{at}]\n mov {width} [{target}+{at}], {name}")
+    for width, part, at in _pieces(size):
+        lines.append(f"mov {part}, {width} [{source}+{at}]\n mov {width} [{target}+{at}], {part}")
     return asm("\n".join(lines))
 
 
 def _pieces(size: int) -> list[tuple[str, str, int]]:
     out, at = [], 0
-    for step, width, name in ((8, "qword", "r11"), (4, "dword", "r11d"), (2, "word", "r11w"), (1, "byte", "r11b")):
+    for step, width, part in ((8, "qword", "r11"), (4, "dword", "r11d"), (2, "word", "r11w"), (1, "byte", "r11b")):
         while size - at >= step:
-            out.append((width, name, at))
+            out.append((width, part, at))
             at += step
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from iced_x86 import Register
 
+from trivisor.translation.layout import OFFSETS
 from trivisor.x86.iced_types import RegisterNumber
 
 _NAMES8 = ("al", "cl", "dl", "bl", "spl", "bpl", "sil", "dil")
@@ -39,4 +40,19 @@ RSP = 4
 DISPLACED = frozenset((S1, S2, STACK))
 """Guest registers that live in their slots."""
 
-__all__ = ["BY_SIZE", "DISPLACED", "GPR", "HIGH_BYTES", "RSP", "S1", "S2", "SEGMENTS", "STACK"]
+SLOT = OFFSETS["SLOT"]
+"""Offset in the state block of a place for an operand on its way."""
+SLOT_ADDRESS = OFFSETS["SLOT_ADDRESS"]
+
+_LOW = ("ax", "cx", "dx", "bx", "sp", "bp", "si", "di")
+
+
+def name(number: int, size: int) -> str:
+    """The host's name of general register `number` at a size in bytes."""
+    if number >= 8:
+        return f"r{number}" + {1: "b", 2: "w", 4: "d", 8: ""}[size]
+    return {1: ("al", "cl", "dl", "bl", "spl", "bpl", "sil", "dil")[number],
+            2: _LOW[number], 4: "e" + _LOW[number], 8: "r" + _LOW[number]}[size]  # fmt: skip
+
+
+WORD = {1: "byte", 2: "word", 4: "dword", 8: "qword"}

@@ -1,0 +1,222 @@
+"""The stack and near control transfers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from iced_x86 import Code, Instruction, MemorySizeExt, Mnemonic, OpKind
+
+from trivisor.translation.modes import Branch, CallOut, Indirect, Missing
+from trivisor.translation.translator.recipe import ARITHMETIC, Recipe, asm
+from trivisor.translation.translator.registers import (
+    BY_SIZE,
+    DISPLACED,
+    GPR,
+    RSP,
+    SEGMENTS,
+    SLOT,
+    STACK,
+    WORD,
+    name,
+)
+
+if TYPE_CHECKING:
+    from trivisor.translation.translator.instructions import InstructionMaker
+
+
+def _stack_address(maker: InstructionMaker, recipe: Recipe, offset: int) -> None:
+    """r10 = the linear address of the guest's stack pointer plus `offset`."""
+    width = "r10" if maker.mode.bits == 64 else "r10d"
+    recipe.code(f"lea {width}, [r15+({offset})]")
+    if maker.mode.bits != 64 and not maker.mode.flat:
+        recipe.code("mov r11, [rsp+SS_BASE]\n lea r10d, [r10+r11]")
+
+
+def _move_stack(maker: InstructionMaker, recipe: Recipe, by: int) -> None:
+    recipe.code(f"lea {'r15' if maker.mode.bits == 64 else 'r15d'}, [r15+({by})]")
+
+
+def _stack_supported(maker: InstructionMaker, recipe: Recipe) -> bool:
+    if maker.mode.stack_bits == 16 or maker.mode.bits == 16:
+        recipe.ends = Missing()
+        return False
+    return True
+
+
+def push(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """PUSH of a register, an immediate or memory."""
+    if not _stack_supported(maker, recipe):
+        return
+    size = -instruction.stack_pointer_increment
+    kind = instruction.op0_kind
+    if kind == OpKind.REGISTER and instruction.op0_register in SEGMENTS:
+        recipe.code(f"movzx r11d, word [rsp+{SEGMENTS[instruction.op0_register]}_SELECTOR]\n mov [rsp+{SLOT}], r11")
+        kind = OpKind.MEMORY
+    elif kind == OpKind.MEMORY:
+        maker.address(recipe, instruction)
+        recipe.check(size, write=False)
+        register = name(11, size)
+        recipe.clobber(f"mov {register}, [r10]\n mov [rsp+{SLOT}], {register}\n retry")
+    _stack_address(maker, recipe, -size)
+    recipe.check(size, write=True)
+    width = WORD[size]
+    if kind == OpKind.REGISTER:
+        number = GPR[instruction.op0_register][0]
+        if number in DISPLACED:
+            recipe.code(f"mov r11, [rsp+GPR_R{number}]")
+            number = 11
+        recipe.code(f"mov {width} [r10], {name(STACK if number == RSP else number, size)}")
+    elif kind == OpKind.MEMORY:
+        recipe.code(f"mov {name(11, size)}, [rsp+{SLOT}]\n mov [r10], {name(11, size)}")
+    else:
+        value = instruction.immediate(0) & ((1 << 8 * size) - 1)
+        if value >> 63:
+            value -= 1 << 64
+        recipe.code(f"mov {width} [r10], {value}")
+    _move_stack(maker, recipe, -size)
+
+
+def pop(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """POP to a register or memory."""
+    if not _stack_supported(maker, recipe):
+        return
+    size = instruction.stack_pointer_increment
+    if instruction.op0_kind == OpKind.REGISTER:
+        if instruction.op0_register in SEGMENTS:
+            recipe.ends = CallOut()
+            return
+        _stack_address(maker, recipe, 0)
+        recipe.check(size, write=False)
+        number = GPR[instruction.op0_register][0]
+        if number == RSP:
+            if size == 2:
+                recipe.code("lea r15, [r15+2]\n mov r15w, [r10]")
+            else:
+                recipe.code("mov r15, [r10]" if size == 8 else "mov r15d, [r10]")
+            return
+        if number in DISPLACED:
+            if size == 2:
+                recipe.code(f"mov r11w, [r10]\n mov [rsp+GPR_R{number}], r11w")
+            else:
+                recipe.code(f"mov {name(11, size)}, [r10]\n mov [rsp+GPR_R{number}], r11")
+        else:
+            recipe.code(f"mov {name(number, size)}, [r10]")
+        _move_stack(maker, recipe, size)
+        return
+    _stack_address(maker, recipe, 0)
+    recipe.check(size, write=False)
+    register = name(11, size)
+    recipe.clobber(f"mov {register}, [r10]\n mov [rsp+{SLOT}], {register}\n retry")
+    # An address based on rsp uses its value after the pop.
+    maker.address(recipe, instruction, size if instruction.memory_base in _STACK_POINTERS else 0)
+    recipe.check(size, write=True)
+    recipe.code(f"mov {register}, [rsp+{SLOT}]\n mov [r10], {register}")
+    _move_stack(maker, recipe, size)
+
+
+_STACK_POINTERS = {BY_SIZE[8][RSP], BY_SIZE[4][RSP]}
+
+
+def leave(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """LEAVE."""
+    size = 8 if maker.mode.bits == 64 else 4
+    if not _stack_supported(maker, recipe):
+        return
+    if instruction.code == Code.LEAVEW:
+        size = 2
+    wide = maker.mode.bits == 64
+    recipe.code("mov r10, rbp" if wide else "mov r10d, ebp")
+    if not wide and not maker.mode.flat:
+        recipe.code("mov r11, [rsp+SS_BASE]\n lea r10d, [r10+r11]")
+    recipe.check(size, write=False)
+    recipe.code(f"lea {'r15' if wide else 'r15d'}, [rbp+{size}]\n mov {name(5, size)}, [r10]")
+
+
+def push_return(maker: InstructionMaker, recipe: Recipe) -> None:
+    """Push the address of the next instruction."""
+    if not _stack_supported(maker, recipe):
+        return
+    size = 8 if maker.mode.bits == 64 else 4
+    _stack_address(maker, recipe, -size)
+    recipe.check(size, write=True)
+    recipe.absolute("r11", 0)
+    recipe.code(f"mov [r10], {name(11, size)}")
+    _move_stack(maker, recipe, -size)
+
+
+def indirect(maker: InstructionMaker, recipe: Recipe, instruction: Instruction, *, call: bool) -> None:
+    """Near JMP and CALL through a register or memory."""
+    size = 8 if maker.mode.bits == 64 else 4
+    if instruction.op0_kind == OpKind.REGISTER:
+        number, width = GPR[instruction.op0_register]
+        if width == 2:
+            recipe.ends = Missing()
+            return
+        source = f"[rsp+GPR_R{number}]" if number in DISPLACED else name(STACK if number == RSP else number, width)
+        recipe.code(f"mov {name(10, width)}, {source}")
+    else:
+        if MemorySizeExt.size(instruction.memory_size) != size:
+            recipe.ends = Missing()
+            return
+        maker.address(recipe, instruction)
+        recipe.check(size, write=False)
+        recipe.code(f"mov {name(10, size)}, [r10]")
+    if call:
+        recipe.clobber(f"mov [rsp+{SLOT}], r10\n retry")
+        push_return(maker, recipe)
+        recipe.code(f"mov r10, [rsp+{SLOT}]")
+    recipe.ends = recipe.ends or Indirect()
+
+
+def near_return(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """Near RET, with or without bytes to drop."""
+    if not _stack_supported(maker, recipe):
+        return
+    size = 8 if maker.mode.bits == 64 else 4
+    if instruction.code in (Code.RETNW, Code.RETNW_IMM16):
+        recipe.ends = Missing()
+        return
+    drop = instruction.immediate16 if instruction.op_count else 0
+    _stack_address(maker, recipe, 0)
+    recipe.check(size, write=False)
+    recipe.code(f"mov {name(10, size)}, [r10]")
+    _move_stack(maker, recipe, size + drop)
+    recipe.ends = Indirect()
+
+
+def conditional(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """Jcc, JCXZ and LOOP."""
+    recipe.shared = True
+    if instruction.is_jcc_short_or_near:
+        recipe.reads |= instruction.rflags_read & ARITHMETIC
+        recipe.ends = Branch(instruction.condition_code - 1)
+        return
+    if instruction.code in _CX:
+        recipe.ends = Missing()
+        return
+    wide = instruction.code not in _ECX
+    counter = "rcx" if wide else "ecx"
+    jump = b"\xe3" if wide else b"\x67\xe3"
+    if instruction.is_jcx_short:
+        recipe.ends = Branch(0, jump + b"\0")
+        return
+    # taken: counter not zero (and ZF as asked); the prelude ends in a short jump to the taken way
+    decrement = asm(f"lea {counter}, [rcx-1]")
+    skip = jump + b"\x02"
+    mnemonic = instruction.mnemonic
+    if mnemonic == Mnemonic.LOOP:
+        prelude = decrement + skip + b"\xeb\0"
+    else:
+        recipe.reads |= instruction.rflags_read & ARITHMETIC
+        prelude = decrement + skip + (b"\x74\0" if mnemonic == Mnemonic.LOOPE else b"\x75\0")
+    recipe.ends = Branch(0, prelude)
+
+
+_CX = {
+    getattr(Code, n)
+    for n in dir(Code)
+    if n.startswith(("JCXZ_", "LOOP")) and ("_CX" in n or n.startswith("JCXZ"))
+}
+
+
+_ECX = {getattr(Code, n) for n in dir(Code) if n.startswith(("JECXZ", "LOOP")) and "RCX" not in n and "_CX" not in n}

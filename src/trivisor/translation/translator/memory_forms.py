@@ -1,0 +1,72 @@
+"""Memory operands that are more than an address: bit strings and the XSAVE area."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from iced_x86 import Code, Instruction, Mnemonic
+
+from trivisor.translation.translator.recipe import Item, Recipe, asm
+from trivisor.translation.translator.registers import (
+    BY_SIZE,
+    DISPLACED,
+    GPR,
+    RSP,
+    STACK,
+    name,
+)
+
+if TYPE_CHECKING:
+    from trivisor.translation.translator.instructions import InstructionMaker
+
+
+def bit_string_address(maker: InstructionMaker, recipe: Recipe, instruction: Instruction, size: int) -> None:
+    """BT, BTS, BTR, BTC with a register: the bit number reaches beyond the operand (Intel SDM 2A, BT)."""
+    number, width = GPR[instruction.op1_register]
+    shift = {2: 4, 4: 5, 8: 6}[width]
+    maker.address(recipe, instruction)
+    source = f"[rsp+GPR_R{number}]" if number in DISPLACED else name(STACK if number == RSP else number, width)
+    load = {2: f"movsx r11, {'word ' if number in DISPLACED else ''}{source}",
+            4: f"movsxd r11, {'dword ' if number in DISPLACED else ''}{source}",
+            8: f"mov r11, {source}"}[width]  # fmt: skip
+    narrow = "" if maker.mode.bits == 64 else "mov r10d, r10d"
+    recipe.clobber(
+        f"""
+        {load}
+        mov [rsp+SLOT], r11
+        and dword [rsp+SLOT], {size * 8 - 1}
+        sar r11, {shift}
+        lea r10, [r10+r11*{size}]
+        {narrow}
+        """
+    )
+
+
+def bit_string_op(maker: InstructionMaker, instruction: Instruction) -> bytes:
+    """The instruction on the host address in r10, with the bit's number within the operand."""
+    host = instruction.copy()
+    host.set_op_register(1, BY_SIZE[GPR[instruction.op1_register][1]][11])
+    return asm("mov r11d, [rsp+SLOT]") + maker.on_host_address(host, False, False, True, 8, displaced=False)
+
+
+def xsave(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """The XSAVE family on the host's own, limited to what the guest's XCR0 has."""
+    mnemonic = instruction.mnemonic
+    saves = mnemonic not in (Mnemonic.XRSTOR, Mnemonic.XRSTOR64)
+    recipe.items.clear()
+    maker.address(recipe, instruction)
+    recipe.check(maker.xsave_size, write=saves)
+    host = instruction.copy()
+    # XSAVEOPT may leave out what the processor knows is unchanged; here it does not know, so all is stored.
+    host.code = {Code.XSAVEOPT_MEM: Code.XSAVE_MEM, Code.XSAVEOPT64_MEM: Code.XSAVE64_MEM}.get(host.code, host.code)
+    recipe.clobber(
+        """
+        mov [rsp+SPILL], rax
+        mov [rsp+SPILL_2], rdx
+        and eax, [rsp+XCR0_FIELD]
+        xor edx, edx
+        """
+    )
+    body = maker.on_host_address(host, False, saves, True, 64)
+    recipe.items.append(Item(False, body))
+    recipe.code("mov rax, [rsp+SPILL]\n mov rdx, [rsp+SPILL_2]")

@@ -1,0 +1,226 @@
+"""Sensitive instructions that are inline code on the virtual state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from iced_x86 import Instruction, Mnemonic, OpKind, Register
+
+from trivisor.translation.layout import OFFSETS
+from trivisor.translation.modes import CallOut, Native
+from trivisor.translation.translator.recipe import ARITHMETIC, Recipe
+from trivisor.translation.translator.registers import (
+    DISPLACED,
+    GPR,
+    RSP,
+    SEGMENTS,
+    STACK,
+    name,
+)
+
+if TYPE_CHECKING:
+    from trivisor.translation.translator.instructions import InstructionMaker
+
+
+def cli(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """CLI at CPL 0 clears the virtual interrupt flag."""
+    if maker.mode.user:
+        recipe.ends = CallOut()
+        return
+    recipe.code("mov byte [rsp+IF+1], 0")
+
+
+def sti(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """STI at CPL 0 sets it; interrupts are looked for one instruction later (Intel SDM 2B, STI).
+
+    Single-stepped, Python does it, who remembers that until the next step.
+    """
+    if maker.mode.user or recipe.single:
+        recipe.ends = CallOut()
+        return
+    recipe.code("mov byte [rsp+IF+1], 2\n mov r11, [rsp+ARMED]\n mov [rsp+POLL], r11")
+    recipe.shadow = True
+
+
+def pushf(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """PUSHFQ: the host's flags and the virtual ones put together."""
+    # No op, but a need for flags: they are parked on the way in and restored on the way out.
+    recipe.reads |= ARITHMETIC
+    recipe.clobber(
+        """
+        movzx r11d, byte [rsp+FLAGS_AX+1]
+        movzx r10d, byte [rsp+FLAGS_AX]
+        shl r10d, 11
+        or r11d, r10d
+        pushfq
+        pop r10
+        and r10d, 0x400
+        or r11d, r10d
+        or r11, [rsp+IF]
+        or r11, [rsp+SYSTEM_FLAGS]
+        and r11d, 0xfcffff
+        mov [rsp+SLOT], r11
+        retry
+        lea r10, [r15-8]
+        check write 8
+        mov r11, [rsp+SLOT]
+        mov [r10], r11
+        lea r15, [r15-8]
+        """
+    )
+
+
+def popf(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """POPFQ at CPL 0 when the system flags stay as they are; otherwise, and with DF, Python does it."""
+    if maker.mode.user:
+        recipe.ends = CallOut()
+        return
+    recipe.clobber(
+        """
+        retry
+        mov r10, r15
+        check read 8
+        mov r10, [r10]
+        mov r11, r10
+        and r11, 0x3f7502
+        or r11, 2
+        cmp r11, [rsp+SYSTEM_FLAGS]
+        je same
+        escape
+        same:
+        lea r15, [r15+8]
+        mov r11, r10
+        and r11d, 0x200
+        mov [rsp+IF], r11
+        mov r11, [rsp+ARMED]
+        mov [rsp+POLL], r11
+        and r10d, 0x8d5
+        push r10
+        popfq
+        """
+    )
+    recipe.writes |= ARITHMETIC
+    recipe.polls = True
+
+
+def swapgs(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """SWAPGS at CPL 0."""
+    if maker.mode.user:
+        recipe.ends = CallOut()
+        return
+    recipe.code(
+        """
+        mov r10, [rsp+GS_BASE]
+        mov r11, [rsp+KERNEL_GS_BASE]
+        mov [rsp+GS_BASE], r11
+        mov [rsp+KERNEL_GS_BASE], r10
+        """
+    )
+
+
+def rdtsc(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """RDTSC: the host's counter and an offset."""
+    if maker.mode.user and maker.mode.other & 1:
+        recipe.ends = CallOut()
+        return
+    recipe.clobber(
+        """
+        rdtsc
+        shl rdx, 32
+        or rax, rdx
+        add rax, [rsp+TSC_OFFSET]
+        mov rdx, rax
+        shr rdx, 32
+        mov eax, eax
+        """
+    )
+    if instruction.mnemonic == Mnemonic.RDTSCP:
+        recipe.code("mov ecx, [rsp+TSC_AUX]")
+
+
+def iret(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """IRETQ."""
+    recipe.ends = CallOut() if maker.mode.user else Native("IRET")
+
+
+def syscall(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """SYSCALL."""
+    recipe.ends = Native("SYSCALL") if maker.mode.user else CallOut()
+
+
+def sysret(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """SYSRET to 64-bit code."""
+    recipe.ends = CallOut() if maker.mode.user else Native("SYSRET")
+
+
+_READABLE_CONTROL = {Register.CR0: "CR0", Register.CR2: "CR2", Register.CR3: "CR3", Register.CR4: "CR4"}
+
+
+def mov(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """MOV; reading a control register or a selector is inline."""
+    source = instruction.op1_register if instruction.op1_kind == OpKind.REGISTER else Register.NONE
+    target = instruction.op0_register if instruction.op0_kind == OpKind.REGISTER else Register.NONE
+    if target == Register.CR3 and not maker.mode.user and maker.mode.bits == 64:
+        number = GPR[source][0]
+        place = f"[rsp+GPR_R{number}]" if number in DISPLACED else name(STACK if number == RSP else number, 8)
+        recipe.code(f"mov r10, {place}")
+        recipe.ends = Native("WRITE_CR3")
+    elif source in _READABLE_CONTROL and not maker.mode.user:
+        _store(recipe, GPR[target][0], f"mov r10, [rsp+{OFFSETS[_READABLE_CONTROL[source]]}]")
+    elif source in SEGMENTS and target in GPR and GPR[target][1] >= 4:
+        _store(recipe, GPR[target][0], f"movzx r10d, word [rsp+{SEGMENTS[source]}_SELECTOR]")
+    elif source in SEGMENTS and target in GPR:
+        number = GPR[target][0]
+        place = f"word [rsp+GPR_R{number}]" if number in DISPLACED else name(STACK if number == RSP else number, 2)
+        recipe.code(f"mov r10w, [rsp+{SEGMENTS[source]}_SELECTOR]\n mov {place}, r10w")
+    elif source in SEGMENTS and target == Register.NONE:
+        maker.address(recipe, instruction)
+        recipe.check(2, write=True)
+        recipe.code(f"mov r11w, [rsp+{SEGMENTS[source]}_SELECTOR]\n mov [r10], r11w")
+    elif maker.is_sensitive(instruction):
+        recipe.ends = CallOut()
+    else:
+        maker.plain(recipe, instruction)
+
+
+_NEEDS_FSGSBASE = """
+        test dword [rsp+GUEST_CR4], 0x10000
+        jnz enabled
+        escape
+        enabled:
+        """
+
+
+def read_base(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """RDFSBASE, RDGSBASE; without CR4.FSGSBASE they fault."""
+    recipe.clobber(_NEEDS_FSGSBASE)
+    number, size = GPR[instruction.op0_register]
+    segment = "FS" if instruction.mnemonic == Mnemonic.RDFSBASE else "GS"
+    _store(recipe, number, f"mov {name(10, size)}, [rsp+{segment}_BASE]")
+
+
+def write_base(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """WRFSBASE, WRGSBASE of a canonical address; the rest is Python's."""
+    number, size = GPR[instruction.op0_register]
+    place = f"[rsp+GPR_R{number}]" if number in DISPLACED else name(STACK if number == RSP else number, size)
+    segment = "FS" if instruction.mnemonic == Mnemonic.WRFSBASE else "GS"
+    recipe.clobber(
+        f"""
+        {_NEEDS_FSGSBASE}
+        mov {name(10, size)}, {place}
+        mov r11, r10
+        sar r11, 47
+        inc r11
+        cmp r11, 1
+        jbe canonical
+        escape
+        canonical:
+        mov [rsp+{segment}_BASE], r10
+        """
+    )
+
+
+def _store(recipe: Recipe, number: int, load: str) -> None:
+    """`load` fills r10; put it into guest register `number`."""
+    place = f"[rsp+GPR_R{number}]" if number in DISPLACED else name(STACK if number == RSP else number, 8)
+    recipe.code(f"{load}\n mov {place}, r10")

@@ -255,12 +255,19 @@ class Machine:
             self.vcpu._next = None
             self.core.rip = self.labels[at] if isinstance(at, str) else at
         self.set(**registers)
+        return self._watched(self.vcpu.run)
+
+    def step(self) -> Exit:
+        """One instruction; a processor that sleeps too long is kicked."""
+        return self._watched(self.vcpu.step)
+
+    def _watched(self, go: Callable[[], Exit]) -> Exit:
         self._deadline = time.monotonic() + PATIENCE
         if self._watchdog is None:
             self._watchdog = threading.Thread(target=self._watch, daemon=True)
             self._watchdog.start()
         try:
-            return self.vcpu.run()
+            return go()
         finally:
             self._deadline = math.inf
 

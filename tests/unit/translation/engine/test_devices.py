@@ -95,7 +95,7 @@ def test_every_form_and_size(machine: Make) -> None:
                 for _ in range(12):
                     if m.memory.read_u8(m.core.rip) == 0xF4:
                         break
-                    m.vcpu.step()
+                    m.step()
             else:
                 m.halt()
             assert device.log == log, code

@@ -71,7 +71,7 @@ def test_the_boundary_at_which_it_is_taken(machine: Make, code: str, where: str,
     m.set(rbx=KERNEL_DS)
     if stepping:
         for _ in range(30):
-            if not isinstance(m.vcpu.step(), DebugStop):
+            if not isinstance(m.step(), DebugStop):
                 break
         assert HANDLERS <= m.core.rip < HANDLERS + 0x1000
         frame = m.frame()
@@ -98,7 +98,7 @@ def test_the_shadow_of_sti_at_a_block_s_end(machine: Make, code: str, distance: 
     m.put(code, PAGE_END - distance)
     pending_at_out(m)
     if stepping:
-        while isinstance(m.vcpu.step(), DebugStop):
+        while isinstance(m.step(), DebugStop):
             pass
         frame = m.frame()
     else:
@@ -121,7 +121,7 @@ def test_mov_ss_keeps_the_next_instruction_uninterrupted(machine: Make) -> None:
         after(m, 50_000)
         m.fault("top", rsp=STACK, rbx=KERNEL_DS, rcx=STACK, rflags=0x202)
         seen.add(m.frame().rip)
-        m.vcpu.board.local_apic.write(0xB0, 4, 0)  # EOI
+        m.board.local_apic.write(0xB0, 4, 0)  # EOI
     assert m.labels["top"] + 2 not in seen
     assert seen
 
@@ -207,7 +207,7 @@ def test_registers_at_an_interrupt_of_a_long_repeated_move_are_exact(machine: Ma
         assert m.memory.read(0x2000000, moved) == source[:moved]
         assert not any(m.memory.read(0x2000000 + moved, min(size - moved, 4096)))
         assert frame.rip == m.labels["here"] if m["rcx"] else frame.rip in (m.labels["here"], m.labels["done"])
-    m.vcpu.board.local_apic.write(0xB0, 4, 0)
+    m.board.local_apic.write(0xB0, 4, 0)
     m.halt("here", rsp=STACK)
     assert (m["rcx"], m["rdi"]) == (0, 0x2000000 + size)
     assert m.memory.read(0x2000000, size) == source[:size]
@@ -227,7 +227,7 @@ def test_an_interrupt_at_an_instruction_across_pages(machine: Make) -> None:
     for _ in range(20):
         after(m, 100_000)
         frame = m.fault(CODE, rflags=0x202, rsp=STACK)
-        m.vcpu.board.local_apic.write(0xB0, 4, 0)
+        m.board.local_apic.write(0xB0, 4, 0)
         places.add(frame.rip)
     assert places <= {CODE, CODE + 7, CODE + 5, PAGE_END - 2, m.labels["back"], m.labels["back"] + 5, CODE + 10}
 

@@ -120,7 +120,7 @@ def steps(m: Machine, limit: int = 300) -> Iterator[int]:
         yield m.core.rip
         if m.memory.read_u8(m.core.rip) == 0xF4:
             return
-        exit_ = m.vcpu.step()
+        exit_ = m.step()
         assert exit_ == DebugStop(m.core.rip)
     raise AssertionError("never comes to its end")
 
@@ -182,16 +182,16 @@ def test_a_step_of_a_repeated_instruction_is_an_iteration_and_the_last_goes_on(m
 def test_a_step_into_an_exception_ends_at_its_handler(machine: Make) -> None:
     m = machine("div ecx")
     m.set(rcx=0)
-    assert m.vcpu.step() == DebugStop(HANDLERS)
+    assert m.step() == DebugStop(HANDLERS)
     assert m.frame().rip == CODE
 
 
 def test_a_step_of_hlt_and_of_a_triple_fault(machine: Make) -> None:
     m = machine("cli\n hlt\n ud2")
-    m.vcpu.step()
-    assert m.vcpu.step() == Halt(interrupts_enabled=False)
+    m.step()
+    assert m.step() == Halt(interrupts_enabled=False)
     m.core.idtr_limit = 0
-    assert isinstance(m.vcpu.step(), Shutdown)
+    assert isinstance(m.step(), Shutdown)
 
 
 def test_observed_exits_come_as_they_happen(machine: Make) -> None:

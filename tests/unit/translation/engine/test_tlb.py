@@ -242,9 +242,9 @@ def test_an_instruction_across_pages_whose_second_page_is_mapped_elsewhere(
     m.map(PAGE + 0x1000, TWO)
     m.flush()
     m.core.rip = entry
-    m.vcpu.step()
+    m.step()
     while m.core.rip & 0xFFF > 0x100:
-        m.vcpu.step()
+        m.step()
     assert m["rax"] == 1  # single steps too
 
 

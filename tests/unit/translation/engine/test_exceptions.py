@@ -55,9 +55,9 @@ def test_a_quotient_too_large_is_a_divide_error(machine: Make) -> None:
     assert (frame.vector, frame.rip) == (0, CODE)
 
 
-@pytest.mark.parametrize("instruction", ["ud2", "db 0x0f, 0xff, 0xc0", "db 0x06", "db 0xd6", "lock nop"])
+@pytest.mark.parametrize("instruction", ["ud2", "db 0x0f, 0xff, 0xc0", "db 0x06", "db 0xd6", "db 0xf0, 0x90"])
 def test_undefined(machine: Make, instruction: str) -> None:
-    m = machine(f"inc eax\n here: {instruction}\n hlt" if "lock" not in instruction else "inc eax\n here: db 0xf0, 0x90\n hlt")
+    m = machine(f"inc eax\n here: {instruction}\n hlt")
     frame = m.fault(rax=0)
     assert (frame.vector, frame.error, frame.rip, m["rax"]) == (6, None, m.labels["here"], 1)
 
@@ -78,9 +78,9 @@ def test_an_unmasked_sse_exception(machine: Make) -> None:
         here: divps xmm0, xmm1
         hlt
         align 16
-        one: dd 1.0, 1.0, 1.0, 1.0
+        one: times 4 dd 0x3f800000
         csr: dd 0x1d80
-        """.replace("1.0", "0x3f800000")
+        """
     )
     frame = m.fault()
     assert (frame.vector, frame.error, frame.rip) == (19, None, m.labels["here"])
@@ -244,7 +244,7 @@ def test_a_fetch_from_a_missing_page(machine: Make) -> None:
 
 
 def test_an_instruction_that_runs_into_a_missing_page(machine: Make) -> None:
-    m = machine("jmp HOLE-2".replace("HOLE", str(HOLE)))
+    m = machine(f"jmp {HOLE - 2}")
     m.put("mov eax, 0x12345678\n hlt", HOLE - 2)
     m.map(HOLE, HOLE, 0)
     frame = m.fault(rax=1)
@@ -370,7 +370,7 @@ def test_syscall_sysret_iretq_and_swapgs(machine: Make) -> None:
         je done
         mov rsp, [gs:0]
         swapgs
-        o64 sysret
+        sysretq
         user:
         mov esi, 0x1234
         stc
@@ -379,13 +379,13 @@ def test_syscall_sysret_iretq_and_swapgs(machine: Make) -> None:
         after: jc again
         ud2
         done: hlt
-        """.replace("o64 sysret", "sysretq")
+        """
     )
     m.halt(rbp=0)
     assert m["rbp"] == 3
     assert m.memory.read_u64(DATA) == USER_STACK
     assert m.memory.read_u64(DATA + 8) == m.labels["after"]
-    assert m.memory.read_u64(DATA + 16) == 0x3603 & ~2 | 2
+    assert m.memory.read_u64(DATA + 16) == 0x3603
     assert m["rbx"] & 0x700 == 0
     assert (m["rax"] & 0xFFFF, m["rdx"] & 0xFFFF) == (KERNEL_CS, KERNEL_CS + 8)
     counts = m.vcpu.statistics()["native helpers"]
@@ -427,7 +427,7 @@ def test_a_double_fault(machine: Make) -> None:
     m.gate(8, HANDLERS + 16 * 8, ist=1)
     frame = m.fault(rbx=HOLE, rsp=HOLE + 0x2000)  # the frame of the page fault cannot be written
     assert (frame.vector, frame.error, frame.rip, frame.rsp) == (8, 0, CODE, HOLE + 0x2000)
-    assert m.core.cr2 == HOLE + 0x1FD0 or m.core.cr2 >> 12 == HOLE + 0x1000 >> 12
+    assert m.core.cr2 >> 12 == HOLE + 0x1000 >> 12
 
 
 def test_a_triple_fault_shuts_down(machine: Make) -> None:

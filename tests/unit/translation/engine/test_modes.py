@@ -152,7 +152,7 @@ def test_exceptions_of_32_bit_code(machine: Make) -> None:
 
 def test_16_bit_operands_of_the_stack(machine: Make) -> None:
     for bits in (32, 64):
-        m = machine("push ax\n pushw 0x1234\n pop bx\n pop cx\n hlt".replace("pushw", "push word"), bits)
+        m = machine("push ax\n push word 0x1234\n pop bx\n pop cx\n hlt", bits)
         m.halt(rax=0xABCD)
         assert (m["rbx"] & 0xFFFF, m["rcx"] & 0xFFFF, m["rsp"]) == (0x1234, 0xABCD, STACK)
 

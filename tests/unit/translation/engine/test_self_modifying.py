@@ -133,11 +133,7 @@ def test_an_instruction_across_pages_with_either_page_rewritten(machine: Make, s
 
 
 def test_a_store_across_two_code_pages(machine: Make) -> None:
-    m = machine(
-        f"mov edi, {FAR}+0xffa\n call rdi\n mov rax, 0xc3000000_07b89090\n mov [rdi], rax\n call rdi\n hlt".replace(
-            "_", ""
-        )
-    )
+    m = machine(f"mov edi, {FAR}+0xffa\n call rdi\n mov rax, 0xc300000007b89090\n mov [rdi], rax\n call rdi\n hlt")
     m.put("nop\n mov eax, 1\n nop\n ret", FAR + 0xFFA)
     m.halt()
     assert m["rax"] == 7
@@ -218,7 +214,7 @@ def test_a_chain_of_jumps_within_a_page_to_code_that_changes(machine: Make) -> N
 def test_code_made_anew_again_and_again(machine: Make, bits: int) -> None:
     """What a just-in-time compiler does; memory does not grow with it."""
     m = machine(f"mov ecx, 200\n top: mov edi, {DATA}\n mov byte [edi], 0xb8\n mov [edi+1], ecx\n mov byte [edi+5], 0xc3\n"
-                "call edi\n cmp eax, ecx\n jne bad\n dec ecx\n jnz top\n hlt\n bad: ud2".replace("call edi", "call di"[:5] + ("edi" if bits == 32 else "rdi")), bits)  # fmt: skip
+                f"call {'edi' if bits == 32 else 'rdi'}\n cmp eax, ecx\n jne bad\n dec ecx\n jnz top\n hlt\n bad: ud2", bits)  # fmt: skip
     m.halt()
     assert (m["rcx"], m["rax"]) == (0, 1)
     assert len(m.vcpu.blocks._pages) <= 3

@@ -54,6 +54,11 @@ def host_map(length: int, protection: int, *, at: int | None = None) -> int:
     return address
 
 
+def host_unmap(address: int, length: int) -> None:
+    """Give back what `host_map` returned."""
+    _libc.munmap(address, length)
+
+
 class GuestMemory:
     """The RAM of one machine.
 
@@ -84,7 +89,7 @@ class GuestMemory:
         if not self._closed:
             self._closed = True
             self.view.release()
-            _libc.munmap(self.base, self.span)
+            host_unmap(self.base, self.span)
 
     def regions(self) -> Iterator[tuple[int, int]]:
         """Yield (start, length) of each piece of RAM, lowest first."""

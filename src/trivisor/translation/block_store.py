@@ -49,8 +49,8 @@ class BlockStore:
         lookup: int,
         features: frozenset[int],
         xsave_size: int,
-        purge_writes: Callable[[int], None],
-        forget_jumps: Callable[[], None],
+        purge_writes: Callable[[int], object],
+        forget_jumps: Callable[[], object],
     ) -> None:
         self.core = core
         self.mmu = mmu

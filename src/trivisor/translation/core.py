@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 
-from trivisor.machine.memory import GuestMemory, host_map
+from trivisor.machine.memory import GuestMemory, host_map, host_unmap
 from trivisor.translation.layout import OFFSETS, SEGMENT_ORDER, STACK_SIZE, STATE_SIZE
 
 MASK64 = (1 << 64) - 1
@@ -135,3 +135,9 @@ class Core:
         self._flags = value & HOST_FLAGS
         self.interrupt_flag = value & IF
         self._system_flags = value & SYSTEM_FLAGS | 2
+
+    def close(self) -> None:
+        """Give the state block back to the host; no field may be used afterwards."""
+        for view in (self.regs, self.words, self.bytes):
+            view.release()
+        host_unmap(self._mapping, STACK_SIZE + STATE_SIZE)

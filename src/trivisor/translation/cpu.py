@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import signal
 import threading
 import time
@@ -12,22 +11,20 @@ from typing import Any
 from iced_x86 import Instruction, Mnemonic
 
 from trivisor.machine.exits import DebugStop, ExceptionExit, Exit, Halt, Kicked, Unsupported
-from trivisor.machine.memory import host_map
 from trivisor.machine.state import CpuState
 from trivisor.machine.vcpu import Surroundings
 from trivisor.translation import slow_access
 from trivisor.translation.block_store import BlockStore
-from trivisor.translation.code_cache import CodeCache
 from trivisor.translation.core import CS, DS, ES, MASK64, SS, Core
 from trivisor.translation.cpuid import guest_cpuid
 from trivisor.translation.emulator import events, system
 from trivisor.translation.emulator.contract import UnsupportedFeature
-from trivisor.translation.host_signals import HostSignals, HostTimer
+from trivisor.translation.host_signals import HostTimer
 from trivisor.translation.layout import EXITS, OFFSETS
 from trivisor.translation.mmu import Mmu
 from trivisor.translation.modes import Mode
 from trivisor.translation.msrs import MsrFile
-from trivisor.translation.natives import POINTERS, helpers
+from trivisor.translation.native_code import NativeCode
 from trivisor.translation.state_transfer import get_state, set_state
 from trivisor.translation.translator.block import Block
 from trivisor.translation.translator.features import decoder_features
@@ -89,6 +86,7 @@ class TranslationVcpu:
         self._nmi_waiting = False
         self._injected: list[int] = []  # vectors that `interrupt` was given and that wait for IF
         self.halted = False
+        self._closed = False
         self._wake = threading.Event()
         self._missing_mode = ""  # what the code at rip would need that is not there
         self._by_key: dict[int, Mode] = {}
@@ -96,16 +94,20 @@ class TranslationVcpu:
         self._cache_keys = [-1, -1, -1]
         self._counts: dict[str | int, int] = {}
         self._translated_ns = self._idle_ns = self._total_ns = 0
-        self._install_helpers()
+        host_xcr0 = host_xgetbv() if "xsave" in self._cpuid.features else 0
+        self.xcr0_supported = self._cpuid.xcr0_supported & host_xcr0
+        self.xsave_size = 576 + 256 if self.xcr0_supported & 4 else 576
+        self._native = native = NativeCode(self.core, self.xcr0_supported, CODE_CACHE_SIZE)
+        self.mmu.native_walker = native.walk
         self.blocks = BlockStore(
             self.core,
             self.mmu,
-            self._cache,
-            self._address("lookup"),
+            native.cache,
+            native.address("lookup"),
             decoder_features(self._cpuid.features),
             self.xsave_size,
-            lambda page: self._purge_writes(self.core.address, page),
-            lambda: self._flush_everything(self.core.address),
+            native.purge_writes,
+            native.flush_everything,
         )
         self.mmu.on_code_write = self.blocks.written
         self._timer: HostTimer | None = None
@@ -127,62 +129,17 @@ class TranslationVcpu:
         self._next: int | None = None  # host address to go on at, instead of looking rip up
         self.state = CpuState()
 
-    # -- host resources -------------------------------------------------------------------------------------
-
-    def _install_helpers(self) -> None:
-        self.xcr0_supported = self._cpuid.xcr0_supported & (host_xgetbv() if self._has_xsave() else 0)
-        self.xsave_size = 576 + 256 if self.xcr0_supported & 4 else 576
-        self._cache = CodeCache(CODE_CACHE_SIZE)
-        program = helpers(self.xcr0_supported)
-        self._cache.append(program.code)
-        self._labels = program.labels
-        words, core = self._words, self.core
-        for field, label in POINTERS.items():
-            words[OFFSETS[field] // 8] = self._address(label)
-        for field in ("KNOWN_CS", "KNOWN_SS", "KNOWN_KERNEL_CS"):
-            words[OFFSETS[f"{field}_SELECTOR"] // 8] = MASK64
-        words[_GOOD] = core.address
-        self._unreadable = host_map(4096, 0)
-        words[_BAD] = self._unreadable
-        words[_ARMED] = words[_POLL] = core.address
-        for name in ("KERNEL", "USER", "OTHER"):
-            at = OFFSETS[f"JUMP_CACHE_{name}"]
-            lookup = self._address("lookup").to_bytes(8, "little")
-            self.core.bytes[at : at + 8 * 65536] = lookup * 65536
-        enter = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64)
-        two = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_uint64)
-        one = ctypes.CFUNCTYPE(None, ctypes.c_uint64)
-        self._enter = enter(self._address("enter"))
-        self._flush_everything = one(self._address("flush_everything"))
-        self._flush_local = one(self._address("flush_local"))
-        self._flush_jumps = [one(self._address(f"flush_{name}_jumps")) for name in ("kernel", "user", "other")]
-        self._invalidate_page = two(self._address("invalidate_page"))
-        walker = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)
-        self.mmu.native_walker = walker(self._address("walk_for_python"))
-        self._purge_writes = two(self._address("purge_writes"))
-        self._flush_everything(core.address)
-        end = self._cache.base + self._cache.size
-        self._slot = HostSignals.instance().register(
-            self._cache.base + len(program.code), end, core.address, self._address("fault_leave")
-        )
-
-    def _has_xsave(self) -> bool:
-        return "xsave" in self._cpuid.features
-
-    def _address(self, label: str) -> int:
-        return self._cache.base + self._labels[label]
-
     def close(self) -> None:
         """Give host resources back; the processor must not be used afterwards."""
-        if self._slot >= 0:
-            HostSignals.instance().unregister(self._slot)
-            self._slot = -1
-            self.board.clock.on_earlier = None
-            if self._timer is not None:
-                self._timer.close()
-                self._timer = None
-            self._cache.close()
-            self.mmu.close()
+        if self._closed:
+            return
+        self._closed = True
+        self.board.clock.on_earlier = None
+        if self._timer is not None:
+            self._timer.close()
+        self._native.close()
+        self.mmu.close()
+        self.core.close()
 
     # -- state ----------------------------------------------------------------------------------------------
 
@@ -193,7 +150,7 @@ class TranslationVcpu:
     @state.setter
     def state(self, state: CpuState) -> None:
         set_state(self, state)
-        self._flush_everything(self.core.address)
+        self._native.flush_everything()
         self.mode_changed()
         self._next = None
         self._words[_PENDING] = 1
@@ -218,12 +175,12 @@ class TranslationVcpu:
 
     def flush_tlb(self, *, keep_global: bool) -> None:
         if keep_global:
-            self._flush_local(self.core.address)
+            self._native.flush_local()
         else:
-            self._flush_everything(self.core.address)
+            self._native.flush_everything()
 
     def invalidate_page(self, linear: int) -> None:
-        self._invalidate_page(self.core.address, linear)
+        self._native.invalidate_page(linear)
 
     def tsc(self) -> int:
         from trivisor.machine.tsc import read
@@ -281,7 +238,7 @@ class TranslationVcpu:
         number = mode.jump_cache
         if self._cache_keys[number] != mode.key:
             self._cache_keys[number] = mode.key
-            self._flush_jumps[number](self.core.address)
+            self._native.flush_jumps[number]()
 
     def _note_segments(self) -> None:
         """Have the native helpers know the flat segments in use now, by selector and descriptor."""
@@ -351,7 +308,7 @@ class TranslationVcpu:
                 block = self.blocks.block(self.mode, core.rip)
             except GuestException as fault:
                 return events.raise_exception(self, fault)
-            target = self._cache.base + block.body
+            target = self._native.cache.base + block.body
         else:
             self._next = None
         return self.handle(self.enter(target))
@@ -359,7 +316,7 @@ class TranslationVcpu:
     def enter(self, target: int) -> int:
         """Run host code at `target` until it leaves; returns the exit's number."""
         started = time.perf_counter_ns()
-        number: int = self._enter(self.core.address, target)
+        number = self._native.enter(target)
         self._translated_ns += time.perf_counter_ns() - started
         name = self._names[number]
         self._counts[name] = self._counts.get(name, 0) + 1
@@ -368,7 +325,7 @@ class TranslationVcpu:
     def enter_step(self, block: Block) -> int:
         """Run a single-step block."""
         self._next = None
-        return self.enter(self._cache.base + block.body)
+        return self.enter(self._native.cache.base + block.body)
 
     def enter_next(self) -> int:
         """Go on in the middle of an instruction, at `resume_at`'s address."""
@@ -515,7 +472,7 @@ class TranslationVcpu:
             index = self._words[_EXIT_A]
             if index < len(links) and links[index] is link:
                 self.blocks.translator.connect(link, target)
-        self._next = self._cache.base + target.polled
+        self._next = self._native.cache.base + target.polled
         return None
 
     def _on_exception(self) -> Exit | None:
@@ -550,7 +507,7 @@ class TranslationVcpu:
         if block is None:
             raise RuntimeError(f"host signal {number} at {host:#x}, outside every block")
         self._locate(block, host)
-        if address == self._unreadable:
+        if address == self._native.unreadable:
             words[_POLL] = words[_GOOD]
             self._counts["poll"] = self._counts.get("poll", 0) + 1
             return None
@@ -574,7 +531,7 @@ class TranslationVcpu:
     def _locate(self, block: Block, host: int) -> None:
         """Set rip and flags to where host code at `host` stands for."""
         core, words = self.core, self._words
-        rip, parked = block.locate(host - self._cache.base)
+        rip, parked = block.locate(host - self._native.cache.base)
         core.rip = rip
         if parked:
             parked_flags = words[OFFSETS["FLAGS_AX"] // 8]
@@ -620,7 +577,7 @@ class TranslationVcpu:
                 "recipes": blocks.translator.recipes_made,
                 "invalidated": blocks.invalidated,
                 "code cache flushes": blocks.flushes,
-                "code cache bytes": self._cache.used,
+                "code cache bytes": self._native.cache.used,
             },
             "seconds": {
                 "translated code": self._translated_ns / 1e9,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from trivisor.machine.bus import Bus
 from trivisor.machine.exits import MmioRead, MmioWrite
-from trivisor.machine.memory import GuestMemory, host_map
+from trivisor.machine.memory import GuestMemory, host_map, host_unmap
 from trivisor.translation.core import Core
 from trivisor.translation.layout import (
     EXEC_TLB_ENTRIES,
@@ -64,7 +64,7 @@ class Mmu:
         """Called before a store of (physical address, length) into a page that code was translated from."""
         self._tables = _Tables(memory)
         self._words = core.words
-        self.native_walker: Callable[[int, int, int], int] = lambda state, linear, kind: 2
+        self.native_walker: Callable[[int, int], int] = lambda linear, kind: 2
         """`walk_for_python` of the native helpers, once they are there."""
         self._paging: tuple[tuple[int, int, int, int], PagingMode] | None = None
         pages = memory.span >> 12
@@ -83,7 +83,7 @@ class Mmu:
         """Give the page map back to the host."""
         if self._map_at:
             self.code_lines.release()
-            ctypes.CDLL(None).munmap(ctypes.c_void_p(self._map_at), ctypes.c_size_t(self._map_length))
+            host_unmap(self._map_at, self._map_length)
             self._map_at = 0
 
     # -- translation ----------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ class Mmu:
     def _native_walk(self, linear: int, access: Access, user: bool) -> Translation | None:
         """The same by the native walker; None for what it leaves to the exact one."""
         kind = _KINDS[access] | (KIND_USER if user else 0)
-        status = self.native_walker(self.core.address, linear, kind)
+        status = self.native_walker(linear, kind)
         words = self._words
         if status == 0:
             info, rights = words[_WALKED_INFO], words[_WALKED_RIGHTS]

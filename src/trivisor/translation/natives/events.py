@@ -9,17 +9,28 @@ from __future__ import annotations
 from trivisor.translation.natives.common import spill
 
 
-def _enter_mode(view: str, level: int) -> str:
-    """MODE, CPL and the jump cache of 64-bit code at a privilege level; uses rax."""
+def _enter_mode(view: str, level: int, state: str = "rbp", scratch: str = "rax") -> str:
+    """MODE, CPL and the jump cache of 64-bit code at a privilege level."""
     number = 0 if view == "KERNEL" else 1
     return f"""
-    mov rax, [rbp+MODE_{view}]
-    mov [rbp+MODE], rax
-    mov qword [rbp+CPL], {level}
-    lea rax, [rbp+JUMP_CACHE_{view}]
-    mov [rbp+JUMP_CACHE_CURRENT], rax
-    lea rax, [rbp+JUMP_CACHE_USED+{128 * number}]
-    mov [rbp+JUMP_CACHE_USED_CURRENT], rax
+    mov {scratch}, [{state}+MODE_{view}]
+    mov [{state}+MODE], {scratch}
+    mov qword [{state}+CPL], {level}
+    lea {scratch}, [{state}+JUMP_CACHE_{view}]
+    mov [{state}+JUMP_CACHE_CURRENT], {scratch}
+    lea {scratch}, [{state}+JUMP_CACHE_USED+{128 * number}]
+    mov [{state}+JUMP_CACHE_USED_CURRENT], {scratch}
+    """
+
+
+def _flat_segments(code: str, data: str) -> str:
+    """The hidden parts of CS and SS as SYSCALL and SYSRET set them; rsp is the state pointer, r10 is lost."""
+    return f"""
+    mov qword [rsp+CS_ATTRIBUTES], {code}
+    mov qword [rsp+SS_ATTRIBUTES], {data}
+    mov r10d, 0xffffffff
+    mov [rsp+CS_LIMIT], r10
+    mov [rsp+SS_LIMIT], r10
     """
 
 
@@ -374,18 +385,8 @@ syscall_native:
     mov [rsp+CS_SELECTOR], r10
     add r10d, 8
     mov [rsp+SS_SELECTOR], r10
-    mov qword [rsp+CS_ATTRIBUTES], CODE_64
-    mov qword [rsp+SS_ATTRIBUTES], DATA_KERNEL
-    mov r10d, 0xffffffff
-    mov [rsp+CS_LIMIT], r10
-    mov [rsp+SS_LIMIT], r10
-    mov qword [rsp+CPL], 0
-    mov r10, [rsp+MODE_KERNEL]
-    mov [rsp+MODE], r10
-    lea r10, [rsp+JUMP_CACHE_KERNEL]
-    mov [rsp+JUMP_CACHE_CURRENT], r10
-    lea r10, [rsp+JUMP_CACHE_USED]
-    mov [rsp+JUMP_CACHE_USED_CURRENT], r10
+    {_flat_segments("CODE_64", "DATA_KERNEL")}
+    {_enter_mode("KERNEL", 0, "rsp", "r10")}
     inc qword [rsp+COUNT_SYSCALL]
     mov [rsp+FLAGS_AX+1], r11b
     shr r11d, 11
@@ -443,18 +444,8 @@ sysret_native:
     add r10d, 8
     movzx r10d, r10w
     mov [rsp+CS_SELECTOR], r10
-    mov qword [rsp+CS_ATTRIBUTES], CODE_64_USER
-    mov qword [rsp+SS_ATTRIBUTES], DATA_USER
-    mov r10d, 0xffffffff
-    mov [rsp+CS_LIMIT], r10
-    mov [rsp+SS_LIMIT], r10
-    mov qword [rsp+CPL], 3
-    mov r10, [rsp+MODE_USER]
-    mov [rsp+MODE], r10
-    lea r10, [rsp+JUMP_CACHE_USER]
-    mov [rsp+JUMP_CACHE_CURRENT], r10
-    lea r10, [rsp+JUMP_CACHE_USED+128]
-    mov [rsp+JUMP_CACHE_USED_CURRENT], r10
+    {_flat_segments("CODE_64_USER", "DATA_USER")}
+    {_enter_mode("USER", 3, "rsp", "r10")}
     inc qword [rsp+COUNT_SYSRET]
     mov [rsp+GUEST_RIP], rcx
     test r11d, r11d

@@ -98,6 +98,41 @@ def _finish_single(recipe: Recipe, instruction: Instruction) -> None:
         recipe.ends = Repeat()
 
 
+def _fitting(size: int) -> str:
+    """r11 = the elements of the count that fit between offset r11 and the page's end."""
+    return f"""
+        neg r11d
+        add r11d, 4096
+        shr r11d, {size.bit_length() - 1}
+        cmp r11, rcx
+        cmova r11, rcx
+        """
+
+
+def _by_pages(recipe: Recipe, elements: str, page: str) -> None:
+    """`page` as long as it leaves a count (and ZF clear); with DF set `elements`, one by one."""
+    recipe.clobber(
+        f"""
+        pushfq
+        pop r11
+        test r11d, 0x400
+        jnz backward
+        jrcxz nothing
+        jmp pages
+        nothing:
+        jmp done
+        pages:
+        {page}
+        {_POLL}
+        jnz pages
+        jmp done
+        backward:
+        {elements}
+        """,
+        loops=True,
+    )
+
+
 def stos(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
     """STOS, alone or a page at a time by the host's own REP."""
     if not _address_registers(maker, recipe, instruction):
@@ -110,27 +145,16 @@ def stos(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
         recipe.clobber(elements, loops=True)
         _finish_single(recipe, instruction)
         return
-    recipe.clobber(
+    _by_pages(
+        recipe,
+        elements,
         f"""
-        pushfq
-        pop r11
-        test r11d, 0x400
-        jnz backward
-        jrcxz nothing
-        jmp pages
-        nothing:
-        jmp done
-        pages:
         retry
         {target}
         check write {size} chunk
         mov r11d, r10d
         and r11d, 0xfff
-        neg r11d
-        add r11d, 4096
-        shr r11d, {size.bit_length() - 1}
-        cmp r11, rcx
-        cmova r11, rcx
+        {_fitting(size)}
         mov [rsp+SCRATCH_0], rcx
         mov [rsp+SCRATCH_1], rdi
         mov rcx, r11
@@ -140,13 +164,7 @@ def stos(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
         mov rdi, [rsp+SCRATCH_1]
         sub rcx, r11
         {_advance(maker, "rdi", f"r11*{size}")}
-        {_POLL}
-        jnz pages
-        jmp done
-        backward:
-        {elements}
         """,
-        loops=True,
     )
 
 
@@ -179,17 +197,10 @@ def movs(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
         recipe.clobber(elements, loops=True)
         _finish_single(recipe, instruction)
         return
-    recipe.clobber(
+    _by_pages(
+        recipe,
+        elements,
         f"""
-        pushfq
-        pop r11
-        test r11d, 0x400
-        jnz backward
-        jrcxz nothing
-        jmp pages
-        nothing:
-        jmp done
-        pages:
         retry
         {source}
         check read {size} chunk
@@ -208,11 +219,7 @@ def movs(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
         and edi, 0xfff
         cmp r11d, edi
         cmovb r11d, edi
-        neg r11d
-        add r11d, 4096
-        shr r11d, {size.bit_length() - 1}
-        cmp r11, rcx
-        cmova r11, rcx
+        {_fitting(size)}
         mov rcx, r11
         mov rdi, r10
         rep movs{"bwdq"[size.bit_length() - 1]}
@@ -222,13 +229,7 @@ def movs(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
         sub rcx, r11
         {_advance(maker, "rsi", f"r11*{size}")}
         {_advance(maker, "rdi", f"r11*{size}")}
-        {_POLL}
-        jnz pages
-        jmp done
-        backward:
-        {elements}
         """,
-        loops=True,
     )
 
 

@@ -43,12 +43,15 @@ class GuestMemoryError(ValueError):
     """A physical address range that is not wholly RAM."""
 
 
-def host_map(length: int, protection: int, *, at: int | None = None) -> int:
-    """Map `length` bytes of private anonymous memory and return the host address; raises OSError."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+def host_map(length: int, protection: int, *, at: int | None = None, descriptor: int = -1) -> int:
+    """Map `length` bytes and return the host address; raises OSError.
+
+    The memory is private and anonymous, or the shared memory of a `descriptor`.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE if descriptor < 0 else mmap.MAP_SHARED
     if at is not None:
         flags |= _MAP_FIXED
-    address: int | None = _libc.mmap(at, length, protection, flags, -1, 0)
+    address: int | None = _libc.mmap(at, length, protection, flags, descriptor, 0)
     if address is None or address == _MAP_FAILED:
         raise OSError(ctypes.get_errno(), f"cannot map {length >> 20} MiB of host memory")
     return address

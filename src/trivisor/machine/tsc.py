@@ -8,21 +8,16 @@ import time
 from collections.abc import Callable
 from functools import cache
 
-_CODE = bytes.fromhex(
-    # read: rdtsc; shl rdx,32; or rax,rdx; ret
-    "0f31 48c1e220 4809d0 c3"
-    # cpuid(leaf, subleaf, out): push rbx; mov eax,edi; mov ecx,esi; mov r8,rdx; cpuid;
-    # mov [r8],eax; mov [r8+4],ebx; mov [r8+8],ecx; mov [r8+12],edx; pop rbx; ret
-    "53 89f8 89f1 4989d0 0fa2 418900 41895804 41894808 4189500c 5b c3"
-)
-_CPUID_OFFSET = 10
+from trivisor.x86.cpuid import host_cpuid
+
+_CODE = bytes.fromhex("0f31 48c1e220 4809d0 c3")  # rdtsc; shl rdx,32; or rax,rdx; ret
 _SETTLE_NS = 20_000_000
 """Shortest span to measure over: the clocks are read to about 50 ns, so 20 ms give a few parts in 10^6."""
 _HYPERVISOR_TIMING_LEAF = 0x40000010
 """Where hypervisors that follow VMware tell the TSC frequency in kHz (EAX)."""
 
 
-def _load_code() -> tuple[Callable[[], int], Callable[[int, int, ctypes.Array[ctypes.c_uint32]], None]]:
+def _load_code() -> Callable[[], int]:
     """Place `_CODE` in executable memory; it stays for the life of the process."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -31,29 +26,18 @@ def _load_code() -> tuple[Callable[[], int], Callable[[int, int, ctypes.Array[ct
     address = ctypes.addressof(ctypes.c_char.from_buffer(page))
     if libc.mprotect(address, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_EXEC):
         raise OSError(ctypes.get_errno(), "cannot make memory executable")
-    # PYFUNCTYPE keeps the GIL: the code is far shorter than giving it up would be.
-    read_function = ctypes.PYFUNCTYPE(ctypes.c_uint64)(address)
-    cpuid_type = ctypes.PYFUNCTYPE(None, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p)
-    cpuid_function = cpuid_type(address + _CPUID_OFFSET)
     _keep.append(page)
-    return read_function, cpuid_function
+    # PYFUNCTYPE keeps the GIL: the code is far shorter than giving it up would be.
+    return ctypes.PYFUNCTYPE(ctypes.c_uint64)(address)
 
 
 _keep: list[mmap.mmap] = []
-_read, _cpuid = _load_code()
+_read = _load_code()
 
 
 def read() -> int:
     """The counter's value now, 64 bits."""
     return _read()
-
-
-def cpuid(leaf: int, subleaf: int = 0) -> tuple[int, int, int, int]:
-    """The host's answer to CPUID as (eax, ebx, ecx, edx)."""
-    out = (ctypes.c_uint32 * 4)()
-    _cpuid(leaf, subleaf, out)
-    eax, ebx, ecx, edx = out
-    return eax, ebx, ecx, edx
 
 
 def _sample() -> tuple[int, int]:
@@ -84,13 +68,13 @@ def _measured() -> int:
 
 def _told() -> int | None:
     """Hz as CPUID tells it exactly, or None: leaf 0x15 with its crystal, or the hypervisor's leaf."""
-    if cpuid(0)[0] >= 0x15:
-        denominator, numerator, crystal, _ = cpuid(0x15)
+    if host_cpuid(0)[0] >= 0x15:
+        denominator, numerator, crystal, _ = host_cpuid(0x15)
         if denominator and numerator and crystal:
             return crystal * numerator // denominator
-    under_hypervisor = cpuid(1)[2] >> 31
-    if under_hypervisor and cpuid(0x40000000)[0] >= _HYPERVISOR_TIMING_LEAF:
-        return cpuid(_HYPERVISOR_TIMING_LEAF)[0] * 1000 or None
+    under_hypervisor = host_cpuid(1)[2] >> 31
+    if under_hypervisor and host_cpuid(0x40000000)[0] >= _HYPERVISOR_TIMING_LEAF:
+        return host_cpuid(_HYPERVISOR_TIMING_LEAF)[0] * 1000 or None
     return None
 
 

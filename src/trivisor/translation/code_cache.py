@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 
-_PROT_READ_EXECUTE = mmap.PROT_READ | mmap.PROT_EXEC
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [
-    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
-]  # fmt: skip
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+from trivisor.machine.memory import host_map, host_unmap
 
 
 class CodeCache:
@@ -25,12 +17,12 @@ class CodeCache:
         try:
             os.ftruncate(descriptor, size)
             self._mapping = mmap.mmap(descriptor, size)
-            base = _libc.mmap(None, size, _PROT_READ_EXECUTE, mmap.MAP_SHARED, descriptor, 0)
+            try:
+                self.base = host_map(size, mmap.PROT_READ | mmap.PROT_EXEC, descriptor=descriptor)
+            except OSError as error:
+                raise OSError(error.errno, "this host does not let a program map executable memory") from None
         finally:
             os.close(descriptor)
-        if base is None or base == ctypes.c_void_p(-1).value:
-            raise OSError(ctypes.get_errno(), "this host does not let a program map executable memory")
-        self.base: int = base
         """Host address that the code runs at."""
         self.writable = memoryview(self._mapping)
         self.used = 0
@@ -48,7 +40,7 @@ class CodeCache:
     def close(self) -> None:
         """Unmap both views."""
         if self.base:
-            _libc.munmap(self.base, self.size)
+            host_unmap(self.base, self.size)
             self.base = 0
             self.writable.release()
             self._mapping.close()

@@ -10,6 +10,7 @@ from typing import Any
 
 from iced_x86 import Instruction, Mnemonic
 
+from trivisor.machine import tsc
 from trivisor.machine.exits import DebugStop, ExceptionExit, Exit, Halt, Kicked, Unsupported
 from trivisor.machine.state import CpuState
 from trivisor.machine.vcpu import Surroundings
@@ -28,36 +29,33 @@ from trivisor.translation.native_code import NativeCode
 from trivisor.translation.state_transfer import get_state, set_state
 from trivisor.translation.translator.block import Block
 from trivisor.translation.translator.features import decoder_features
+from trivisor.translation.translator.instructions import XSAVE_FAMILY
+from trivisor.x86.control import (
+    CR0_EM,
+    CR0_PG,
+    CR0_TS,
+    CR4_LA57,
+    CR4_OSXMMEXCPT,
+    CR4_SMAP,
+    CR4_TSD,
+    EFER_LMA,
+)
 from trivisor.x86.cpuid import host_cpuid, host_xgetbv
+from trivisor.x86.descriptors import DB, LONG
 from trivisor.x86.exceptions import DEBUG, NMI, GuestException
+from trivisor.x86.flags import TF
 
 CODE_CACHE_SIZE = 64 << 20
 
-_LMA = 0x400
-_LONG = 1 << 13
-_DEFAULT_32 = 1 << 14
-_CR0_PG = 1 << 31
-_CR0_TS_EM = 0xC
-_CR4_TSD = 4
-_CR4_OSXMMEXCPT = 1 << 10
-_CR4_LA57 = 1 << 12
-_CR4_SMAP = 1 << 21
-_TF = 0x100
+_CR0_TS_EM = CR0_TS | CR0_EM
 
-_MODE, _NATIVE_EVENTS, _PENDING, _ARMED, _POLL, _GOOD, _BAD, _EXIT_A, _EXIT_B, _EXIT_C, _FAULT_IP = (
+_MODE, _NATIVE_EVENTS, _PENDING, _ARMED, _POLL, _GOOD, _BAD, _EXIT_A, _EXIT_B, _FAULT_IP = (
     OFFSETS[name] // 8
     for name in (
-        "MODE", "NATIVE_EVENTS", "PENDING", "ARMED", "POLL", "POLL_GOOD", "POLL_BAD", "EXIT_A", "EXIT_B", "EXIT_C",
+        "MODE", "NATIVE_EVENTS", "PENDING", "ARMED", "POLL", "POLL_GOOD", "POLL_BAD", "EXIT_A", "EXIT_B",
         "HOST_FAULT_IP",
     )
 )  # fmt: skip
-
-_FPE_INTDIV, _FPE_INTOVF = 1, 2
-
-_XSAVE_FAMILY = {
-    Mnemonic.XSAVE, Mnemonic.XSAVE64, Mnemonic.XRSTOR, Mnemonic.XRSTOR64,
-    Mnemonic.XSAVEOPT, Mnemonic.XSAVEOPT64, Mnemonic.XSAVEC, Mnemonic.XSAVEC64,
-}  # fmt: skip
 
 
 class TranslationVcpu:
@@ -183,9 +181,7 @@ class TranslationVcpu:
         self._native.invalidate_page(linear)
 
     def tsc(self) -> int:
-        from trivisor.machine.tsc import read
-
-        value: int = (read() + self.core.tsc_offset) & ((1 << 64) - 1)
+        value: int = (tsc.read() + self.core.tsc_offset) & ((1 << 64) - 1)
         return value
 
     def mode_changed(self) -> None:
@@ -194,20 +190,20 @@ class TranslationVcpu:
         cs, ss = segments[CS].attributes, segments[SS].attributes
         cr0, cr4 = core.cr0, core.cr4
         cpl = core.cpl
-        key = (core.efer & _LMA, cs & (_LONG | _DEFAULT_32), ss & _DEFAULT_32, cpl == 3, cr0 & _CR0_TS_EM,
-               cr4 & _CR4_TSD, segments[ES].base | segments[DS].base | segments[SS].base
+        key = (core.efer & EFER_LMA, cs & (LONG | DB), ss & DB, cpl == 3, cr0 & _CR0_TS_EM,
+               cr4 & CR4_TSD, segments[ES].base | segments[DS].base | segments[SS].base
                | segments[CS].base == 0)  # fmt: skip
         mode = self._modes.get(key)
         if mode is None:
-            long = bool(core.efer & _LMA)
-            bits = 64 if long and cs & _LONG else 32 if cs & _DEFAULT_32 else 16
+            long = bool(core.efer & EFER_LMA)
+            bits = 64 if long and cs & LONG else 32 if cs & DB else 16
             mode = self._modes[key] = Mode(
                 bits=bits,
                 user=cpl == 3,
                 flat=bits == 64 or bool(key[-1]),
                 no_fpu=bool(cr0 & _CR0_TS_EM),
-                stack_bits=64 if bits == 64 else 32 if ss & _DEFAULT_32 else 16,
-                other=1 if cr4 & _CR4_TSD else 0,
+                stack_bits=64 if bits == 64 else 32 if ss & DB else 16,
+                other=1 if cr4 & CR4_TSD else 0,
             )
         # Code is fetched at rip itself, and 16-bit code is not translated rightly throughout.
         based = segments[CS].base if mode.bits == 32 else 0
@@ -219,7 +215,7 @@ class TranslationVcpu:
         words[OFFSETS["JUMP_CACHE_CURRENT"] // 8] = core.address + OFFSETS[f"JUMP_CACHE_{mode.jump_cache_name}"]
         words[OFFSETS["JUMP_CACHE_USED_CURRENT"] // 8] = core.address + OFFSETS["JUMP_CACHE_USED"] + 128 * number
         self._claim_jumps(mode)
-        native = core.efer & _LMA and cr0 & _CR0_PG and not cr4 & (_CR4_LA57 | _CR4_SMAP)
+        native = core.efer & EFER_LMA and cr0 & CR0_PG and not cr4 & (CR4_LA57 | CR4_SMAP)
         words[OFFSETS["PAGING_NATIVE"] // 8] = 1 if native else 0
         natively = native and mode.bits == 64 and not core.nmi_blocked and ExceptionExit not in self.observed
         words[_NATIVE_EVENTS] = 1 if natively else 0
@@ -300,7 +296,7 @@ class TranslationVcpu:
         core.interrupt_shadow = False
         if self._missing_mode:
             raise UnsupportedFeature(self._missing_mode)
-        if single or core.rflags & _TF:
+        if single or core.rflags & TF:
             return self._single_step()
         target = self._next
         if target is None:
@@ -448,10 +444,10 @@ class TranslationVcpu:
     def _single_step(self) -> Exit | None:
         """One instruction, and the debug trap that TF asks for."""
         core = self.core
-        trap = core.rflags & _TF
+        trap = core.rflags & TF
         try:
             exit_ = slow_access.step(self, [])
-            if trap and exit_ is None and core.rflags & _TF:
+            if trap and exit_ is None and core.rflags & TF:
                 core.dr[6] |= 1 << 14
                 return events.raise_exception(self, GuestException(DEBUG))
             return exit_
@@ -512,7 +508,7 @@ class TranslationVcpu:
             self._counts["poll"] = self._counts.get("poll", 0) + 1
             return None
         instruction = self.blocks.instruction(self.mode, core.rip)
-        if instruction.mnemonic in _XSAVE_FAMILY:
+        if instruction.mnemonic in XSAVE_FAMILY:
             core.regs[0] = words[OFFSETS["SPILL"] // 8]
             core.regs[2] = words[OFFSETS["SPILL_2"] // 8]
         if number == signal.SIGFPE:
@@ -521,7 +517,7 @@ class TranslationVcpu:
             # A pending x87 exception is also raised by MMX instructions, so ask the host which it was.
             if words[OFFSETS["HOST_FAULT_CODE"] // 8] == 16:
                 raise GuestException(16)
-            raise GuestException(19 if core.cr4 & _CR4_OSXMMEXCPT else 6)
+            raise GuestException(19 if core.cr4 & CR4_OSXMMEXCPT else 6)
         if number == signal.SIGILL:
             return Unsupported(f"{instruction} (this host refuses it)", core.rip)
         if number == signal.SIGSEGV:

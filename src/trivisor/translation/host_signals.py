@@ -100,7 +100,7 @@ timer:
 """
 
 
-class _SigAction(ctypes.Structure):
+class SigAction(ctypes.Structure):
     """struct kernel_sigaction."""
 
     _fields_ = (
@@ -149,9 +149,9 @@ class HostSignals:
             self._words[self._previous_at + number] = old.handler
         self._install(TIMER_SIGNAL, "timer", _SA_SIGINFO | _SA_RESTART)
 
-    def _install(self, number: int, label: str, flags: int) -> _SigAction:
-        new = _SigAction(self._labels[label], flags | _SA_RESTORER, self._labels["restorer"], 0)
-        old = _SigAction()
+    def _install(self, number: int, label: str, flags: int) -> SigAction:
+        new = SigAction(self._labels[label], flags | _SA_RESTORER, self._labels["restorer"], 0)
+        old = SigAction()
         if _libc.syscall(_SYS_RT_SIGACTION, number, ctypes.byref(new), ctypes.byref(old), 8):
             raise OSError(ctypes.get_errno(), f"cannot handle host signal {number}")
         return old

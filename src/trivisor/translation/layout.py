@@ -28,7 +28,7 @@ EXEC_TLB_ENTRIES = 512
 EXEC_TLB_ENTRY_SIZE = 16  # linear page; physical page | global in bit 0
 JUMP_CACHE_ENTRIES = 65536
 BLOCK_TABLE_ENTRIES = 1 << 18
-BLOCK_TABLE_ENTRY_SIZE = 32
+BLOCK_TABLE_ENTRY_SIZE = 32  # linear address; physical page | mode key; host address of the checked entry; -
 FPU_AREA_SIZE = 4096
 
 OFFSETS: dict[str, int] = {}
@@ -154,11 +154,9 @@ _FIELDS = (
     "COUNT_SYSRET",
     "COUNT_IRET",
     "COUNT_CR3",
-    "COUNT_INVLPG",
     "COUNT_EXEC_TLB_MISS",
     "COUNT_CODE_PAGE_WRITE",
     "COUNT_PAGE_CROSSING",
-    "COUNT_INTERRUPT",
 )
 for _name in _FIELDS:
     _cursor.field(_name)
@@ -194,10 +192,6 @@ TLB_READ = 0  # linear page that may be read, or an address of another set
 TLB_WRITE = 8
 TLB_HOST = 16  # host address of the page
 TLB_INFO = 24  # bit 0: global; bit 1: piece of a large page
-# Offsets within a block table entry.
-BLOCK_LINEAR = 0
-BLOCK_KEY = 8  # physical page address | mode key
-BLOCK_ENTRY = 16  # host address of the checked entry
 BLOCK_SECOND = 24  # of an instruction that runs into another page: that one's physical address | 1; else 0
 
 _exit = count(1)
@@ -212,7 +206,6 @@ EXITS: dict[str, int] = {
         "EXIT_STEPPED",  # a single-step block ran to its end
         "EXIT_POLL",  # interrupt window check wanted at RIP
         "EXIT_HOST_FAULT",  # a host signal struck translated code at HOST_FAULT_IP
-        "EXIT_IRET",  # the native IRET gave up: Python does it
         "EXIT_UNDEFINED",
     )
 }

@@ -232,13 +232,6 @@ class Mmu:
         words[at + 2] = self.memory.base + physical
         words[at + 3] = (1 if found.global_ else 0) | (2 if found.page_size > 4096 else 0)
 
-    def invalidate_entry(self, linear: int, user: bool) -> None:
-        """Make the data TLB forget what it has in `linear`'s place."""
-        at = self.entry(linear, user)
-        other = (linear & ~0xFFF & ((1 << 64) - 1)) ^ 0x1000
-        self.core.words[at] = other
-        self.core.words[at + 1] = other
-
     def fetch(self, linear: int, user: bool) -> tuple[int, bool]:
         """(physical page, global) for executing at `linear`, through the fetch TLB; raises GuestException."""
         words = self.core.words

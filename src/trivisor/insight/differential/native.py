@@ -29,7 +29,7 @@ from trivisor.insight.differential.case import (
     Result,
 )
 from trivisor.machine.state import GPR_NAMES
-from trivisor.translation.host_signals import HostSignals
+from trivisor.translation.host_signals import HostSignals, SigAction
 from trivisor.x86.assembler import assemble
 from trivisor.x86.cpuid import host_xgetbv
 
@@ -165,17 +165,6 @@ restorer:
 """
 
 
-class _SigAction(ctypes.Structure):
-    """struct kernel_sigaction."""
-
-    _fields_ = (
-        ("handler", ctypes.c_uint64),
-        ("flags", ctypes.c_uint64),
-        ("restorer", ctypes.c_uint64),
-        ("mask", ctypes.c_uint64),
-    )
-
-
 def is_available() -> bool:
     """Whether the host is one that this can run on: Linux on x86-64 with AVX and FSGSBASE."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
@@ -220,7 +209,7 @@ class NativeHost:
         self._keep = alternate
         flags = _SA_SIGINFO | _SA_ONSTACK | _SA_RESTORER | _SA_NODEFER
         for number in _FAULTS:
-            new, old = _SigAction(labels["fault"], flags, labels["restorer"], 0), _SigAction()
+            new, old = SigAction(labels["fault"], flags, labels["restorer"], 0), SigAction()
             _libc.syscall(_SYS_RT_SIGACTION, number, ctypes.byref(new), ctypes.byref(old), 8)
             pack_into("<Q", self.control, _FIELDS["PREVIOUS"] + 8 * number, old.handler)
 

@@ -89,7 +89,7 @@ _SHIFTS = {
     getattr(Mnemonic, name) for name in ("SHL", "SHR", "SAR", "SAL", "ROL", "ROR", "RCL", "RCR", "SHLD", "SHRD")
 }
 
-_XSAVE_FAMILY = {
+XSAVE_FAMILY = {
     Mnemonic.XSAVE, Mnemonic.XSAVE64, Mnemonic.XRSTOR, Mnemonic.XRSTOR64,
     Mnemonic.XSAVEOPT, Mnemonic.XSAVEOPT64, Mnemonic.XSAVEC, Mnemonic.XSAVEC64,
 }  # fmt: skip
@@ -379,7 +379,7 @@ class InstructionMaker:
 
     def _with_memory(self, recipe: Recipe, instruction: Instruction, access: int, high: bool) -> None:
         mnemonic = instruction.mnemonic
-        if mnemonic in _XSAVE_FAMILY:
+        if mnemonic in XSAVE_FAMILY:
             memory_forms.xsave(self, recipe, instruction)
             return
         if access == OpAccess.NO_MEM_ACCESS:

@@ -16,9 +16,8 @@ from typing import NamedTuple
 from trivisor.translation.layout import SYMBOLS, TLB_ENTRIES
 from trivisor.x86.assembler import assemble
 
-ALL_FLAGS = 0x7F
-"""The arithmetic flags and DF in iced's RflagsBits order: OF SF ZF AF CF PF DF."""
 ARITHMETIC = 0x3F
+"""The arithmetic flags, in iced's RflagsBits order: OF SF ZF AF CF PF."""
 
 
 @lru_cache(maxsize=1 << 16)

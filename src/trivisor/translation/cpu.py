@@ -284,6 +284,13 @@ class TranslationVcpu:
         return DebugStop(self.core.rip) if exit_ is None else exit_
 
     def _once(self, single: bool) -> Exit | None:
+        """One turn, with the delivery of the exception that it may end in."""
+        try:
+            return self._turn(single)
+        except GuestException as fault:
+            return events.raise_exception(self, fault)
+
+    def _turn(self, single: bool) -> Exit | None:
         """Serve what waits, then run translated code until it comes back, or one instruction."""
         words, core = self._words, self.core
         if words[_PENDING] or (self._waiting and core.interrupt_flag) or self._nmi_waiting:
@@ -300,10 +307,7 @@ class TranslationVcpu:
             return self._single_step()
         target = self._next
         if target is None:
-            try:
-                block = self.blocks.block(self.mode, core.rip)
-            except GuestException as fault:
-                return events.raise_exception(self, fault)
+            block = self.blocks.block(self.mode, core.rip)
             target = self._native.cache.base + block.body
         else:
             self._next = None
@@ -330,13 +334,8 @@ class TranslationVcpu:
         return self.enter(target)
 
     def handle(self, number: int) -> Exit | None:
-        """Act on an exit."""
-        try:
-            return self._handlers[number]()
-        except GuestException as fault:
-            return events.raise_exception(self, fault)
-        except UnsupportedFeature as missing:
-            return Unsupported(str(missing), self.core.rip)
+        """Act on an exit; raises GuestException for an exception of the guest's that is to be delivered."""
+        return self._handlers[number]()
 
     def count(self, name: str) -> None:
         """Count an event of the Python side."""
@@ -445,16 +444,11 @@ class TranslationVcpu:
         """One instruction, and the debug trap that TF asks for."""
         core = self.core
         trap = core.rflags & TF
-        try:
-            exit_ = slow_access.step(self, [])
-            if trap and exit_ is None and core.rflags & TF:
-                core.dr[6] |= 1 << 14
-                return events.raise_exception(self, GuestException(DEBUG))
-            return exit_
-        except GuestException as fault:
-            return events.raise_exception(self, fault)
-        except UnsupportedFeature as missing:
-            return Unsupported(str(missing), core.rip)
+        exit_ = slow_access.step(self, [])
+        if trap and exit_ is None and core.rflags & TF:
+            core.dr[6] |= 1 << 14
+            raise GuestException(DEBUG)
+        return exit_
 
     # -- exits ----------------------------------------------------------------------------------------------
 

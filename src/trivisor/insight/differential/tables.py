@@ -89,7 +89,7 @@ DIVISIONS = _mnemonics("DIV IDIV")
 SHIFTS = _mnemonics("SHL SHR SAR SAL ROL ROR RCL RCR SHLD SHRD")
 LOAD_MXCSR = _mnemonics("LDMXCSR VLDMXCSR")
 READ_ALL_FLAGS = _mnemonics("PUSHF PUSHFD PUSHFQ LAHF")
-LEAVE_FLAGS = DIVISIONS | BIT_STRINGS | SHIFTS | _mnemonics("BSF BSR MUL IMUL AAA AAS AAM AAD DAA DAS")
+LEAVE_FLAGS = DIVISIONS | BIT_STRINGS | SHIFTS | _mnemonics("BSF BSR TZCNT LZCNT MUL IMUL AAA AAS AAM AAD DAA DAS")
 """Instructions that may leave flags as they were where the manuals have them undefined."""
 MAY_DO_NOTHING = SHIFTS | STRINGS
 """Instructions that leave all flags as they were when their count is 0."""

@@ -4,124 +4,134 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable
+from bisect import bisect_right
 
 from iced_x86 import Decoder, DecoderError, Instruction
 
-from trivisor.translation.code_cache import CodeCache
+from trivisor.translation.block_tables import (
+    ALIAS,
+    ARCHIVED,
+    BLOCK,
+    BLOCK_SIZE,
+    MAXIMUM_BLOCKS,
+    MAXIMUM_LINKS,
+    MAXIMUM_TEMPLATES,
+    TEMPLATE_SIZE,
+    Block,
+    BlockTables,
+    template_bucket,
+)
 from trivisor.translation.core import Core
 from trivisor.translation.layout import BLOCK_TABLE_ENTRIES, BLOCK_TABLE_ENTRY_SIZE, OFFSETS
 from trivisor.translation.mmu import Mmu
 from trivisor.translation.modes import Mode
-from trivisor.translation.translator.block import Block
+from trivisor.translation.native_code import NativeCode
+from trivisor.translation.translator.block import Translation
 from trivisor.translation.translator.translator import Translator
 from trivisor.x86.exceptions import GuestException
 
 _TABLE = OFFSETS["BLOCK_TABLE"] // 8
-_JUMP_CACHES = tuple(OFFSETS[f"JUMP_CACHE_{name}"] // 8 for name in ("KERNEL", "USER", "OTHER"))
-
-
-def _place(rip: int) -> int:
-    """Where in the state block's words the native block table has `rip`'s entry."""
-    return _TABLE + ((rip ^ rip >> 16) & BLOCK_TABLE_ENTRIES - 1) * (BLOCK_TABLE_ENTRY_SIZE // 8)
-
-
-class _Page:
-    """What was made from one physical page."""
-
-    __slots__ = ("blocks", "decoded", "steps")
-
-    def __init__(self) -> None:
-        self.blocks: list[tuple[int, int, Block]] = []
-        """(first byte, end, block), as offsets in the page."""
-        self.steps: dict[tuple[int, int, int], Block] = {}
-        self.decoded: dict[tuple[int, int], Instruction] = {}
+_FORGOTTEN = OFFSETS["COUNT_FORGOTTEN"] // 8
+_MAXIMUM_REMEMBERED = 1 << 16
+"""Decoded instructions and single-step blocks."""
+_LONGEST = 15  # bytes of an instruction
 
 
 class BlockStore:
-    """Finds and makes blocks; `lookup` is the host address of the jump cache miss helper."""
+    """Finds and makes blocks.
+
+    Templates of forgotten blocks stay: the same bytes at the same place in a page become a block again without
+    being translated.
+    """
 
     def __init__(
-        self,
-        core: Core,
-        mmu: Mmu,
-        cache: CodeCache,
-        lookup: int,
-        features: frozenset[int],
-        xsave_size: int,
-        purge_writes: Callable[[int], object],
-        forget_jumps: Callable[[], object],
+        self, core: Core, mmu: Mmu, native: NativeCode, features: frozenset[int], xsave_size: int
     ) -> None:
         self.core = core
         self.mmu = mmu
-        self.cache = cache
-        self.lookup = lookup
-        self._purge_writes = purge_writes
-        self._forget_jumps = forget_jumps
-        self._blocks: dict[tuple[int, int], Block] = {}
-        self._pages: dict[int, _Page] = {}
-        self._starts: list[int] = []
-        self._in_order: list[Block] = []
-        self._helpers_end = cache.used
+        self.native = native
+        self.cache = native.cache
+        self.tables = BlockTables(core, mmu.memory.span >> 12)
+        self._steps: dict[tuple[int, int, int, int], tuple[bytes, Block]] = {}
+        """Single-step blocks by linear and physical address, mode and what is prepared, with their guest bytes."""
+        self._decoded: dict[tuple[int, int], tuple[bytes, Instruction]] = {}
+        self._helpers_end = self.cache.used
         self.core.words[_TABLE + 1] = 0xFFF
-        self.translator = Translator(
-            cache, lookup - cache.base, features, xsave_size, lambda rip, key: self._blocks.get((rip, key))
-        )
+        lookup = native.address("lookup") - self.cache.base
+        self.translator = Translator(self.cache, lookup, features, xsave_size)
         self.made = 0
-        self.invalidated = 0
         self.flushes = 0
         self.translating = 0
         """Nanoseconds spent translating."""
+
+    @property
+    def invalidated(self) -> int:
+        """Blocks that were forgotten because their code was written to or mapped otherwise."""
+        return self.core.words[_FORGOTTEN]
+
+    def close(self) -> None:
+        """Give the tables' memory back to the host."""
+        self.tables.close()
 
     # -- finding and making ---------------------------------------------------------------------------------
 
     def block(self, mode: Mode, rip: int) -> Block:
         """The block at linear `rip`, made if need be; raises GuestException for a fetch that faults."""
         page, _ = self.mmu.fetch(rip, mode.user)
-        key = page | mode.key
-        found = self._blocks.get((rip, key))
-        if found is not None and found.second >= 0 and not self._has_second(found, mode):
-            self._forget(found)
-            found = None
-        if found is None:
-            found = self._make(mode, rip, page)
-        at = _place(rip)
-        words = self.core.words
-        words[at] = rip
-        words[at + 1] = key
-        words[at + 2] = self.cache.base + found.checked
-        words[at + 3] = found.second | 1 if found.second >= 0 else 0
-        return found
+        number = self.native.find_block(rip, page | mode.key)
+        if number:
+            found = Block(self.tables, number)
+            if not found.second or self._has_second(found, mode):
+                return found
+            self.native.forget_block(number)
+        return self._make(mode, rip, page)
 
     def _has_second(self, block: Block, mode: Mode) -> bool:
         """Whether the page that the block's instruction runs into is still the same; raises GuestException."""
         second, _ = self.mmu.fetch((block.rip | 0xFFF) + 1 & ((1 << mode.bits) - 1), mode.user)
-        return second == block.second
+        return bool(second | 1 == block.second)
 
     def _make(self, mode: Mode, rip: int, page: int) -> Block:
         started = time.perf_counter_ns()
         code, second = self.code_at(mode, rip, page)
-        try:
-            block = self.translator.translate(mode, rip, page, code)
-        except MemoryError:
+        made = self.translator.translate(mode, rip, code)
+        if not self._has_room(made, len(code)):
             self.flush()
-            block = self.translator.translate(mode, rip, page, code)
-        self._blocks[rip, block.key] = block
-        self._add(block)
-        first = rip & 0xFFF
-        last = first + block.length
-        if last <= 0x1000:
-            self._own(page).blocks.append((first, last, block))
-            self._mark(page, first, last)
-        else:
-            block.second = second
-            self._own(page).blocks.append((first, 0x1000, block))
-            self._mark(page, first, 0x1000)
-            self._own(second).blocks.append((0, last - 0x1000, block))
-            self._mark(second, 0, last - 0x1000)
+            made = self.translator.translate(mode, rip, code)
+        lasting = not made.crosses and self.mmu.memory.is_ram(page, 0x1000)
+        template, start = self._keep(made, mode, code, lasting=lasting)
+        number = self.native.take_up(template, rip, page | mode.key, start, second | 1 if made.crosses else 0)
         self.made += 1
         self.translating += time.perf_counter_ns() - started
-        return block
+        return Block(self.tables, number)
+
+    def _has_room(self, made: Translation, guest: int) -> bool:
+        """Whether the code cache and the tables can take it (links are counted generously)."""
+        tables = self.tables
+        size = len(made.code) + 4 * (len(made.relocations) + len(made.locations)) + 20 * len(made.links) + guest + 32
+        return (
+            self.cache.used + size <= self.cache.size
+            and tables.block_count < MAXIMUM_BLOCKS - 2
+            and tables.link_count < MAXIMUM_LINKS - 256
+            and tables.template_count < MAXIMUM_TEMPLATES - 1
+        )
+
+    def _keep(self, made: Translation, mode: Mode, code: bytes, *, lasting: bool) -> tuple[int, int]:
+        """Put it into the code cache; (number of its template, offset of its code).
+
+        A `lasting` template can become other blocks later: those with the same bytes at the same place in a page.
+        """
+        guest = code[: made.length]
+        image = made.image(guest)
+        start = self.cache.append(image)
+        tables = self.tables
+        number = tables.template_count
+        tables.template_count = number + 1
+        at = number * TEMPLATE_SIZE
+        tables.templates[at : at + TEMPLATE_SIZE] = made.template(mode.key, start, len(image), guest)
+        if lasting:
+            tables.list_template(number, template_bucket(made.rip, mode.key, guest[0]))
+        return number, start
 
     def code_at(self, mode: Mode, rip: int, page: int) -> tuple[bytes, int]:
         """(bytes from rip on to the end of the page, 0), or those of an instruction that crosses into another.
@@ -131,9 +141,9 @@ class BlockStore:
         memory = self.mmu.memory
         address = page | (rip & 0xFFF)
         if not memory.is_ram(page, 0x1000):
-            return b"\xff" * 15, page
+            return b"\xff" * _LONGEST, page
         code = bytes(memory.view[address : page + 0x1000])
-        if len(code) >= 15:
+        if len(code) >= _LONGEST:
             return code, 0
         decoder = Decoder(mode.bits, code, ip=rip)
         decoder.decode()
@@ -142,8 +152,8 @@ class BlockStore:
         beyond = (rip | 0xFFF) + 1 & ((1 << mode.bits) - 1)
         second, _ = self.mmu.fetch(beyond, mode.user)
         if not memory.is_ram(second, 0x1000):
-            return code + b"\xff" * 15, second
-        return code + bytes(memory.view[second : second + 15 - len(code)]), second
+            return code + b"\xff" * _LONGEST, second
+        return code + bytes(memory.view[second : second + _LONGEST - len(code)]), second
 
     def around(self, mode: Mode, rip: int) -> tuple[int, int] | None:
         """(address, length) of the longest known block that holds or ends at `rip`."""
@@ -151,143 +161,123 @@ class BlockStore:
             page, _ = self.mmu.fetch(rip, mode.user)
         except GuestException:
             return None
-        own = self._pages.get(page)
-        blocks = [block for _, _, block in own.blocks] if own is not None else []
-        found = [b for b in blocks if b.key == page | mode.key and b.rip <= rip <= b.rip + b.length]
-        longest = min(found, key=lambda block: block.rip, default=None)
-        return None if longest is None else (longest.rip, longest.length)
+        if not self.mmu.memory.is_ram(page, 0x1000):
+            return None
+        found = []
+        number = self.tables.page_blocks[page >> 12]
+        while number:
+            block = Block(self.tables, number)
+            if not block.flags and block.key == page | mode.key:
+                length = self.tables.template_sizes(block.template)[1]
+                if block.rip <= rip <= block.rip + length:
+                    found.append((block.rip, length))
+            number = block.next
+        return min(found, default=None)
 
     def step_block(self, mode: Mode, rip: int, prepared: int) -> Block:
         """A block of the one instruction at `rip`; see `Recipe.prepared`."""
         page, _ = self.mmu.fetch(rip, mode.user)
-        own = self._own(page)
-        key = (rip, mode.key, prepared)
-        block = own.steps.get(key)
-        if block is None or (block.crosses and not self._has_second(block, mode)):
-            code, second = self.code_at(mode, rip, page)
-            try:
-                block = self.translator.translate_step(mode, rip, page, code, prepared)
-            except MemoryError:
-                self.flush()
-                own = self._own(page)
-                block = self.translator.translate_step(mode, rip, page, code, prepared)
-            self._add(block)
-            own.steps[key] = block
-            self._mark(page, rip & 0xFFF, min((rip & 0xFFF) + block.length, 0x1000))
-            if block.crosses:
-                block.second = second
-                self._own(second).steps[key] = block
-                self._mark(second, 0, 15)
+        key = (rip, page, mode.key, prepared)
+        code, _ = self.code_at(mode, rip, page)
+        known = self._steps.get(key)
+        if known is not None and code.startswith(known[0]):
+            return known[1]
+        made = self.translator.translate_step(mode, rip, code, prepared)
+        if not self._has_room(made, made.length) or len(self._steps) >= _MAXIMUM_REMEMBERED:
+            self.flush()
+            made = self.translator.translate_step(mode, rip, code, prepared)
+        template, start = self._keep(made, mode, code, lasting=False)
+        block = self.tables.add_step(rip, page | mode.key, template, start, len(made.code))
+        self._steps[key] = (code[: made.length], block)
         return block
 
     def instruction(self, mode: Mode, rip: int) -> Instruction:
         """The decoded instruction at `rip`; raises GuestException."""
         page, _ = self.mmu.fetch(rip, mode.user)
-        own = self._pages.get(page)
-        if own is not None and (found := own.decoded.get((rip, mode.bits))) is not None:
-            return found
-        code, second = self.code_at(mode, rip, page)
-        instruction = Decoder(mode.bits, code[:15], ip=rip).decode()
-        if own is not None and not second:
-            own.decoded[rip, mode.bits] = instruction
+        code, _ = self.code_at(mode, rip, page)
+        known = self._decoded.get((rip, mode.bits))
+        if known is not None and code.startswith(known[0]):
+            return known[1]
+        instruction = Decoder(mode.bits, code[:_LONGEST], ip=rip).decode()
+        if len(self._decoded) >= _MAXIMUM_REMEMBERED:
+            self._decoded.clear()
+        self._decoded[rip, mode.bits] = (code[: instruction.len], instruction)
         return instruction
-
-    def _own(self, page: int) -> _Page:
-        own = self._pages.get(page)
-        if own is None:
-            own = self._pages[page] = _Page()
-            if self.mmu.memory.is_ram(page, 0x1000):
-                self._purge_writes(self.mmu.memory.base + page)
-        return own
-
-    def _mark(self, page: int, start: int, end: int) -> None:
-        """Note that code was translated from bytes [start, end) of a page."""
-        if self.mmu.memory.is_ram(page, 0x1000):
-            lines = (1 << ((end - 1) >> 6) + 1) - (1 << (start >> 6))
-            self.mmu.code_lines[page >> 12] |= lines
-
-    def _add(self, block: Block) -> None:
-        self._starts.append(block.checked)
-        self._in_order.append(block)
 
     def at_host(self, address: int) -> Block | None:
         """The block whose code holds host `address`."""
-        from bisect import bisect_right
-
         offset = address - self.cache.base
-        index = bisect_right(self._starts, offset) - 1
-        if index < 0 or offset >= self._in_order[index].end:
+        tables = self.tables
+        starts = _Starts(tables)
+        number = bisect_right(starts, offset)
+        if number == 0:
             return None
-        return self._in_order[index]
+        block = Block(tables, number)
+        if block.flags & ALIAS:
+            block = Block(tables, block.master)
+        return block if offset < block.start + block.size else None
+
+    def locate(self, block: Block, address: int) -> tuple[int, bool]:
+        """(guest rip, flags parked) of the instruction of the block whose code holds host `address`."""
+        table = self._locations(block.template)
+        starts = [word & 0x1FFFFF for word in table]
+        index = bisect_right(starts, address - self.cache.base - block.body) - 1
+        if index < 0:
+            return block.rip, False
+        word = table[index]
+        return block.rip + (word >> 22), bool(word >> 21 & 1)
+
+    def _locations(self, template: int) -> memoryview:
+        """A template's `Translation.locations`."""
+        size, length, count = self.tables.template_sizes(template)
+        end = size - length
+        return memoryview(self.image(template)[end - 4 * count : end]).cast("I")
+
+    def image(self, template: int) -> bytes:
+        """A template's image."""
+        at = self.tables.template_image(template)
+        size = self.tables.template_sizes(template)[0]
+        if at & ARCHIVED:
+            raise NotImplementedError
+        return bytes(self.cache.writable[at : at + size])
+
+    # -- links ----------------------------------------------------------------------------------------------
+
+    def follow(self, mode: Mode, link: int) -> Block:
+        """The block that a link's jump wants, made if need be, and the link led there; raises GuestException."""
+        flushes = self.flushes
+        block = self.block(mode, self.core.rip)
+        if flushes == self.flushes:  # else the link is gone
+            self.native.connect_link(link, block.number)
+        return block
 
     # -- forgetting -----------------------------------------------------------------------------------------
 
     def written(self, address: int, length: int) -> None:
         """Physical [address, address + length) is about to change: forget what was made from it."""
         for page in range(address & ~0xFFF, address + length, 0x1000):
-            own = self._pages.get(page)
-            if own is not None:
-                self._written_page(page, own, max(address, page), min(address + length, page + 0x1000))
-
-    def _written_page(self, page: int, own: _Page, start: int, end: int) -> None:
-        only_blocks = not own.steps
-        own.steps.clear()
-        own.decoded.clear()
-        start -= page
-        end -= page
-        hit = [block for first, last, block in own.blocks if first < end and last > start]
-        if not hit and own.blocks and only_blocks:
-            return
-        own.blocks = [entry for entry in own.blocks if entry[0] >= end or entry[1] <= start]
-        for block in hit:
-            self._forget(block)
-        lines = 0
-        for first, last, _ in own.blocks:
-            lines |= (2 << (last - 1 >> 6)) - (1 << (first >> 6))
-        self.mmu.code_lines[page >> 12] = lines
-        if not lines:
-            del self._pages[page]
+            if self.mmu.memory.is_ram(page, 0x1000) and self.tables.page_blocks[page >> 12]:
+                start, end = max(address - page, 0), min(address + length - page, 0x1000)
+                self.native.forget_bytes(page >> 12, start, end)
 
     def forget_page(self, page: int) -> None:
         """The whole page is about to be overwritten."""
         self.written(page, 0x1000)
 
-    def _forget(self, block: Block) -> None:
-        if block.dead:
-            return
-        block.dead = True
-        self.invalidated += 1
-        self._blocks.pop((block.rip, block.key), None)
-        self.translator.disconnect(block)
-        if block.crosses:  # its other page still has it
-            for page in (block.key & ~0xFFF, block.second):
-                own = self._pages.get(page)
-                if own is not None:
-                    own.blocks = [entry for entry in own.blocks if entry[2] is not block]
-        words = self.core.words
-        at = _place(block.rip)
-        if words[at] == block.rip:
-            words[at + 1] = 0xFFF
-        entry = self.cache.base + block.checked
-        for table in _JUMP_CACHES:
-            slot = table + (block.rip & 0xFFFF)
-            if words[slot] == entry:
-                words[slot] = self.lookup
-
     def flush(self) -> None:
         """Forget everything, because the code cache is full."""
         self.flushes += 1
-        for page in self._pages:
-            if self.mmu.memory.is_ram(page, 0x1000):
-                self.mmu.code_lines[page >> 12] = 0
-        self._blocks.clear()
-        self._pages.clear()
-        self._starts.clear()
-        self._in_order.clear()
-        self.translator.links.clear()
+        tables, lines = self.tables, self.mmu.code_lines
+        memory = self.mmu.memory
+        for at in range(BLOCK_SIZE // 8, tables.block_count * (BLOCK_SIZE // 8), BLOCK_SIZE // 8):
+            for page in (tables.block_quads[at + BLOCK["B_KEY"] // 8], tables.block_quads[at + BLOCK["B_SECOND"] // 8]):
+                if memory.is_ram(page & ~0xFFF, 0x1000):
+                    lines[page >> 12] = tables.page_blocks[page >> 12] = 0
+        tables.clear()
+        self._steps.clear()
         self.cache.used = self._helpers_end
         self.clear_table()
-        self._forget_jumps()
+        self.native.flush_everything()
 
     def clear_table(self) -> None:
         """Empty the native block table."""
@@ -295,3 +285,17 @@ class BlockStore:
         ctypes.memset(self.core.address + start, 0, size)
         # Zeros are an entry for address 0 of page 0, which has its place in the first one.
         self.core.words[_TABLE + 1] = 0xFFF
+
+
+class _Starts:
+    """The starts of all blocks' code, ascending, for `bisect`."""
+
+    def __init__(self, tables: BlockTables) -> None:
+        self._words = tables.block_words
+        self._length = tables.block_count - 1
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> int:
+        return self._words[((index + 1) * BLOCK_SIZE + BLOCK["B_START"]) // 4]

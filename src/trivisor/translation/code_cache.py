@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 
@@ -25,7 +26,27 @@ class CodeCache:
             os.close(descriptor)
         """Host address that the code runs at."""
         self.writable = memoryview(self._mapping)
-        self.used = 0
+        self._used = memoryview(bytearray(8)).cast("Q")
+
+    @property
+    def used(self) -> int:
+        """Bytes in use, from the start."""
+        return self._used[0]
+
+    @used.setter
+    def used(self, used: int) -> None:
+        self._used[0] = used
+
+    @property
+    def writable_base(self) -> int:
+        """Host address of the writable view."""
+        with memoryview(self._mapping) as view:
+            return ctypes.addressof(ctypes.c_char.from_buffer(view))
+
+    def share_used(self, word: memoryview) -> None:
+        """Keep the count of bytes in use in `word`, one 64-bit item, from now on; native code may then append too."""
+        word[0] = self.used
+        self._used = word
 
     def append(self, code: bytes | bytearray) -> int:
         """Add `code`, 16-byte aligned, and return its offset; MemoryError when the cache is full."""
@@ -42,5 +63,6 @@ class CodeCache:
         if self.base:
             host_unmap(self.base, self.size)
             self.base = 0
+            self._used.release()
             self.writable.release()
             self._mapping.close()

@@ -16,6 +16,7 @@ from trivisor.machine.state import CpuState
 from trivisor.machine.vcpu import Surroundings
 from trivisor.translation import slow_access
 from trivisor.translation.block_store import BlockStore
+from trivisor.translation.block_tables import Block
 from trivisor.translation.core import CS, DS, ES, MASK64, SS, Core
 from trivisor.translation.cpuid import guest_cpuid
 from trivisor.translation.emulator import events, system
@@ -27,7 +28,6 @@ from trivisor.translation.modes import Mode
 from trivisor.translation.msrs import MsrFile
 from trivisor.translation.native_code import NativeCode
 from trivisor.translation.state_transfer import get_state, set_state
-from trivisor.translation.translator.block import Block
 from trivisor.translation.translator.features import decoder_features
 from trivisor.translation.translator.instructions import XSAVE_FAMILY
 from trivisor.x86.control import (
@@ -98,14 +98,7 @@ class TranslationVcpu:
         self._native = native = NativeCode(self.core, self.xcr0_supported, CODE_CACHE_SIZE)
         self.mmu.native_walker = native.walk
         self.blocks = BlockStore(
-            self.core,
-            self.mmu,
-            native.cache,
-            native.address("lookup"),
-            decoder_features(self._cpuid.features),
-            self.xsave_size,
-            native.purge_writes,
-            native.flush_everything,
+            self.core, self.mmu, native, decoder_features(self._cpuid.features), self.xsave_size
         )
         self.mmu.on_code_write = self.blocks.written
         self._timer: HostTimer | None = None
@@ -135,6 +128,7 @@ class TranslationVcpu:
         self.board.clock.on_earlier = None
         if self._timer is not None:
             self._timer.close()
+        self.blocks.close()
         self._native.close()
         self.mmu.close()
         self.core.close()
@@ -453,15 +447,7 @@ class TranslationVcpu:
     # -- exits ----------------------------------------------------------------------------------------------
 
     def _on_chain(self) -> Exit | None:
-        link = self.blocks.translator.links[self._words[_EXIT_A]]
-        self.core.rip = link.target
-        target = self.blocks.block(self.mode, link.target)
-        if target.key == link.key and not target.dead:
-            # The code cache may have been flushed to make room for the target, and the link with it.
-            links = self.blocks.translator.links
-            index = self._words[_EXIT_A]
-            if index < len(links) and links[index] is link:
-                self.blocks.translator.connect(link, target)
+        target = self.blocks.follow(self.mode, self._words[_EXIT_A])
         self._next = self._native.cache.base + target.polled
         return None
 
@@ -521,7 +507,7 @@ class TranslationVcpu:
     def _locate(self, block: Block, host: int) -> None:
         """Set rip and flags to where host code at `host` stands for."""
         core, words = self.core, self._words
-        rip, parked = block.locate(host - self._native.cache.base)
+        rip, parked = self.blocks.locate(block, host)
         core.rip = rip
         if parked:
             parked_flags = words[OFFSETS["FLAGS_AX"] // 8]

@@ -156,7 +156,24 @@ _FIELDS = (
     "COUNT_CR3",
     "COUNT_EXEC_TLB_MISS",
     "COUNT_CODE_PAGE_WRITE",
+    "COUNT_CODE_WRITE",  # those of them that hit code
     "COUNT_PAGE_CROSSING",
+    "COUNT_TAKEN_UP",  # blocks made of a template
+    "COUNT_LINKED",
+    "COUNT_FORGOTTEN",
+    "BLOCKS",  # host addresses of the tables of block_tables.py, and how much of them is in use
+    "BLOCK_COUNT",
+    "LINKS",
+    "LINK_COUNT",
+    "TEMPLATES",
+    "TEMPLATE_COUNT",
+    "TEMPLATE_HEADS",
+    "PAGE_BLOCKS",
+    "ARCHIVE",  # host address of an earlier run's images
+    "CODE_BASE",  # the code cache: host addresses of its two views, bytes in use, size
+    "CODE_WRITABLE",
+    "CODE_USED",
+    "CODE_SIZE",
 )
 for _name in _FIELDS:
     _cursor.field(_name)
@@ -184,6 +201,7 @@ _cursor.field("JUMP_CACHE_KERNEL", JUMP_CACHE_ENTRIES * 8, 4096)
 _cursor.field("JUMP_CACHE_USER", JUMP_CACHE_ENTRIES * 8, 4096)
 _cursor.field("JUMP_CACHE_OTHER", JUMP_CACHE_ENTRIES * 8, 4096)
 _cursor.field("BLOCK_TABLE", BLOCK_TABLE_ENTRIES * BLOCK_TABLE_ENTRY_SIZE, 4096)
+_cursor.field("BLOCK_NUMBERS", BLOCK_TABLE_ENTRIES * 4, 4096)  # of the blocks in it
 
 STATE_SIZE = (_cursor.at + 4095) & -4096
 

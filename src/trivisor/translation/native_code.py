@@ -20,7 +20,7 @@ class NativeCode:
 
     `enter(host address)` runs translated code until it leaves and returns the
     exit's number.  The others are what Python asks of the helpers; addresses
-    are linear ones of the guest, but for `purge_writes`, which takes a host page.
+    are linear ones of the guest; those about blocks are in `natives/blocks.py`.
     """
 
     def __init__(self, core: Core, xsave_mask: int, cache_size: int) -> None:
@@ -39,7 +39,11 @@ class NativeCode:
         self.flush_local: Callable[[], int] = self._bound("flush_local", 0)
         self.flush_jumps = [self._bound(f"flush_{name}_jumps", 0) for name in ("kernel", "user", "other")]
         self.invalidate_page: Callable[[int], int] = self._bound("invalidate_page", 1)
-        self.purge_writes: Callable[[int], int] = self._bound("purge_writes", 1)
+        self.find_block: Callable[[int, int], int] = self._bound("find_block", 2)
+        self.take_up: Callable[[int, int, int, int, int], int] = self._bound("take_up", 5)
+        self.connect_link: Callable[[int, int], int] = self._bound("connect_link", 2)
+        self.forget_block: Callable[[int], int] = self._bound("forget_block", 1)
+        self.forget_bytes: Callable[[int, int, int], int] = self._bound("forget_bytes", 3)
         self.flush_everything()
         self._slot = HostSignals.instance().register(
             self.cache.base + len(program.code), self.cache.base + cache_size, core.address, self.address("fault_leave")
@@ -67,6 +71,11 @@ class NativeCode:
         for field in ("KNOWN_CS", "KNOWN_SS", "KNOWN_KERNEL_CS"):
             words[OFFSETS[f"{field}_SELECTOR"] // 8] = MASK64
         words[OFFSETS["POLL_BAD"] // 8] = self.unreadable
+        at = OFFSETS["CODE_USED"] // 8
+        self.cache.share_used(words[at : at + 1])
+        words[OFFSETS["CODE_BASE"] // 8] = self.cache.base
+        words[OFFSETS["CODE_WRITABLE"] // 8] = self.cache.writable_base
+        words[OFFSETS["CODE_SIZE"] // 8] = self.cache.size
         for field in ("POLL_GOOD", "ARMED", "POLL"):
             words[OFFSETS[field] // 8] = core.address
         lookup = self.address("lookup").to_bytes(8, "little")

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from functools import cache
 
+from trivisor.translation.block_tables import TABLE_SYMBOLS
 from trivisor.translation.layout import OFFSETS, SYMBOLS
-from trivisor.translation.natives import entry, events, flush, lookup, miss, walk
+from trivisor.translation.natives import blocks, entry, events, flush, lookup, miss, walk
 from trivisor.translation.natives.common import CONSTANTS
 from trivisor.x86.assembler import Program, assemble
 
@@ -21,6 +22,7 @@ def helpers(xsave_mask: int) -> Program:
             CONSTANTS,
             entry.ENTER_LEAVE,
             lookup.LOOKUP,
+            blocks.BLOCKS,
             walk.WALK,
             walk.FILL_TLB,
             walk.WALK_FOR_PYTHON,
@@ -33,7 +35,7 @@ def helpers(xsave_mask: int) -> Program:
     source = source.replace("RESTORE_FPU", "xrstor" if xsave_mask else "fxrstor")
     source = source.replace("SAVE_FPU", "xsave" if xsave_mask else "fxsave")
     source = source.replace("CLEAN_UPPER", "vzeroupper" if xsave_mask & 4 else "")
-    return assemble(source, bits=64, symbols={**SYMBOLS, "XSAVE_MASK": xsave_mask or 3})
+    return assemble(source, bits=64, symbols={**SYMBOLS, **TABLE_SYMBOLS, "XSAVE_MASK": xsave_mask or 3})
 
 
 POINTERS = {

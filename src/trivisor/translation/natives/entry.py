@@ -77,15 +77,4 @@ escape:
     call miss_flags
     mov qword [rbp+EXIT], EXIT_CALL_OUT
     jmp leave_spilled
-
-; call [CHAIN]; dd link: a direct jump whose target has no translation yet, or is not linked.
-chain:
-    pushfq
-    pop qword [rsp+8+FLAGS]
-    {spill(8)}
-    pop rbx
-    mov eax, [rbx]
-    mov [rsp+EXIT_A], rax
-    mov qword [rsp+EXIT], EXIT_CHAIN
-    jmp leave_spilled
 """

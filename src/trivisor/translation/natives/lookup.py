@@ -51,9 +51,9 @@ dispatch_found:
     shl edx, 5
     lea rsi, [rbp+rdx+BLOCK_TABLE]
     cmp [rsi], rax
-    jne dispatch_leave
+    jne dispatch_find
     cmp [rsi+8], rcx
-    jne dispatch_leave
+    jne dispatch_find
     cmp qword [rsi+BLOCK_SECOND], 0
     jne dispatch_second
 dispatch_both_found:
@@ -113,6 +113,15 @@ dispatch_walk:
     or rdi, rsi
     mov [r13+8], rdi
     mov rdi, r13
+    mov rax, [rbp+GUEST_RIP]
+    jmp dispatch_found
+dispatch_find:
+    ; not in the block table: but maybe there all the same, or kept from before
+    push rdi
+    call find
+    pop rdi
+    test eax, eax
+    jz dispatch_leave
     mov rax, [rbp+GUEST_RIP]
     jmp dispatch_found
 dispatch_second:

@@ -60,16 +60,47 @@ miss_failed:
     lea ecx, [rcx+rdx-1]
     mov r10, [r14+TLB_HOST]
     add r10, rdx
+    mov r8d, edx
+    lea r9d, [rcx+1]
     shr edx, 6
     shr ecx, 6
     bt rax, rdx
-    jc miss_slow
+    jc miss_code
     bt rax, rcx
-    jc miss_slow
+    jc miss_code
+miss_written:
     inc qword [rbp+COUNT_CODE_PAGE_WRITE]
     mov eax, [rbx+16]
     sub rbx, rax
     jmp miss_go
+miss_code:
+    ; forget what was made of the bytes, unless it may be the very code that is running
+    mov rax, [rbx+8]
+    mov rdx, rax
+    shr rdx, 12
+    and edx, EXEC_TLB_ENTRIES-1
+    shl edx, 4
+    lea rcx, [rbp+rdx+EXEC_TLB_KERNEL]
+    lea rsi, [rbp+rdx+EXEC_TLB_USER]
+    cmp qword [rbp+CPL], 3
+    cmove rcx, rsi
+    and rax, -4096
+    cmp [rcx], rax
+    jne miss_slow
+    mov rax, [rcx+8]
+    shr rax, 12
+    cmp rax, rdi
+    je miss_slow
+    push rbx
+    push r10
+    mov r12, rdi
+    mov r13d, r8d
+    mov r14d, r9d
+    call forget_in_page
+    pop r10
+    pop rbx
+    inc qword [rbp+COUNT_CODE_WRITE]
+    jmp miss_written
 
 miss_fault:
     mov [rbp+GUEST_CR2], r13

@@ -1,75 +1,89 @@
-"""What the translator makes: blocks, and the links between them."""
+"""What the translator makes: the host code of a run of guest instructions, and what it takes to put it elsewhere."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from array import array
+from struct import Struct
+
+from trivisor.translation.block_tables import BLOCK, LINK_DESCRIPTION, RELOCATIONS
+
+ADDRESS_64, ADDRESS_32, TO_HELPER, JUMP_SLOT = (
+    RELOCATIONS[name] << 24 for name in ("ADDRESS_64", "ADDRESS_32", "TO_HELPER", "JUMP_SLOT")
+)
+
+_TEMPLATE = Struct("<QQIIIIHHHHBBBBIII8x").pack
 
 
 class Link:
-    """A direct jump in a block's code that can lead straight to another block.
+    """A direct jump that can lead straight to another block.
 
-    `site` is the offset in the code cache of the jump's 32-bit displacement and
-    `stub` the offset of the code that asks for the link; `backward` jumps go to
-    the target's poll, and those with the flags parked to its entry for that.
+    `site` is the offset in the code of the jump's 32-bit displacement, `stub`
+    that of the code that asks for the link, `number` that of the link's number
+    there.  `backward` jumps go to the target's poll, and those with the flags
+    parked to its entry for that.
     """
 
-    __slots__ = ("backward", "key", "parked", "site", "stub", "target")
+    __slots__ = ("backward", "number", "parked", "site", "stub", "target")
 
-    def __init__(self, site: int, target: int, backward: bool, parked: bool, key: int) -> None:
+    def __init__(self, site: int, target: int, backward: bool, parked: bool) -> None:
         self.site = site
         self.stub = 0
+        self.number = 0
         self.target = target
         """Linear address, in the page of the block that jumps."""
         self.backward = backward
         self.parked = parked
-        self.key = key
-        """The target's key, being the jumping block's own."""
+
+    def described(self, rip: int) -> bytes:
+        """The link of a block at `rip` as its image has it."""
+        entry = BLOCK["B_PARKED" if self.parked else "B_POLLED" if self.backward else "B_BODY"]
+        return LINK_DESCRIPTION.pack(self.site, self.stub, self.number, self.target - rip, entry)
 
 
-class Block:
-    """Translated code of one run of guest instructions within a page (or of one that crosses pages)."""
+class Translation:
+    """Translated code of one run of guest instructions within a page (or of one that crosses pages).
 
-    __slots__ = ("body", "checked", "dead", "end", "key", "length", "links", "map", "parked", "polled", "rip", "second")
+    Everything that depends on where it stands is noted: see `block_tables`.
+    """
 
-    def __init__(self, rip: int, key: int, length: int) -> None:
+    __slots__ = ("body", "code", "length", "links", "locations", "parked", "polled", "relocations", "rip")
+
+    def __init__(self, rip: int, length: int) -> None:
         self.rip = rip
         """Linear address of the first instruction."""
-        self.key = key
-        """Physical page address | mode key."""
         self.length = length
         """Bytes of guest code."""
-        self.checked = 0
-        """Offset in the code cache of the entry that checks r10 against `rip`."""
+        self.code = bytearray()
+        """It begins with the entry that checks r10 against `rip`."""
         self.parked = 0
-        """... of the same without the check: flags are parked, and looked for interrupts."""
+        """Offset of the same without the check: flags are parked, and looked for interrupts."""
         self.polled = 0
         """... of the entry that looks for interrupts."""
         self.body = 0
         """... of the first instruction."""
-        self.end = 0
         self.links: list[Link] = []
-        """Jumps of other blocks that lead here."""
-        self.map = b""
-        self.dead = False
-        self.second = -1
-        """Physical address of the next page, for an instruction that runs into it."""
-
-    @property
-    def physical(self) -> int:
-        """Physical address of the first instruction."""
-        return (self.key & ~0xFFF) | (self.rip & 0xFFF)
+        self.relocations = array("I")
+        """Ascending or not: offset | kind (`ADDRESS_64` and its like)."""
+        self.locations = array("I")
+        """Of pieces of code, ascending: offset from the body | flags parked << 21 | offset of guest rip << 22."""
 
     @property
     def crosses(self) -> bool:
         """Whether it is an instruction that runs into the next page."""
         return (self.rip & 0xFFF) + self.length > 0x1000
 
-    def locate(self, offset: int) -> tuple[int, bool]:
-        """(guest rip, flags parked) of the instruction whose code holds code cache `offset`."""
-        table = memoryview(self.map).cast("I")
-        starts = [word & 0x1FFFFF for word in table]
-        index = bisect_right(starts, offset - self.body) - 1
-        if index < 0:
-            return self.rip, False
-        word = table[index]
-        return self.rip + (word >> 22), bool(word >> 21 & 1)
+    def image(self, guest: bytes) -> bytes:
+        """Everything that a template needs, as block_tables.py describes it; `guest` is what it was translated from."""
+        links = b"".join([link.described(self.rip) for link in self.links])
+        code = self.code
+        return b"".join(
+            (code, bytes(-len(code) & 3), self.relocations.tobytes(), links, self.locations.tobytes(), guest)
+        )
+
+    def template(self, mode: int, base: int, size: int, guest: bytes) -> bytes:
+        """The record of a template whose image of `size` bytes stands at offset `base` of the code cache."""
+        counts = len(self.relocations), len(self.locations), len(self.links)
+        return _TEMPLATE(
+            int.from_bytes(guest[:8], "little"), self.rip, 0, base, len(self.code), base, mode, self.length,
+            *counts, self.parked, self.polled, self.body, 0, size, 0,
+        )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from struct import Struct, pack, pack_into
 
 from trivisor.translation.layout import EXITS, OFFSETS
@@ -18,7 +17,7 @@ from trivisor.translation.modes import (
     Repeat,
     RepeatCompare,
 )
-from trivisor.translation.translator.block import Block, Link
+from trivisor.translation.translator.block import ADDRESS_32, ADDRESS_64, JUMP_SLOT, TO_HELPER, Link, Translation
 from trivisor.translation.translator.recipe import (
     ARITHMETIC,
     CHECK_TAIL,
@@ -56,11 +55,16 @@ _STEPPED = _STORE_RIP_R10 + _set_exit("EXIT_STEPPED") + _LEAVE
 
 
 class Emission:
-    """The making of one block; `base` is where in the code cache its code will stand."""
+    """The making of one block; `base` is where in the code cache its code will stand.
 
-    __slots__ = ("base", "block", "links", "locations", "lookup", "misses", "mode", "near", "out", "single")
+    Whatever depends on where the block stands, on the host or in the guest, goes into `relocations`.
+    """
 
-    def __init__(self, mode: Mode, near: bool, block: Block, base: int, lookup: int, single: bool) -> None:
+    __slots__ = (
+        "base", "block", "links", "locations", "lookup", "misses", "mode", "near", "out", "relocations", "single",
+    )  # fmt: skip
+
+    def __init__(self, mode: Mode, near: bool, block: Translation, base: int, lookup: int, single: bool) -> None:
         self.mode = mode
         self.near = near
         """Guest addresses fit sign-extended 32-bit immediates."""
@@ -69,30 +73,28 @@ class Emission:
         self.lookup = lookup
         self.single = single
         """The block is one instruction that leaves to Python when it is done."""
-        self.out = bytearray()
+        self.out = block.code
+        self.relocations = block.relocations
         self.misses: list[tuple[int, int, Miss, int, bool]] = []
         """(start and end of the instruction's code, the check, guest rip, flags parked where it may fault)."""
-        self.locations = array("I")
-        """Of pieces of code, ascending: offset from the body | flags parked << 21 | offset of guest rip << 22."""
-        self.links: list[Link] = []
+        self.locations = block.locations
+        self.links = block.links
 
-    def emit(self, chosen: list[Entry], poll_at_end: bool, first_link: int) -> None:
-        """Emit everything; links that want stubs are numbered from `first_link`."""
+    def emit(self, chosen: list[Entry], poll_at_end: bool) -> None:
+        """Emit everything."""
         # Liveness, backwards: what comes after the block is not known, so all flags are live there.
         live = ARITHMETIC
         lives = []
         for recipe, _, _ in reversed(chosen):
             lives.append(live)
             live = recipe.reads | (live & ~recipe.writes)
-        block, out, base = self.block, self.out, self.base
+        block, out = self.block, self.out
         rip = at = block.rip
         if not self.single:
             self._prologue(bool(live))
-            block.polled = base + len(out)
+            block.polled = len(out)
             out += POLL
-        body = len(out)
-        block.checked = base
-        block.body = base + body
+        body = block.body = len(out)
         parked = False
         locations = self.locations
         for (recipe, constants, finished), needed in zip(chosen, reversed(lives), strict=True):
@@ -113,16 +115,14 @@ class Emission:
                     self.misses.append((start, end, miss, at, fault_parked))
             at += recipe.length
             if absolutes:
-                _patch_absolutes(out, start, absolutes, at, constants.relative)
+                self._patch_absolutes(start, absolutes, at, constants.relative)
         if poll_at_end:
             self._in_host(parked)
             parked = False
             locations.append((len(out) - body) | (at - rip) << 22)
             out += POLL
         self._ending(*chosen[-1][:2], at, parked)
-        self._out_of_line(first_link, body)
-        block.map = locations.tobytes()
-        block.end = base + len(out)
+        self._out_of_line(body)
 
     def _prologue(self, flags_live: bool) -> None:
         """The checked entry: on with the block if r10 is its address, else to the look-up.
@@ -132,11 +132,14 @@ class Emission:
         """
         out, rip = self.out, self.block.rip
         if self.near:
+            self.relocations.append(3 | ADDRESS_32)
             out += b"\x49\x81\xfa" + pack("<I", rip & 0xFFFFFFFF)  # cmp r10, rip
         else:
+            self.relocations.append(2 | ADDRESS_64)
             out += b"\x49\xbb" + pack("<Q", rip) + b"\x4d\x39\xda"  # mov r11, rip; cmp r10, r11
+        self.relocations.append(len(out) + 2 | TO_HELPER)
         out += b"\x0f\x85" + pack("<i", self.lookup - (self.base + len(out) + 6))
-        self.block.parked = self.base + len(out)
+        self.block.parked = len(out)
         if flags_live:
             out += RESTORE
 
@@ -174,15 +177,20 @@ class Emission:
         if isinstance(ends, Indirect):
             out += _STEPPED
         elif isinstance(ends, CallOut):
-            out += _CALL_OUT + pack("<Q", here & _MASK64)
+            out += _CALL_OUT
+            self._address_64(here)
         elif isinstance(ends, Native):
-            out += b"\xff\x94\x24" + pack("<IQI", OFFSETS[ends.name], here & _MASK64, last.length)
+            out += b"\xff\x94\x24" + pack("<I", OFFSETS[ends.name])
+            self._address_64(here)
+            out += pack("<I", last.length)
         elif isinstance(ends, Raise):
-            out += _rip_into_r10(here) + _STORE_RIP_R10
+            self._rip_into_r10(here)
+            out += _STORE_RIP_R10
             out += asm(f"mov qword [rsp+EXIT_A], {ends.vector}\n mov qword [rsp+EXIT_B], -1")
             out += _set_exit("EXIT_EXCEPTION") + _LEAVE
         elif isinstance(ends, Missing):
-            out += _rip_into_r10(here) + _STORE_RIP_R10 + _set_exit("EXIT_UNDEFINED") + _LEAVE
+            self._rip_into_r10(here)
+            out += _STORE_RIP_R10 + _set_exit("EXIT_UNDEFINED") + _LEAVE
         elif isinstance(ends, Repeat):
             again = _rip_into_r10(here) + _STEPPED
             out += b"\xe3" + bytes((len(again),)) + again + _rip_into_r10(after) + _STEPPED
@@ -235,14 +243,43 @@ class Emission:
             # Another page: by way of the jump cache, which is emptied when mappings change.
             self._in_park(parked)
             slot = OFFSETS[f"JUMP_CACHE_{self.mode.jump_cache_name}"] + 8 * (target & 0xFFFF)
-            self.out += _rip_into_r10(target) + b"\xff\xa4\x24" + pack("<I", slot)
+            self._rip_into_r10(target)
+            self.relocations.append(len(self.out) + 3 | JUMP_SLOT)
+            self.out += b"\xff\xa4\x24" + pack("<I", slot)
 
     def _link(self, target: int, here: int, parked: bool) -> None:
         """Append a jump's displacement, to be filled in."""
-        self.links.append(Link(self.base + len(self.out), target, target <= here, parked, self.block.key))
+        self.links.append(Link(len(self.out), target, target <= here, parked))
         self.out += bytes(4)
 
-    def _out_of_line(self, first_link: int, body: int) -> None:
+    def _address_64(self, rip: int) -> None:
+        """Append a guest address of 64 bits."""
+        self.relocations.append(len(self.out) | ADDRESS_64)
+        self.out += pack("<Q", rip & _MASK64)
+
+    def _rip_into_r10(self, rip: int) -> None:
+        """Append the loading of a guest address."""
+        code = _rip_into_r10(rip)
+        self.relocations.append(len(self.out) + (3 | ADDRESS_32 if len(code) == 7 else 2 | ADDRESS_64))
+        self.out += code
+
+    def _patch_absolutes(
+        self, start: int, absolutes: tuple[tuple[int, int, int | None], ...], next_rip: int, relative: int
+    ) -> None:
+        """Put addresses into an instruction's code, which begins at `start`; raises FarTarget."""
+        for offset, width, distance in absolutes:
+            value = next_rip + (relative if distance is None else distance) & _MASK64
+            offset += start
+            if width == 4:
+                if 0x80000000 <= value < 0xFFFFFFFF80000000:
+                    raise FarTarget
+                self.relocations.append(offset | ADDRESS_32)
+                pack_into("<I", self.out, offset, value & 0xFFFFFFFF)
+            else:
+                self.relocations.append(offset | ADDRESS_64)
+                pack_into("<Q", self.out, offset, value)
+
+    def _out_of_line(self, body: int) -> None:
         """The ways out of TLB checks, and the jumps to code that is not there yet."""
         out = self.out
         for start, end, miss, rip, parked in self.misses:
@@ -250,6 +287,7 @@ class Emission:
             described = len(out) + 4
             pack_into("<I", out, start + jump_end - 4, described - 4 - start - jump_end)
             resume = described - (start + jump_end + CHECK_TAIL)
+            self.relocations.append(described + 8 | ADDRESS_64)
             out += _DESCRIPTION(
                 _CALL_MISS, described - start - retry, kind, rip & _MASK64, resume, 24 if crossing else 0
             )
@@ -258,11 +296,13 @@ class Emission:
                 tail = start + jump_end + CHECK_TAIL
                 out += out[tail : tail + len(crossing)] + _CALL_CROSSED
                 out += b"\xe9" + pack("<i", end - (len(out) + 5))
-        for number, link in enumerate(self.links, first_link):
-            link.stub = self.base + len(out)
-            pack_into("<i", out, link.site - self.base, link.stub - link.site - 4)
+        for link in self.links:
+            link.stub = len(out)
+            pack_into("<i", out, link.site, link.stub - link.site - 4)
             self._in_host(link.parked)
-            out += _CALL_CHAIN + pack("<I", number)
+            out += _CALL_CHAIN
+            link.number = len(out)
+            out += bytes(4)
 
 
 def _rip_into_r10(rip: int) -> bytes:
@@ -275,16 +315,3 @@ def _rip_into_r10(rip: int) -> bytes:
 
 class FarTarget(Exception):
     """An address that does not fit where the block has put 32 bits for it."""
-
-
-def _patch_absolutes(
-    out: bytearray, start: int, absolutes: tuple[tuple[int, int, int | None], ...], next_rip: int, relative: int
-) -> None:
-    for offset, width, distance in absolutes:
-        value = next_rip + (relative if distance is None else distance) & _MASK64
-        if width == 4:
-            if 0x80000000 <= value < 0xFFFFFFFF80000000:
-                raise FarTarget
-            pack_into("<I", out, start + offset, value & 0xFFFFFFFF)
-        else:
-            pack_into("<Q", out, start + offset, value)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from struct import pack_into
 from typing import NamedTuple
 
 from iced_x86 import ConstantOffsets, Decoder, Instruction, OpKind
 
 from trivisor.translation.code_cache import CodeCache
 from trivisor.translation.modes import Mode
-from trivisor.translation.translator.block import Block, Link
+from trivisor.translation.translator.block import Translation
 from trivisor.translation.translator.emission import Emission, FarTarget
 from trivisor.translation.translator.instructions import InstructionMaker
 from trivisor.translation.translator.recipe import Constants, Entry, Recipe
@@ -47,43 +45,32 @@ _NEAR_BRANCHES = {OpKind.NEAR_BRANCH16, OpKind.NEAR_BRANCH32, OpKind.NEAR_BRANCH
 
 
 class Translator:
-    """Translates for one code cache; `find` gives an existing block for (rip, key)."""
+    """Translates for the place in the code cache that is free next."""
 
-    def __init__(
-        self,
-        cache: CodeCache,
-        lookup: int,
-        features: frozenset[int],
-        xsave_size: int,
-        find: Callable[[int, int], Block | None],
-    ) -> None:
+    def __init__(self, cache: CodeCache, lookup: int, features: frozenset[int], xsave_size: int) -> None:
         """`lookup`: offset in the cache of the jump cache miss helper."""
         self.cache = cache
         self.lookup = lookup
         self.features = features
         self.xsave_size = xsave_size
-        self.find = find
-        self.links: list[Link] = []
-        """By the number that their stub reports."""
         self.instructions = 0
         self.recipes_made = 0
         self._known: dict[tuple[int, bool], _Known] = {}
         self._instruction = Instruction()
 
-    def translate(self, mode: Mode, rip: int, page: int, code: bytes) -> Block:
-        """Translate from linear `rip` in the physical page `page`.
+    def translate(self, mode: Mode, rip: int, code: bytes) -> Translation:
+        """Translate from linear `rip`.
 
         `code` holds the bytes from there to the end of the page, or, for an
-        instruction that crosses into the next, up to 15 bytes.  Raises
-        MemoryError when the code cache is full.
+        instruction that crosses into the next, up to 15 bytes.
         """
         near = fits(rip)
         try:
-            return self._translate(mode, near, rip, page, code)
+            return self._translate(mode, near, rip, code)
         except FarTarget:
-            return self._translate(mode, False, rip, page, code)
+            return self._translate(mode, False, rip, code)
 
-    def _translate(self, mode: Mode, near: bool, rip: int, page: int, code: bytes) -> Block:
+    def _translate(self, mode: Mode, near: bool, rip: int, code: bytes) -> Translation:
         mode_key = mode.key
         known = self._known.get((mode_key, near))
         if known is None:
@@ -128,7 +115,7 @@ class Translator:
                 chosen[0] = known.maker.make(instruction, raw, offsets, single=True).entry(Constants())
         self.instructions += len(chosen)
         polls = chosen[-1][0].polls or (shadow and chosen[-1][0].ends is None)
-        return self._emit(mode, near, Block(rip, page | mode_key, position), chosen, polls, single=False)
+        return self._emit(mode, near, Translation(rip, position), chosen, polls, single=False)
 
     def _entry(
         self, known: _Known, decoder: Decoder, instruction: Instruction, raw: bytes
@@ -151,7 +138,7 @@ class Translator:
                 known.shapes[key] = recipe
         return recipe.entry(constants)
 
-    def translate_step(self, mode: Mode, rip: int, page: int, code: bytes, prepared: int) -> Block:
+    def translate_step(self, mode: Mode, rip: int, code: bytes, prepared: int) -> Translation:
         """Translate one instruction that leaves to Python when it is done; see `Recipe.prepared`."""
         decoder = Decoder(mode.bits, code, ip=rip)
         instruction = decoder.decode()
@@ -160,29 +147,10 @@ class Translator:
         raw = code[: instruction.len]
         recipe = maker.make(instruction, raw, offsets, prepared, single=True)
         chosen = [recipe.entry(_constants(instruction, offsets, raw))]
-        return self._emit(mode, False, Block(rip, page | mode.key, recipe.length), chosen, False, single=True)
+        return self._emit(mode, False, Translation(rip, recipe.length), chosen, False, single=True)
 
     def _emit(
-        self, mode: Mode, near: bool, block: Block, chosen: list[Entry], polls: bool, *, single: bool
-    ) -> Block:
-        emission = Emission(mode, near, block, (self.cache.used + 15) & ~15, self.lookup, single)
-        emission.emit(chosen, polls, len(self.links))
-        self.cache.append(emission.out)
-        for link in emission.links:
-            self.links.append(link)
-            target = self.find(link.target, block.key)
-            if target is not None:
-                self.connect(link, target)
+        self, mode: Mode, near: bool, block: Translation, chosen: list[Entry], polls: bool, *, single: bool
+    ) -> Translation:
+        Emission(mode, near, block, (self.cache.used + 15) & ~15, self.lookup, single).emit(chosen, polls)
         return block
-
-    def connect(self, link: Link, target: Block) -> None:
-        """Make the link's jump lead to `target`."""
-        entry = target.parked if link.parked else target.polled if link.backward else target.body
-        pack_into("<i", self.cache.writable, link.site, entry - link.site - 4)
-        target.links.append(link)
-
-    def disconnect(self, block: Block) -> None:
-        """Send every jump that leads to `block` back to its stub."""
-        for link in block.links:
-            pack_into("<i", self.cache.writable, link.site, link.stub - link.site - 4)
-        block.links.clear()

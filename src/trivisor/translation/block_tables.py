@@ -1,0 +1,272 @@
+"""The tables of blocks, links and templates: memory that Python and the native helpers share.
+
+A **block** is translated code that can be entered now.  A **template** is what
+translated code was made as, with all that is needed to make it again at another
+place: every block has one, and templates of blocks that were forgotten, or of an
+earlier run (`kept.py`), wait for the same guest bytes to turn up again.  A
+**link** is a direct jump of a block that can lead straight to another block.
+
+Records are numbered from 1; 0 is none.  A template's image lies in the code
+cache or in the archive of an earlier run:
+
+    code, padded to 4 bytes | relocations | link descriptions | locations | guest bytes
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from struct import Struct, pack_into, unpack_from
+
+from trivisor.machine.memory import host_map, host_unmap
+from trivisor.translation.core import Core
+from trivisor.translation.layout import OFFSETS
+
+MAXIMUM_BLOCKS = 1 << 18
+MAXIMUM_LINKS = 1 << 19
+MAXIMUM_TEMPLATES = 1 << 18
+TEMPLATE_HEADS = 1 << 16
+
+BLOCK_SIZE = 64
+LINK_SIZE = 40
+TEMPLATE_SIZE = 64
+
+# Fields of a block.
+BLOCK = {
+    "B_RIP": 0,  # linear address of the first instruction
+    "B_KEY": 8,  # physical page | mode key
+    "B_SECOND": 16,  # of an instruction that runs into the next page: that one's physical address | 1; else 0
+    "B_START": 24,  # offset in the code cache of the checked entry
+    "B_CODE": 28,  # bytes of host code
+    "B_TEMPLATE": 32,
+    "B_NEXT": 36,  # the next block of the same page
+    "B_IN": 40,  # the first link that leads here
+    "B_OUT": 44,  # the first of its own links
+    "B_LENGTH": 48,  # guest bytes in the page
+    "B_LINKS": 50,  # how many links it has
+    "B_PARKED": 51,  # the other entries, as distances from the checked one
+    "B_POLLED": 52,
+    "B_BODY": 53,
+    "B_FLAGS": 54,
+    "B_MASTER": 56,  # of an alias: the block that it stands for in the second page
+}
+DEAD, ALIAS, STEP = 1, 2, 4
+"""Flags of a block: forgotten; stands in the list of its second page; one instruction on its own."""
+
+LINK = {
+    "L_TARGET": 0,  # linear address, in the page of the block that jumps
+    "L_SITE": 8,  # offset in the code cache of the jump's 32-bit displacement
+    "L_STUB": 12,  # ... of the code that asks for the link
+    "L_SOURCE": 16,  # the block that jumps
+    "L_TO": 20,  # the block that it leads to, 0 while it leads to the stub
+    "L_NEXT": 24,  # neighbours among the links that lead to the same block
+    "L_PREVIOUS": 28,
+    "L_ENTRY": 32,  # which of the target's entries: offset of the field in its record
+}
+
+TEMPLATE = {
+    "T_PREFIX": 0,  # the first eight guest bytes, zeros beyond the end
+    "T_RIP": 8,
+    "T_NEXT": 16,  # the next template with the same hash
+    "T_IMAGE": 20,  # offset in the code cache, or in the archive with bit 31
+    "T_CODE": 24,
+    "T_BASE": 28,  # offset in the code cache where it was made
+    "T_MODE": 32,
+    "T_LENGTH": 34,  # guest bytes
+    "T_RELOCATIONS": 36,
+    "T_LOCATIONS": 38,
+    "T_LINKS": 40,
+    "T_PARKED": 41,
+    "T_POLLED": 42,
+    "T_BODY": 43,
+    "T_USES": 44,  # blocks made of it in this run
+    "T_SIZE": 48,  # of the image
+}
+ARCHIVED = 1 << 31
+
+RELOCATIONS = {"ADDRESS_64": 0, "ADDRESS_32": 1, "TO_HELPER": 2, "JUMP_SLOT": 3}
+"""What depends on where the block stands, in the guest and on the host; a relocation is offset | kind << 24.
+
+A guest address in 64 bits, or sign-extended in 32; a relative jump to a helper; the displacement of the jump
+cache's entry of a guest address.
+"""
+
+LINK_DESCRIPTION = Struct("<IIIiI")
+"""Offsets in the code of the jump's displacement, of its stub and of the link's number; target - rip; `L_ENTRY`."""
+
+TABLE_SYMBOLS: dict[str, int] = {
+    **BLOCK,
+    **LINK,
+    **TEMPLATE,
+    "DEAD": DEAD,
+    "ALIAS": ALIAS,
+    "BLOCK_SIZE": BLOCK_SIZE,
+    "LINK_SIZE": LINK_SIZE,
+    "TEMPLATE_SIZE": TEMPLATE_SIZE,
+    "LINK_DESCRIPTION_SIZE": LINK_DESCRIPTION.size,
+    "MAXIMUM_BLOCKS": MAXIMUM_BLOCKS,
+    "MAXIMUM_LINKS": MAXIMUM_LINKS,
+    "TEMPLATE_HEADS_MASK": TEMPLATE_HEADS - 1,
+    "RELOCATE_ADDRESS_64": RELOCATIONS["ADDRESS_64"],
+    "RELOCATE_ADDRESS_32": RELOCATIONS["ADDRESS_32"],
+    "RELOCATE_TO_HELPER": RELOCATIONS["TO_HELPER"],
+}
+
+_BLOCK_COUNT, _LINK_COUNT, _TEMPLATE_COUNT = (
+    OFFSETS[name] // 8 for name in ("BLOCK_COUNT", "LINK_COUNT", "TEMPLATE_COUNT")
+)
+
+
+def template_bucket(rip: int, mode: int, first_byte: int) -> int:
+    """Where templates of code at `rip` in mode `mode` that begins with this byte are found."""
+    return (rip & 0xFFF ^ first_byte << 8 ^ mode << 5) & TEMPLATE_HEADS - 1
+
+
+def _word(name: str) -> property:
+    at = BLOCK[name] // 4
+    return property(lambda block: block.tables.block_words[block.number * (BLOCK_SIZE // 4) + at])
+
+
+def _quad(name: str) -> property:
+    at = BLOCK[name] // 8
+    return property(lambda block: block.tables.block_quads[block.number * (BLOCK_SIZE // 8) + at])
+
+
+def _byte(name: str) -> property:
+    at = BLOCK[name]
+    return property(lambda block: block.tables.blocks[block.number * BLOCK_SIZE + at])
+
+
+class Block:
+    """A block's record, by its number: see `BLOCK` for the fields."""
+
+    __slots__ = ("number", "tables")
+
+    def __init__(self, tables: BlockTables, number: int) -> None:
+        self.tables = tables
+        self.number = number
+
+    rip = _quad("B_RIP")
+    key = _quad("B_KEY")
+    second = _quad("B_SECOND")
+    start = _word("B_START")
+    size = _word("B_CODE")
+    template = _word("B_TEMPLATE")
+    next = _word("B_NEXT")
+    flags = _byte("B_FLAGS")
+    master = _word("B_MASTER")
+    _polled = _byte("B_POLLED")
+    _body = _byte("B_BODY")
+
+    @property
+    def polled(self) -> int:
+        """Offset in the code cache of the entry that looks for interrupts."""
+        entry: int = self.start + self._polled
+        return entry
+
+    @property
+    def body(self) -> int:
+        """... of the first instruction."""
+        entry: int = self.start + self._body
+        return entry
+
+    @property
+    def dead(self) -> bool:
+        """Whether it was forgotten."""
+        return bool(self.flags & DEAD)
+
+
+class BlockTables:
+    """The memory of the tables; numbers of blocks, links and templates in use are in the state block."""
+
+    def __init__(self, core: Core, pages: int) -> None:
+        """`pages`: of guest physical memory."""
+        self._words = core.words
+        sizes = {
+            "BLOCKS": MAXIMUM_BLOCKS * BLOCK_SIZE,
+            "LINKS": MAXIMUM_LINKS * LINK_SIZE,
+            "TEMPLATES": MAXIMUM_TEMPLATES * TEMPLATE_SIZE,
+            "TEMPLATE_HEADS": TEMPLATE_HEADS * 4,
+            "PAGE_BLOCKS": (pages * 4 + 4095) & ~4095,
+        }
+        self._length = sum(sizes.values())
+        self._at = host_map(self._length, mmap.PROT_READ | mmap.PROT_WRITE)
+        self.bytes = memoryview((ctypes.c_ubyte * self._length).from_address(self._at)).cast("B")
+        views = {}
+        start = 0
+        for name, size in sizes.items():
+            self._words[OFFSETS[name] // 8] = self._at + start
+            views[name] = self.bytes[start : start + size]
+            start += size
+        self.blocks = views["BLOCKS"]
+        self.links = views["LINKS"]
+        self.templates = views["TEMPLATES"]
+        self.heads = views["TEMPLATE_HEADS"].cast("I")
+        """Of the lists of templates with the same hash."""
+        self.page_blocks = views["PAGE_BLOCKS"].cast("I")
+        """The first block of each physical page, 0 for none."""
+        self.block_words = self.blocks.cast("I")
+        self.block_quads = self.blocks.cast("Q")
+        self.template_words = self.templates.cast("I")
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all blocks and links, whose pages' lists the caller empties, and all templates."""
+        for count in (_BLOCK_COUNT, _LINK_COUNT, _TEMPLATE_COUNT):
+            self._words[count] = 1
+        self.heads.cast("B")[:] = bytes(TEMPLATE_HEADS * 4)
+
+    @property
+    def block_count(self) -> int:
+        """One more than the number of the newest block."""
+        return self._words[_BLOCK_COUNT]
+
+    @property
+    def link_count(self) -> int:
+        return self._words[_LINK_COUNT]
+
+    @property
+    def template_count(self) -> int:
+        return self._words[_TEMPLATE_COUNT]
+
+    @template_count.setter
+    def template_count(self, count: int) -> None:
+        self._words[_TEMPLATE_COUNT] = count
+
+    def list_template(self, number: int, bucket: int) -> None:
+        """Have look-ups find a template."""
+        at = (number * TEMPLATE_SIZE + TEMPLATE["T_NEXT"]) // 4
+        self.template_words[at] = self.heads[bucket]
+        self.heads[bucket] = number
+
+    def template_image(self, number: int) -> int:
+        """`T_IMAGE` of a template."""
+        return self.template_words[(number * TEMPLATE_SIZE + TEMPLATE["T_IMAGE"]) // 4]
+
+    def template_sizes(self, number: int) -> tuple[int, int, int]:
+        """(bytes of the image, guest bytes, locations) of a template."""
+        at = number * TEMPLATE_SIZE
+        record = self.templates[at : at + TEMPLATE_SIZE]
+        (size,) = unpack_from("<I", record, TEMPLATE["T_SIZE"])
+        (length,) = unpack_from("<H", record, TEMPLATE["T_LENGTH"])
+        (locations,) = unpack_from("<H", record, TEMPLATE["T_LOCATIONS"])
+        return size, length, locations
+
+    def add_step(self, rip: int, key: int, template: int, start: int, size: int) -> Block:
+        """A block of one instruction, which no look-up finds."""
+        number = self.block_count
+        record = bytearray(BLOCK_SIZE)
+        pack_into("<QQQIII", record, 0, rip, key, 0, start, size, template)
+        record[BLOCK["B_FLAGS"]] = STEP
+        self.blocks[number * BLOCK_SIZE : (number + 1) * BLOCK_SIZE] = record
+        self._words[_BLOCK_COUNT] = number + 1
+        return Block(self, number)
+
+    def close(self) -> None:
+        """Give the memory back to the host."""
+        if self._at:
+            views = (self.template_words, self.block_words, self.block_quads, self.blocks, self.links, self.templates)
+            for view in (*views, self.heads, self.page_blocks, self.bytes):
+                view.release()
+            host_unmap(self._at, self._length)
+            self._at = 0

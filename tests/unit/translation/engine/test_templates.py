@@ -1,0 +1,162 @@
+"""Templates: translated code that is put elsewhere, on the host and in the guest, instead of being translated again."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.unit.translation.engine.guest import DATA, Machine, Make
+from tests.unit.translation.engine.test_random_code import random_code
+from trivisor.translation.block_tables import Block
+
+FAR = 0x400000
+NEAR_ALIAS, HIGH_ALIAS = 0x5000_3000, 0x10_0000_5000
+"""Second linear addresses of the page: one where code is named in 32 bits, and one where it is not."""
+
+
+def taken_up(m: Machine) -> int:
+    """Blocks made of templates so far."""
+    return int(m.vcpu.statistics()["native helpers"]["taken_up"])
+
+
+def translated(m: Machine) -> int:
+    """Blocks translated so far."""
+    return int(m.vcpu.statistics()["translation"]["blocks"])
+
+
+def code_of(m: Machine, block: Block, numbers: list[int]) -> bytes:
+    """A block's host code without the numbers of its links, which stand at `numbers`."""
+    code = bytearray(m.vcpu.blocks.cache.writable[block.start : block.start + block.size])
+    for at in numbers:
+        code[at : at + 4] = bytes(4)
+    return bytes(code)
+
+
+@pytest.mark.parametrize("linear, alias", [(FAR, NEAR_ALIAS), (HIGH_ALIAS, HIGH_ALIAS + 0x7654_3000)])
+def test_a_template_put_elsewhere_is_what_translating_there_gives(machine: Make, linear: int, alias: int) -> None:
+    """Every byte: whatever the translator makes of an address has to be noted as a relocation."""
+    rng = random.Random(linear)
+    m = machine("hlt")
+    for address in (linear, alias):
+        m.map(address, FAR)
+    m.flush()
+    store, mode = m.vcpu.blocks, m.vcpu.mode
+    compared = 0
+    for number in range(400):
+        offset = 16 * (number % 240)
+        code = random_code(rng, 64)
+        m.memory.write(FAR + offset, code)
+        m.vcpu.memory_written(FAR + offset, len(code))
+        before = taken_up(m)
+        first = store.block(mode, linear + offset)
+        second = store.block(mode, alias + offset)
+        assert first.number != second.number
+        assert second.rip == alias + offset
+        if taken_up(m) == before:
+            continue  # an address that 32 bits hold in one place only
+        used, store.cache.used = store.cache.used, second.start
+        made = store.translator.translate(mode, alias + offset, m.memory.read(FAR + offset, 0x1000 - offset))
+        store.cache.used = used
+        numbers = [link.number for link in made.links]
+        assert code_of(m, second, numbers) == bytes(made.code), code.hex()
+        compared += 1
+    assert compared > 250
+
+
+def test_a_page_with_two_linear_addresses_is_translated_once(machine: Make) -> None:
+    m = machine(
+        f"mov r8, {HIGH_ALIAS}\n mov r9, {HIGH_ALIAS + 0x3000}\n call r8\n mov ebx, eax\n call r9\n mov ecx, eax\n hlt"
+    )
+    for address in (HIGH_ALIAS, HIGH_ALIAS + 0x3000):
+        m.map(address, FAR)
+    m.put(f"lea rax, [rel {FAR}]\n cmp rax, [DATA]\n jne other\n xor eax, eax\n ret\n other: shr rax, 12\n ret", FAR)
+    m.halt()
+    assert m["rbx"] == HIGH_ALIAS >> 12 & 0xFFFFFFFF
+    assert m["rcx"] == HIGH_ALIAS + 0x3000 >> 12 & 0xFFFFFFFF
+    assert taken_up(m) == 2
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_code_that_becomes_what_it_was_before(machine: Make, bits: int) -> None:
+    m = machine(
+        f"mov ecx, 20\n xor ebx, ebx\n mov edi, {FAR}\n top: xor byte [edi+1], 3\n call {'edi' if bits == 32 else 'rdi'}\n"
+        "add ebx, eax\n dec ecx\n jnz top\n hlt", bits)  # fmt: skip
+    m.put("mov eax, 1\n ret", FAR)
+    m.halt()
+    assert m["rbx"] == 10 * (2 + 1)
+    assert taken_up(m) == 18
+    assert translated(m) <= 6
+
+
+def test_a_write_into_taken_up_code_is_seen(machine: Make) -> None:
+    m = machine(f"mov rdi, {HIGH_ALIAS}\n call rdi\n mov ebx, eax\n mov byte [{FAR}+1], 7\n call rdi\n hlt")
+    m.map(HIGH_ALIAS, FAR)
+    m.put("mov eax, 1\n ret", FAR)
+    m.halt()
+    assert (m["rbx"], m["rax"]) == (1, 7)
+    m.memory.write_u8(FAR + 1, 1)
+    m.vcpu.memory_written(FAR + 1, 1)
+    before = taken_up(m)
+    m.restart()
+    m.halt()
+    assert (m["rbx"], m["rax"]) == (1, 7)
+    assert taken_up(m) == before + 2
+
+
+def test_links_of_taken_up_blocks_lead_to_blocks_of_their_own_page(machine: Make) -> None:
+    """Two pages with the same code, mapped in turn at the same linear address; only their data differ."""
+    m = machine(
+        f"mov rdi, {HIGH_ALIAS}\n call rdi\n mov ebx, eax\n hlt\n again: mov rdi, {HIGH_ALIAS}\n call rdi\n hlt"
+    )
+    entry = m.map(HIGH_ALIAS, FAR)
+    for at, value in ((FAR, 5), (FAR + 0x2000, 9)):
+        m.put(f"mov ecx, 3\n xor eax, eax\n top: add eax, [rel value]\n dec ecx\n jnz top\n jmp out\n align 64\n"
+              f"out: ret\n align 512\n value: dd {value}", at)  # fmt: skip
+    m.halt()
+    assert m["rbx"] == 15
+    before = translated(m)
+    m.memory.write_u64(entry, m.memory.read_u64(entry) + 0x2000)
+    m.flush()
+    m.halt("again")
+    assert m["rax"] == 27
+    assert translated(m) <= before + 2  # the caller's
+    m.memory.write_u8(FAR + 0x2000 + 1, 2)
+    m.vcpu.memory_written(FAR + 0x2000 + 1, 1)
+    m.halt("again")
+    assert m["rax"] == 18
+    m.memory.write_u64(entry, m.memory.read_u64(entry) - 0x2000)
+    m.flush()
+    m.halt("again")
+    assert m["rax"] == 15
+
+
+def test_a_block_that_jumps_to_one_that_was_forgotten_and_taken_up_again(machine: Make) -> None:
+    m = machine("mov ecx, 30\n xor ebx, ebx\n top: jmp there\n back: add ebx, eax\n xor byte [there+1], 3\n dec ecx\n"
+                "jnz top\n hlt\n align 256\n there: mov eax, 1\n jmp back")  # fmt: skip
+    m.halt()
+    assert m["rbx"] == 15 * (1 + 2)
+    assert m["rcx"] == 0
+    assert taken_up(m) == 28
+
+
+def test_the_last_page_of_ram(machine: Make) -> None:
+    last = (64 << 20) - 0x1000
+    m = machine(f"mov edi, {last}\n call rdi\n mov rdi, {HIGH_ALIAS}\n call rdi\n hlt")
+    m.map(HIGH_ALIAS, last)
+    m.put("inc ebx\n ret", last)
+    m.memory.write(last + 0xFFC, b"\xff\xc3\xc3\xc3")
+    m.halt(rbx=0)
+    assert m["rbx"] == 2
+
+
+def test_blocks_in_the_place_of_forgotten_ones_do_not_run_out(machine: Make) -> None:
+    """Code is toggled until the code cache is full, and on."""
+    m = machine(f"mov edi, {FAR}\n xor ebx, ebx\n top: xor byte [rdi+1], 3\n call rdi\n add rbx, rax\n dec ecx\n"
+                "jnz top\n hlt")  # fmt: skip
+    m.put("mov eax, 1\n" + "add dword [DATA], 1\n" * 40 + "ret", FAR)
+    m.memory.write_u32(DATA, 0)
+    m.halt(rcx=40_000)
+    assert m["rbx"] == 20_000 * 3
+    assert m.memory.read_u32(DATA) == 40 * 40_000
+    assert m.vcpu.statistics()["translation"]["code cache flushes"] > 0

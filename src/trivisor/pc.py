@@ -16,6 +16,9 @@ from trivisor.devices.acpi_pm import AcpiPm
 from trivisor.devices.acpi_tables import BoardLayout
 from trivisor.devices.cmos import Cmos
 from trivisor.devices.debug_exit import DebugExit as DebugExitPort
+from trivisor.devices.fw_cfg import LENGTH as FW_CFG_LENGTH
+from trivisor.devices.fw_cfg import PORT as FW_CFG_PORT
+from trivisor.devices.fw_cfg import FwCfg
 from trivisor.devices.i8042 import I8042, SystemControlPortA
 from trivisor.devices.io_apic import IoApic
 from trivisor.devices.local_apic import APIC_BASE, LocalApic
@@ -24,6 +27,14 @@ from trivisor.devices.pic import DualPic
 from trivisor.devices.pit import Pit8254
 from trivisor.devices.post import PostCode
 from trivisor.devices.serial import Uart16550
+from trivisor.devices.test_device import (
+    LINES,
+    LINES_PORT,
+    SCRATCH_LENGTH,
+    SCRATCH_PORT,
+    LinePorts,
+    ScratchPorts,
+)
 from trivisor.machine.bus import Bus, Device
 from trivisor.machine.clock import Clock
 from trivisor.machine.interrupts import InterruptController, Line
@@ -66,6 +77,7 @@ class Pc:
     `tsc()` is the time-stamp counter, at `tsc_frequency` Hz, until a processor tells its own.  `serial_output`
     gets what the guest sends on COM1.  `on_stop()` is called once, when a
     device has set `stop_reason`.  The board writes its firmware's data into `memory`.
+    `test_device` adds the device that kvm-unit-tests drives.
     """
 
     def __init__(
@@ -77,6 +89,7 @@ class Pc:
         tsc: Callable[[], int],
         tsc_frequency: int,
         on_stop: Callable[[], None],
+        test_device: bool = False,
     ) -> None:
         self.memory = memory
         self.clock = clock
@@ -111,6 +124,8 @@ class Pc:
         self.pci = PciConfig(reset)
         self.pci.add(0, 0, 0, HostBridge())
         self._attach_devices(reset)
+        if test_device:
+            self._attach_test_device()
         self.rsdp_address = self._leave_firmware_data()
 
     @property
@@ -164,6 +179,7 @@ class Pc:
             (0xF4, 4, DebugExitPort(lambda status: self._stop(DebugExit(status & 0xFF)))),
             (0x3F8, 8, self.serial),
             (0x4D0, 2, self.pic.elcr),
+            (FW_CFG_PORT, FW_CFG_LENGTH, FwCfg(self.memory.size, cpus=1)),
             (PM_BASE, acpi_pm.WINDOW_LENGTH, self.pm),
             (0xCF8, 8, self.pci),
         ]
@@ -171,6 +187,12 @@ class Pc:
             self.ports.attach(base, length, device)
         self.mmio.attach(IO_APIC_BASE, _IO_APIC_WINDOW, self.io_apic)
         self.mmio.attach(APIC_BASE, _APIC_WINDOW, self.local_apic)
+
+    def _attach_test_device(self) -> None:
+        """The lines are those of the I/O APIC's pins, where the ISA interrupts reach the 8259 pair as well."""
+        lines = [self.isa_line(n) if n < 16 and n != 2 else self.io_apic.line(n) for n in range(LINES)]
+        self.ports.attach(SCRATCH_PORT, SCRATCH_LENGTH, ScratchPorts())
+        self.ports.attach(LINES_PORT, LINES, LinePorts(lines))
 
     def _pic_output(self, level: bool) -> None:
         self.local_apic.lint0(level)

@@ -39,6 +39,8 @@ class Request:
     stats: bool = False
     stats_json: Path | None = None
     verbose: bool = False
+    devices: tuple[str, ...] = ()
+    cpu: str = ""
     command: tuple[str, ...] | None = None
 
 
@@ -113,6 +115,11 @@ _FILE = click.Path(path_type=Path)
     "--serial", default="stdio", show_default=True, metavar="stdio|null|file:FILE|pty", callback=_serial,
     help="Where the guest's serial console goes.",
 )  # fmt: skip
+@click.option(
+    "--device", "devices", multiple=True, type=click.Choice(["pc-testdev"]),
+    help="A device that is not always there: the one that kvm-unit-tests drive.",
+)  # fmt: skip
+@click.option("--cpu", default="", metavar="+NAME,-NAME...", help="Switch features of the guest's processor.")
 @click.option(
     "--timeout", type=float, metavar="SECONDS", callback=_timeout,
     help="End the run after that much host time.",

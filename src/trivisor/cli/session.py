@@ -105,6 +105,8 @@ def _build(request: Request, serial: Serial, shown: Progress) -> VirtualMachine:
         interactive=serial.interactive,
         terminal_size=_terminal_size() if serial.interactive else None,
         progress=shown.say,
+        devices=request.devices,
+        cpu=request.cpu,
     )
 
 

@@ -11,7 +11,7 @@ from trivisor.machine.clock import Clock
 from trivisor.machine.memory import LOW_RAM_LIMIT, PHYSICAL_ADDRESS_BITS, GuestMemory
 from trivisor.machine.state import CpuState
 from trivisor.machine.vcpu import Vcpu
-from trivisor.monitor.plan import BootPlan
+from trivisor.monitor.plan import BootPlan, Hardware
 from trivisor.pc import Pc
 from trivisor.x86 import mtrr
 
@@ -54,8 +54,9 @@ def assemble(
             tsc=tsc.read,
             tsc_frequency=tsc.frequency(),
             on_stop=on_stop,
+            test_device="pc-testdev" in plan.hardware.devices,
         )
-        vcpu = _vcpu(technique, board)
+        vcpu = _vcpu(technique, board, plan.hardware)
     except BaseException:
         memory.close()
         raise
@@ -88,8 +89,8 @@ def _load(plan: BootPlan, memory: GuestMemory, board: Pc) -> CpuState:
     return state
 
 
-def _vcpu(technique: str, board: Pc) -> Vcpu:
+def _vcpu(technique: str, board: Pc, hardware: Hardware) -> Vcpu:
     assert technique == "translation"
     from trivisor.translation.cpu import TranslationVcpu
 
-    return TranslationVcpu(board)
+    return TranslationVcpu(board, hardware.cpu)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trivisor.boot.image import Image, ImageKind
+from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, parse_choice
 
 if TYPE_CHECKING:
     from trivisor.guests.debian import DefaultGuest
@@ -18,6 +19,29 @@ Progress = Callable[[str, float | None], None]
 
 class BadPlan(ValueError):
     """What was asked for does not go together; the message is one line for the user."""
+
+
+DEVICES = ("pc-testdev",)
+"""Devices that the board has only when they are asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """How the machine differs from the usual one."""
+
+    devices: frozenset[str] = frozenset()
+    """Out of `DEVICES`."""
+    cpu: CpuChoice = USUAL_CPU
+
+
+def make_hardware(devices: Sequence[str], cpu: str) -> Hardware:
+    """`cpu` is like "+umip,-x2apic".  Raises `BadPlan` for what is not known."""
+    if unknown := set(devices) - set(DEVICES):
+        raise BadPlan(f"no device {', '.join(sorted(unknown))}: there is {', '.join(DEVICES)}")
+    try:
+        return Hardware(frozenset(devices), parse_choice(cpu))
+    except ValueError as error:
+        raise BadPlan(str(error)) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +56,7 @@ class Wish:
     interactive: bool = True
     terminal_size: tuple[int, int] | None = None
     progress: Progress = lambda what, part: None
+    hardware: Hardware = Hardware()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +69,7 @@ class BootPlan:
     modules: tuple[tuple[Path, str], ...]
     marker: bytes = b""
     """The word that encloses a command's output on the console; empty when there is no command."""
+    hardware: Hardware = Hardware()
 
 
 def make_plan(wish: Wish) -> BootPlan:
@@ -53,6 +79,10 @@ def make_plan(wish: Wish) -> BootPlan:
     is missing is fetched.  Raises `BadPlan`, `trivisor.boot.image.ImageError` for
     a kernel that is none, and `trivisor.guests.debian.GuestUnavailable`.
     """
+    return replace(_boot(wish), hardware=wish.hardware)
+
+
+def _boot(wish: Wish) -> BootPlan:
     if wish.command is not None and not wish.command:
         raise BadPlan("the command is empty")
     if wish.kernel is not None and _kind(wish.kernel) is ImageKind.MULTIBOOT:

@@ -21,7 +21,7 @@ from trivisor.monitor.console import Console, Deadline, Pattern, compile_pattern
 from trivisor.monitor.endings import by_device, by_processor, with_command
 from trivisor.monitor.linear import read_linear
 from trivisor.monitor.outcome import Outcome, StopReason
-from trivisor.monitor.plan import Progress, Wish, make_plan
+from trivisor.monitor.plan import Progress, Wish, make_hardware, make_plan
 from trivisor.monitor.signals import attention
 from trivisor.monitor.sizes import parse_memory
 from trivisor.monitor.statistics import add_counters
@@ -48,7 +48,9 @@ class VirtualMachine:
     `memory` is "512M" or a number of bytes.  `serial` is called with what the
     guest prints, as it prints.  A guest that reboots is booted again unless
     `no_reboot` or with a `command`.  `progress` is called with what is being
-    done and the done part of it while the default guest is fetched.
+    done and the done part of it while the default guest is fetched.  `devices`
+    adds what a board does not always have ("pc-testdev"), and `cpu` switches
+    features of the processor ("+umip,-x2apic").
 
     Raises ValueError or OSError for a guest that cannot be loaded,
     `guests.debian.GuestUnavailable` when the default guest cannot be fetched,
@@ -74,6 +76,8 @@ class VirtualMachine:
         interactive: bool = True,
         terminal_size: tuple[int, int] | None = None,
         progress: Progress = lambda what, part: None,
+        devices: Sequence[str] = (),
+        cpu: str = "",
     ) -> None:
         self._technique = choose(technique).name
         self._memory_size = parse_memory(memory)
@@ -86,6 +90,7 @@ class VirtualMachine:
             interactive=interactive,
             terminal_size=terminal_size,
             progress=progress,
+            hardware=make_hardware(devices, cpu),
         )
         self._plan = make_plan(wish)
         self._no_reboot = no_reboot or command is not None

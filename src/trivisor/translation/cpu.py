@@ -40,7 +40,7 @@ from trivisor.x86.control import (
     CR4_TSD,
     EFER_LMA,
 )
-from trivisor.x86.cpuid import host_cpuid, host_xgetbv
+from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, host_cpuid, host_xgetbv
 from trivisor.x86.descriptors import DB, LONG
 from trivisor.x86.exceptions import DEBUG, NMI, GuestException
 from trivisor.x86.flags import TF
@@ -64,7 +64,8 @@ class TranslationVcpu:
     technique = "translation"
     engine = "binary translation, x86-64 on x86-64"
 
-    def __init__(self, board: Surroundings) -> None:
+    def __init__(self, board: Surroundings, choice: CpuChoice = USUAL_CPU) -> None:
+        """Raises ValueError for features that cannot be switched so; see `cpuid.guest_cpuid`."""
         self.board = board
         self.observed: dict[type, list[Callable[[Any], None]]] = {}
         self.core = Core(board.memory)
@@ -73,7 +74,9 @@ class TranslationVcpu:
             tsc_frequency=board.tsc_frequency,
             crystal_frequency=board.crystal_frequency,
             apic_id=board.apic_id,
-            extra=("tsc_adjust",),
+            extra=choice.added,
+            without=choice.removed,
+            vendor=choice.vendor,
         )
         self.msrs = MsrFile(self._cpuid, tsc_frequency=board.tsc_frequency)
         self.mmu = Mmu(self.core, board.memory, board.mmio, self._cpuid.physical_bits)

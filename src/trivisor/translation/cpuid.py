@@ -43,10 +43,10 @@ COPIED: Final = _names(
 """There if the host has them."""
 EMULATED: Final = _names(
     "de pse msr pae mce apic sep mtrr pge mca pat pse36 x2apic tsc_deadline hypervisor arat smep spec_ctrl "
-    "flush_l1d arch_capabilities bhi_ctrl syscall nx pdpe1gb rdtscp lm"
+    "flush_l1d arch_capabilities bhi_ctrl syscall nx pdpe1gb rdtscp lm tsc_adjust umip"
 )
 """There on every host."""
-OPTIONAL: Final = frozenset({"smap", "umip", "pcid", "invpcid", "tsc_adjust"})
+OPTIONAL: Final = frozenset({"smap", "pcid", "invpcid"})
 """Emulated, and off unless asked for with `extra`."""
 _REQUIRES: Final = {
     "avx": "xsave",
@@ -55,7 +55,6 @@ _REQUIRES: Final = {
     "avx2": "avx",
     "xsaveopt": "xsave",
     "xsavec": "xsave",
-    "invpcid": "pcid",
 }
 
 ARCH_CAPABILITIES: Final = (
@@ -154,16 +153,18 @@ def guest_cpuid(
     host_xcr0: int | None = None,
     extra: Collection[str] = (),
     without: Collection[str] = (),
+    vendor: str = VENDOR,
 ) -> GuestCpuid:
     """The guest's processor on a host whose CPUID is `host` and whose XCR0 is `host_xcr0` (None: ask it).
 
     Frequencies are in Hz: of the TSC, and of the local APIC timer's input clock.
-    `extra` switches on features of `OPTIONAL`, `without` takes any away.
+    `extra` switches on features of `OPTIONAL`, `without` takes any away.  `vendor`
+    decides what the two makers' processors do differently, such as SYSCALL in 32-bit code.
     ValueError for a name that cannot be switched.
     """
-    if unknown := set(extra) - OPTIONAL | set(without) - set(FEATURES):
-        raise ValueError(f"no CPU feature to switch: {', '.join(sorted(unknown))}")
     available = COPIED & features(host)
+    if unknown := set(extra) - OPTIONAL - EMULATED - available | set(without) - set(FEATURES):
+        raise ValueError(f"no CPU feature to switch: {', '.join(sorted(unknown))}")
     if host_xcr0 is None:
         host_xcr0 = host_xgetbv()
     if host_xcr0 & 6 != 6:
@@ -172,7 +173,7 @@ def guest_cpuid(
         available -= {"xsave"}
     chosen = _closed((available | EMULATED | set(extra)) - set(without))
     table = _feature_leaves(chosen)
-    _merge(table, _identity(apic_id))
+    _merge(table, _identity(apic_id, vendor))
     _merge(table, _topology(apic_id))
     _merge(table, _clocks(tsc_frequency, crystal_frequency))
     if "xsave" in chosen:
@@ -238,12 +239,12 @@ def _words(text: str, length: int) -> tuple[int, ...]:
     return tuple(int.from_bytes(raw[at : at + 4], "little") for at in range(0, length, 4))
 
 
-def _identity(apic_id: int) -> dict[tuple[int, int], Registers]:
-    vendor = _words(VENDOR, 12)
+def _identity(apic_id: int, vendor: str) -> dict[tuple[int, int], Registers]:
+    maker = _words(vendor, 12)
     hypervisor = _words(HYPERVISOR_SIGNATURE, 12)
     brand = _words(BRAND, 48)
     leaves: dict[tuple[int, int], Registers] = {
-        (0, 0): (_MAXIMUM_BASIC, vendor[0], vendor[2], vendor[1]),
+        (0, 0): (_MAXIMUM_BASIC, maker[0], maker[2], maker[1]),
         # EBX: initial APIC id, one logical processor, CLFLUSH line in quadwords.
         (1, 0): (FAMILY_MODEL_STEPPING, (apic_id & 0xFF) << 24 | 1 << 16 | _LINE // 8 << 8, 0, 0),
         (7, 0): (2, 0, 0, 0),

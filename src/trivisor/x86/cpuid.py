@@ -80,6 +80,40 @@ FEATURES: Final[dict[str, FeatureBit]] = {
 }  # fmt: skip
 """Name (as Linux and QEMU spell it, mostly) -> place."""
 
+
+VENDORS: Final = ("GenuineIntel", "AuthenticAMD")
+
+
+class CpuChoice(NamedTuple):
+    """How a guest's processor differs from the usual one: names of `FEATURES`, and one of `VENDORS`."""
+
+    added: frozenset[str] = frozenset()
+    removed: frozenset[str] = frozenset()
+    vendor: str = VENDORS[0]
+
+
+USUAL_CPU: Final = CpuChoice()
+
+
+def parse_choice(text: str) -> CpuChoice:
+    """What "+umip,-x2apic,vendor=AuthenticAMD" says; ValueError for a word that is none of these.
+
+    A hyphen within a name stands for an underscore, as QEMU spells it.
+    """
+    added: set[str] = set()
+    removed: set[str] = set()
+    vendor = VENDORS[0]
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        name = word[1:].replace("-", "_")
+        if word.startswith("vendor=") and word[7:] in VENDORS:
+            vendor = word[7:]
+        elif word[0] not in "+-" or name not in FEATURES:
+            raise ValueError(f"{word!r} is not + or - and a CPU feature, nor a vendor")
+        else:
+            (added if word[0] == "+" else removed).add(name)
+    return CpuChoice(frozenset(added), frozenset(removed), vendor)
+
+
 # The System V call is f(leaf: edi, subleaf: esi, result: rdx).
 _CPUID_CODE = bytes.fromhex(
     "53"  # push rbx

@@ -8,7 +8,8 @@ the BIOS data area, and ACPI and SMBIOS tables.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from functools import partial
 
 from trivisor.devices import acpi_pm, acpi_tables, smbios
@@ -30,8 +31,11 @@ from trivisor.devices.serial import Uart16550
 from trivisor.devices.test_device import (
     LINES,
     LINES_PORT,
+    MEMORY_BASE,
+    MEMORY_LENGTH,
     SCRATCH_LENGTH,
     SCRATCH_PORT,
+    DeviceMemory,
     LinePorts,
     ScratchPorts,
 )
@@ -77,7 +81,8 @@ class Pc:
     `tsc()` is the time-stamp counter, at `tsc_frequency` Hz, until a processor tells its own.  `serial_output`
     gets what the guest sends on COM1.  `on_stop()` is called once, when a
     device has set `stop_reason`.  The board writes its firmware's data into `memory`.
-    `test_device` adds the device that kvm-unit-tests drives.
+    `test_device` adds the device that kvm-unit-tests drives, and of the CPU
+    features `absent` those count that the local APIC has to do with.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class Pc:
         tsc_frequency: int,
         on_stop: Callable[[], None],
         test_device: bool = False,
+        absent: Collection[str] = (),
     ) -> None:
         self.memory = memory
         self.clock = clock
@@ -103,16 +109,18 @@ class Pc:
         self._on_stop = on_stop
 
         self.local_apic = LocalApic(
-            clock, self.apic_id, lambda: self.tsc(), tsc_frequency, self.crystal_frequency
-        )
+            clock, self.apic_id, lambda: self.tsc(), tsc_frequency, self.crystal_frequency,
+            has_x2apic="x2apic" not in absent,
+        )  # fmt: skip
         self.interrupts: InterruptController = self.local_apic
         self.io_apic = IoApic(self._deliver)
         self._io_apic_pin_0 = self.io_apic.line(0)
         self.pic = DualPic(self._pic_output)
         self.local_apic.pic = self.pic
         self.local_apic.on_end_of_interrupt = self.io_apic.end_of_interrupt
+        self.local_apic.on_moved = self._move_local_apic
         self.local_apic.enter_virtual_wire_mode()
-        self.msrs = _apic_msrs(self.local_apic)
+        self.msrs = _apic_msrs(self.local_apic, absent)
 
         reset = partial(self._stop, Reset())
         self.serial = Uart16550(clock, self.isa_line(4), serial_output)
@@ -186,12 +194,23 @@ class Pc:
         for base, length, device in windows:
             self.ports.attach(base, length, device)
         self.mmio.attach(IO_APIC_BASE, _IO_APIC_WINDOW, self.io_apic)
+        self._local_apic_base: int | None = APIC_BASE
         self.mmio.attach(APIC_BASE, _APIC_WINDOW, self.local_apic)
+
+    def _move_local_apic(self, base: int) -> None:
+        """The window goes to `base`; where another device or RAM answers, it is hidden behind that."""
+        if self._local_apic_base is not None:
+            self.mmio.detach(self._local_apic_base)
+            self._local_apic_base = None
+        with suppress(ValueError):
+            self.mmio.attach(base, _APIC_WINDOW, self.local_apic)
+            self._local_apic_base = base
 
     def _attach_test_device(self) -> None:
         """The lines are those of the I/O APIC's pins, where the ISA interrupts reach the 8259 pair as well."""
         lines = [self.isa_line(n) if n < 16 and n != 2 else self.io_apic.line(n) for n in range(LINES)]
         self.ports.attach(SCRATCH_PORT, SCRATCH_LENGTH, ScratchPorts())
+        self.mmio.attach(MEMORY_BASE, MEMORY_LENGTH, DeviceMemory())
         self.ports.attach(LINES_PORT, LINES, LinePorts(lines))
 
     def _pic_output(self, level: bool) -> None:
@@ -229,12 +248,11 @@ class Pc:
         return _FIRMWARE_START  # where the RSDP is
 
 
-def _apic_msrs(apic: LocalApic) -> dict[int, MsrHandler]:
+def _apic_msrs(apic: LocalApic, absent: Collection[str]) -> dict[int, MsrHandler]:
     """The MSRs that the local APIC answers."""
-    handlers: dict[int, MsrHandler] = {
-        IA32_APIC_BASE: (apic.read_base, apic.write_base),
-        IA32_TSC_DEADLINE: (apic.read_tsc_deadline, apic.write_tsc_deadline),
-    }
+    handlers: dict[int, MsrHandler] = {IA32_APIC_BASE: (apic.read_base, apic.write_base)}
+    if "tsc_deadline" not in absent:
+        handlers[IA32_TSC_DEADLINE] = (apic.read_tsc_deadline, apic.write_tsc_deadline)
     for index in range(0x800, 0x840):
         handlers[index] = (partial(apic.read_msr, index), partial(apic.write_msr, index))
     return handlers

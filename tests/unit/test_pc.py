@@ -232,3 +232,15 @@ def test_hostile_ports_and_addresses(machine: Machine) -> None:
         if machine.pc.interrupts.pending():
             machine.pc.interrupts.acknowledge()
         machine.advance(generator.randrange(100_000))
+
+
+def test_the_local_apic_window_moves(machine: Machine) -> None:
+    read, write = machine.pc.msrs[0x1B]
+    version = machine.pc.mmio.read(LOCAL_APIC + 0x30, 4)
+    write(read() & 0xFFF | 0xFED40000)
+    assert machine.pc.mmio.read(0xFED40030, 4) == version
+    assert machine.pc.mmio.read(LOCAL_APIC + 0x30, 4) == 0xFFFFFFFF
+    write(read() & 0xFFF | IO_APIC)  # the I/O APIC answers there
+    assert machine.pc.mmio.read(IO_APIC + 0x30, 4) != version
+    write(read() & 0xFFF | LOCAL_APIC)
+    assert machine.pc.mmio.read(LOCAL_APIC + 0x30, 4) == version

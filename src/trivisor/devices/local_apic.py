@@ -5,7 +5,7 @@ window register n stands at offset 16 n.  The three 256-bit vectors IRR, ISR
 and TMR are plain integers: bit n is vector n.
 
 Left out: SMI, INIT and start-up messages (there is one processor, and nobody
-to start it), moving the window, and the level-triggered mode of LINT0/LINT1.
+to start it), and the level-triggered mode of LINT0/LINT1.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from collections.abc import Callable
 from trivisor.devices.apic_timer import ApicTimer
 from trivisor.machine.clock import Clock
 from trivisor.machine.interrupts import InterruptSource
+from trivisor.machine.memory import PHYSICAL_ADDRESS_BITS
 from trivisor.machine.vcpu import GeneralProtection
 
 APIC_BASE = 0xFEE00000
-"""Where the window stands; `IA32_APIC_BASE` says so, and cannot be moved."""
+"""Where the window stands after RESET; `IA32_APIC_BASE` moves it."""
 BSP, X2APIC_ENABLE, GLOBAL_ENABLE = 1 << 8, 1 << 10, 1 << 11
 
 # Delivery modes (10.5.1, 10.6.1).
@@ -64,6 +65,10 @@ _X2APIC_ACCEPTED = {
 """What WRMSR takes without #GP: the registers that can be written, and their bits that are not reserved."""
 
 
+def _stay(base: int) -> None:
+    """The window of an APIC that is on no bus."""
+
+
 def _nothing() -> None:
     """A hook nobody listens to."""
 
@@ -87,13 +92,20 @@ class LocalApic:
         tsc: Callable[[], int],
         tsc_frequency: int,
         crystal_frequency: int,
+        physical_bits: int = PHYSICAL_ADDRESS_BITS,
+        *,
+        has_x2apic: bool = True,
     ) -> None:
         self.apic_id = apic_id
+        self._address_mask = (1 << physical_bits) - 0x1000
+        self._base_known = self._address_mask | GLOBAL_ENABLE | BSP | (X2APIC_ENABLE if has_x2apic else 0)
         self.pic: InterruptSource | None = None
         """The 8259 pair whose INTR pin is wired to LINT0."""
         self.on_pending: Callable[[], None] = _nothing
         """Called when an interrupt becomes deliverable that was not before."""
         self.on_nmi: Callable[[], None] = _nothing
+        self.on_moved: Callable[[int], None] = _stay
+        """Called with the window's new physical address."""
         self.on_end_of_interrupt: Callable[[int], None] = _ignore_vector
         """The EOI message for a level-triggered vector, for the I/O APICs."""
         self.timer = ApicTimer(clock, tsc, tsc_frequency, crystal_frequency, self._timer_expired)
@@ -295,11 +307,14 @@ class LocalApic:
         """WRMSR of IA32_APIC_BASE: the mode changes of figure 10-27; `GeneralProtection` for all others."""
         mode = value & (GLOBAL_ENABLE | X2APIC_ENABLE)
         old = self._base & (GLOBAL_ENABLE | X2APIC_ENABLE)
-        if value & ~(GLOBAL_ENABLE | X2APIC_ENABLE | BSP) != APIC_BASE or mode == X2APIC_ENABLE:
+        address = value & self._address_mask
+        if value & ~self._base_known or mode == X2APIC_ENABLE:
             raise GeneralProtection
         if (mode & X2APIC_ENABLE and not old) or (mode == GLOBAL_ENABLE and old & X2APIC_ENABLE):
             raise GeneralProtection
-        self._base = APIC_BASE | BSP | mode
+        if address != self._base & self._address_mask:
+            self.on_moved(address)
+        self._base = address | BSP | mode
         if not mode:
             self._reset()
         elif mode & ~old & X2APIC_ENABLE:

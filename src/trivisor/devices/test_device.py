@@ -1,4 +1,4 @@
-"""The test device of kvm-unit-tests, as QEMU's `pc-testdev` has it: scratch ports and interrupt lines to drive."""
+"""The test device of kvm-unit-tests, as QEMU's `pc-testdev` has it: scratch ports and memory, lines to drive."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from trivisor.machine.interrupts import Line
 SCRATCH_PORT, SCRATCH_LENGTH = 0xE0, 16
 LINES_PORT = 0x2000
 LINES = 24
+MEMORY_BASE, MEMORY_LENGTH = 0xFF000000, 0x10000
 
 _VALUE_LENGTH = 4
 
@@ -30,6 +31,20 @@ class ScratchPorts:
         end = min(offset + size, _VALUE_LENGTH)
         if offset < end:
             self._value[offset:end] = value.to_bytes(size, "little")[: end - offset]
+
+
+class DeviceMemory:
+    """Memory that is reached as a device, so that every access to it is emulated."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray(MEMORY_LENGTH)
+
+    def read(self, offset: int, size: int) -> int:
+        return int.from_bytes(self._bytes[offset : offset + size], "little")
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        end = min(offset + size, MEMORY_LENGTH)
+        self._bytes[offset:end] = value.to_bytes(size, "little")[: end - offset]
 
 
 class LinePorts:

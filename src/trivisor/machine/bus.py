@@ -37,6 +37,13 @@ class Bus:
         self._starts.insert(position, base)
         self._windows.insert(position, (base, length, device))
 
+    def detach(self, base: int) -> None:
+        """Take away what was attached at `base`; ValueError when there is nothing."""
+        position = bisect_right(self._starts, base) - 1
+        if position < 0 or self._starts[position] != base:
+            raise ValueError(f"{self.name} {base:#x}: nothing is attached there")
+        del self._starts[position], self._windows[position]
+
     def find(self, address: int) -> tuple[Device, int] | None:
         """Return (device, offset) for `address`, or None where nothing answers."""
         position = bisect_right(self._starts, address) - 1

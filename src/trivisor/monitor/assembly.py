@@ -55,6 +55,7 @@ def assemble(
             tsc_frequency=tsc.frequency(),
             on_stop=on_stop,
             test_device="pc-testdev" in plan.hardware.devices,
+            absent=plan.hardware.cpu.removed,
         )
         vcpu = _vcpu(technique, board, plan.hardware)
     except BaseException:

@@ -21,10 +21,10 @@ from typing import Final
 
 from trivisor.machine.memory import PHYSICAL_ADDRESS_BITS
 from trivisor.x86 import control, msr
-from trivisor.x86.cpuid import EAX, EBX, ECX, EDX, FEATURES, Query, Registers, features, host_xgetbv
+from trivisor.x86.cpuid import EAX, EBX, ECX, EDX, FEATURES, VENDORS, Query, Registers, features, host_xgetbv
 
 BRAND: Final = "trivisor virtual CPU"
-VENDOR: Final = "GenuineIntel"
+VENDOR, AMD = VENDORS
 HYPERVISOR_SIGNATURE: Final = "TRIVISORVMM "
 FAMILY_MODEL_STEPPING: Final = 0x000806F8
 """Family 6, model 0x8F, stepping 8."""
@@ -106,6 +106,7 @@ class GuestCpuid:
     """Names of `x86.cpuid.FEATURES`, without `osxsave`."""
     table: dict[tuple[int, int], Registers]
     physical_bits: int = PHYSICAL_ADDRESS_BITS
+    vendor: str = VENDOR
 
     @property
     def cr4_mask(self) -> int:
@@ -178,7 +179,7 @@ def guest_cpuid(
     _merge(table, _clocks(tsc_frequency, crystal_frequency))
     if "xsave" in chosen:
         _merge(table, _xsave_leaves("avx" in chosen))
-    return GuestCpuid(chosen, table)
+    return GuestCpuid(chosen, table, vendor=vendor)
 
 
 def tsc_ratio(tsc_frequency: int, crystal_frequency: int) -> tuple[int, int]:

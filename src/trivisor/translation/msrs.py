@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from trivisor.machine.vcpu import GeneralProtection
-from trivisor.translation.cpuid import ARCH_CAPABILITIES, LINEAR_BITS, GuestCpuid
+from trivisor.translation.cpuid import AMD, ARCH_CAPABILITIES, LINEAR_BITS, GuestCpuid
 from trivisor.x86 import msr, mtrr
 from trivisor.x86.paging import is_canonical
 
@@ -138,10 +138,24 @@ def _registers(cpuid: GuestCpuid, tsc_frequency: int) -> dict[int, _Register]:
         registers[msr.IA32_FLUSH_CMD] = _command(msr.FLUSH_CMD_L1D)
     if "arch_capabilities" in cpuid.features:
         registers[msr.IA32_ARCH_CAPABILITIES] = _read_only(ARCH_CAPABILITIES)
+    if cpuid.vendor == AMD:
+        registers |= _amd_registers()
     if "mtrr" in cpuid.features:
         registers |= _mtrrs(cpuid.physical_bits)
     if "mca" in cpuid.features:
         registers |= _machine_check()
+    return registers
+
+
+def _amd_registers() -> dict[int, _Register]:
+    """Those that every AMD64 processor has (AMD APM 2, appendix A): the four counters hold what they were given."""
+    registers = {
+        msr.AMD_SYSCFG: _Register(accepts=_within(msr.AMD_SYSCFG_KNOWN)),
+        msr.AMD_HWCR: _Register(accepts=_within(0)),
+    }
+    for number in range(4):
+        registers[msr.AMD_PERFEVTSEL0 + number] = _Register(accepts=_anything)
+        registers[msr.AMD_PERFCTR0 + number] = _Register(accepts=_anything, kept=(1 << 48) - 1)
     return registers
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trivisor.devices.fw_cfg import FwCfg
-from trivisor.devices.test_device import LinePorts, ScratchPorts
+from trivisor.devices.test_device import MEMORY_LENGTH, DeviceMemory, LinePorts, ScratchPorts
 
 
 def test_scratch_ports_keep_what_was_written() -> None:
@@ -22,6 +22,15 @@ def test_scratch_ports_beyond_the_value_take_anything() -> None:
             ports.read(offset, size)
     assert ports.read(0, 4) == 0xFFFFFFFF
     assert ports.read(4, 4) == 0
+
+
+def test_device_memory() -> None:
+    memory = DeviceMemory()
+    memory.write(0x100, 8, 0x0102030405060708)
+    assert (memory.read(0x104, 4), memory.read(0x107, 1)) == (0x01020304, 1)
+    memory.write(MEMORY_LENGTH - 1, 8, 0xFFFFFFFFFFFFFFFF)
+    assert memory.read(MEMORY_LENGTH - 1, 8) == 0xFF
+    assert memory.read(0, 8) == 0
 
 
 def test_a_line_follows_its_port() -> None:

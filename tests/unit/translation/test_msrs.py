@@ -139,3 +139,14 @@ def test_save_and_load(file: MsrFile) -> None:
     assert other.read(msr.IA32_MTRR_DEF_TYPE) == 0xC06
     with pytest.raises(GeneralProtection):
         other.load({msr.IA32_PAT: 3})
+
+
+def test_amd_registers_belong_to_amd_processors() -> None:
+    intel = new_file()
+    amd = MsrFile(GuestCpuid(COPIED | EMULATED, {}, vendor="AuthenticAMD"), tsc_frequency=2_300_000_000)
+    for index in (msr.AMD_PERFEVTSEL0, msr.AMD_PERFCTR0 + 3, msr.AMD_SYSCFG, msr.AMD_HWCR):
+        assert refused(intel, index)
+        assert amd.read(index) == 0
+    amd.write(msr.AMD_PERFCTR0, 1 << 63 | 5)
+    assert amd.read(msr.AMD_PERFCTR0) == 5, "48 bits wide"
+    assert refused(amd, msr.AMD_HWCR, 1)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from trivisor.insight.unit_tests.entries import Entry
 from trivisor.monitor.outcome import StopReason
@@ -16,6 +19,10 @@ QEMU = "qemu-system-x86_64"
 _MEMORY = "128M"
 _STATUS_PASS, _STATUS_SKIP = 0, 77 >> 1
 """What the suite's `exit` is called with (lib/report.c)."""
+
+
+_ON_BARE_METAL = frozenset({"apic.flat"})
+"""Kernels that take a test device for a sign of KVM and make its hypercalls, unless told that there is none."""
 
 
 class Verdict(StrEnum):
@@ -51,20 +58,34 @@ def not_for_us(entry: Entry) -> str:
     return ""
 
 
+@contextmanager
+def environment(entry: Entry) -> Iterator[list[Path]]:
+    """The file of environment variables that the entry is to have as its module, if any."""
+    if entry.kernel.name not in _ON_BARE_METAL:
+        yield []
+        return
+    with NamedTemporaryFile("w", suffix=".env") as file:
+        file.write("TEST_DEVICE=0\n")
+        file.flush()
+        yield [Path(file.name)]
+
+
 def run_trivisor(entry: Entry, timeout: float) -> Result:
     """Under binary translation, with the one processor that it has."""
-    try:
-        machine = VirtualMachine(
-            entry.kernel,
-            append=entry.arguments,
-            memory=entry.qemu_option("-m").upper() or _MEMORY,
-            technique="translation",
-            devices=["pc-testdev"],
-            cpu=entry.features,
-            no_reboot=True,
-        )
-    except ValueError as error:
-        return Result(Verdict.SKIP, str(error))
+    with environment(entry) as modules:
+        try:
+            machine = VirtualMachine(
+                entry.kernel,
+                append=entry.arguments,
+                memory=entry.qemu_option("-m").upper() or _MEMORY,
+                technique="translation",
+                modules=modules,
+                devices=["pc-testdev"],
+                cpu=entry.features,
+                no_reboot=True,
+            )
+        except ValueError as error:
+            return Result(Verdict.SKIP, str(error))
     with machine:
         outcome = machine.run(timeout)
         log = machine.output.decode(errors="replace")
@@ -88,9 +109,11 @@ def run_qemu(entry: Entry, timeout: float) -> Result:
         command += ["-append", entry.arguments]
     command += [word for word in entry.qemu if word != "-enable-kvm"]
     try:
-        done = subprocess.run(
-            command, capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL, text=True, errors="replace"
-        )
+        with environment(entry) as modules:
+            command += [word for module in modules for word in ("-initrd", str(module))]
+            done = subprocess.run(
+                command, capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL, text=True, errors="replace"
+            )
     except subprocess.TimeoutExpired as late:
         printed = late.stdout if isinstance(late.stdout, bytes) else b""
         return Result(Verdict.TIMEOUT, f"{timeout:g} s", printed.decode(errors="replace"))

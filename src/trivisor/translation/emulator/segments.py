@@ -196,7 +196,7 @@ def drop_privileged_data(core: Core) -> None:
             continue
         conforming = attributes & TYPE_CODE and attributes & TYPE_CONFORMING
         if not conforming and (attributes & DPL) >> DPL_SHIFT < cpl:
-            view.set(0, 0, 0, 0)
+            view.set(0, view.base, 0, 0)  # unusable; in 64-bit code the base of FS and GS still counts
 
 
 def _fetch_system(cpu: Cpu, selector: int, types: tuple[int, ...]) -> tuple[SegmentDescriptor, int]:

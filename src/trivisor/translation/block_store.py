@@ -88,7 +88,7 @@ class BlockStore:
 
     def _has_second(self, block: Block, mode: Mode) -> bool:
         """Whether the page that the block's instruction runs into is still the same; raises GuestException."""
-        second, _ = self.mmu.fetch((block.rip | 0xFFF) + 1 & ((1 << mode.bits) - 1), mode.user)
+        second, _ = self.mmu.fetch((block.rip | 0xFFF) + 1 & mode.linear_mask, mode.user)
         return bool(second | 1 == block.second)
 
     def _make(self, mode: Mode, rip: int, page: int) -> Block:
@@ -149,7 +149,7 @@ class BlockStore:
         decoder.decode()
         if decoder.last_error != DecoderError.NO_MORE_BYTES:
             return code, 0
-        beyond = (rip | 0xFFF) + 1 & ((1 << mode.bits) - 1)
+        beyond = (rip | 0xFFF) + 1 & mode.linear_mask
         second, _ = self.mmu.fetch(beyond, mode.user)
         if not memory.is_ram(second, 0x1000):
             return code + b"\xff" * _LONGEST, second
@@ -246,7 +246,7 @@ class BlockStore:
     def follow(self, mode: Mode, link: int) -> Block:
         """The block that a link's jump wants, made if need be, and the link led there; raises GuestException."""
         flushes = self.flushes
-        block = self.block(mode, self.core.rip)
+        block = self.block(mode, self.core.linear_rip)
         if flushes == self.flushes:  # else the link is gone
             self.native.connect_link(link, block.number)
         return block
@@ -278,6 +278,11 @@ class BlockStore:
         self.cache.used = self._helpers_end
         self.clear_table()
         self.native.flush_everything()
+
+    def forget_modes(self) -> None:
+        """Forget everything, because the modes' numbers begin anew."""
+        self.flush()
+        self.translator.forget_modes()
 
     def clear_table(self) -> None:
         """Empty the native block table."""

@@ -12,6 +12,8 @@ import mmap
 
 from trivisor.machine.memory import GuestMemory, host_map, host_unmap
 from trivisor.translation.layout import OFFSETS, SEGMENT_ORDER, STACK_SIZE, STATE_SIZE
+from trivisor.x86.control import EFER_LMA
+from trivisor.x86.descriptors import LONG
 
 MASK64 = (1 << 64) - 1
 
@@ -78,7 +80,8 @@ class SegmentView:
 class Core:
     """Registers of the virtual processor, in the state block."""
 
-    rip = _q("RIP")
+    linear_rip = _q("RIP")
+    """Where the processor is: the linear address of the next instruction, as translated code has it."""
     cr0 = _q("CR0")
     cr2 = _q("CR2")
     cr3 = _q("CR3")
@@ -120,6 +123,24 @@ class Core:
         self.interrupt_shadow = False
         """Interrupts are held off until one more instruction has run (STI, MOV SS, POP SS)."""
         self.nmi_blocked = False
+
+    @property
+    def rip(self) -> int:
+        """The instruction pointer as the architecture has it: the offset in the code segment."""
+        base, linear = self.code_base, self.linear_rip
+        offset: int = (linear - base) & 0xFFFFFFFF if base else linear
+        return offset
+
+    @rip.setter
+    def rip(self, value: int) -> None:
+        base = self.code_base
+        self.linear_rip = (value + base) & 0xFFFFFFFF if base else value
+
+    @property
+    def code_base(self) -> int:
+        """CS's base, which 64-bit mode does not look at."""
+        cs = self.segments[CS]
+        return 0 if cs.attributes & LONG and self.efer & EFER_LMA else cs.base
 
     _flags = _q("FLAGS")
     _system_flags = _q("SYSTEM_FLAGS")

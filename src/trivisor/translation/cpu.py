@@ -17,16 +17,17 @@ from trivisor.machine.vcpu import Surroundings
 from trivisor.translation import slow_access
 from trivisor.translation.block_store import BlockStore
 from trivisor.translation.block_tables import Block
-from trivisor.translation.core import CS, DS, ES, MASK64, SS, Core
+from trivisor.translation.core import CS, MASK64, SS, Core
 from trivisor.translation.cpuid import guest_cpuid
 from trivisor.translation.emulator import events, system
 from trivisor.translation.emulator.contract import UnsupportedFeature
 from trivisor.translation.host_signals import HostTimer
 from trivisor.translation.layout import EXITS, OFFSETS
 from trivisor.translation.mmu import Mmu
-from trivisor.translation.modes import Mode
+from trivisor.translation.modes import MAXIMUM_SEGMENTED, Mode
 from trivisor.translation.msrs import MsrFile
 from trivisor.translation.native_code import NativeCode
+from trivisor.translation.segmentation import segmentation, set_windows
 from trivisor.translation.state_transfer import get_state, set_state
 from trivisor.translation.translator.features import decoder_features
 from trivisor.translation.translator.instructions import XSAVE_FAMILY
@@ -89,9 +90,9 @@ class TranslationVcpu:
         self.halted = False
         self._closed = False
         self._wake = threading.Event()
-        self._missing_mode = ""  # what the code at rip would need that is not there
         self._by_key: dict[int, Mode] = {}
         self._modes: dict[tuple[Any, ...], Mode] = {}
+        self._segmented = 0  # how many modes have a segmentation
         self._cache_keys = [-1, -1, -1]
         self._counts: dict[str | int, int] = {}
         self._translated_ns = self._idle_ns = self._total_ns = 0
@@ -187,24 +188,24 @@ class TranslationVcpu:
         cs, ss = segments[CS].attributes, segments[SS].attributes
         cr0, cr4 = core.cr0, core.cr4
         cpl = core.cpl
-        key = (core.efer & EFER_LMA, cs & (LONG | DB), ss & DB, cpl == 3, cr0 & _CR0_TS_EM,
-               cr4 & CR4_TSD, segments[ES].base | segments[DS].base | segments[SS].base
-               | segments[CS].base == 0)  # fmt: skip
+        long = bool(core.efer & EFER_LMA)
+        bits = 64 if long and cs & LONG else 32 if cs & DB else 16
+        segmented = None
+        if bits != 64:
+            set_windows(core)
+            segmented = segmentation(core)
+        key = (bits, ss & DB, cpl == 3, cr0 & _CR0_TS_EM, cr4 & CR4_TSD, segmented)
         mode = self._modes.get(key)
         if mode is None:
-            long = bool(core.efer & EFER_LMA)
-            bits = 64 if long and cs & LONG else 32 if cs & DB else 16
             mode = self._modes[key] = Mode(
                 bits=bits,
                 user=cpl == 3,
-                flat=bits == 64 or bool(key[-1]),
+                segmentation=segmented,
                 no_fpu=bool(cr0 & _CR0_TS_EM),
                 stack_bits=64 if bits == 64 else 32 if ss & DB else 16,
                 other=1 if cr4 & CR4_TSD else 0,
+                number=0 if segmented is None else self._segmented_number(),
             )
-        # Code is fetched at rip itself, and 16-bit code is not translated rightly throughout.
-        based = segments[CS].base if mode.bits == 32 else 0
-        self._missing_mode = "16-bit code" if mode.bits == 16 else "a code segment with a base" if based else ""
         words = self._words
         core.mode = mode.key
         self._by_key[mode.key] = mode
@@ -225,6 +226,18 @@ class TranslationVcpu:
             self._note_segments()
         reserved = ((1 << 52) - 1) & ~((1 << self._cpuid.physical_bits) - 1)
         words[OFFSETS["PHYSICAL_LIMIT_MASK"] // 8] = reserved | (0 if core.efer & 0x800 else 1 << 63)
+
+    def _segmented_number(self) -> int:
+        """The number of a new mode with segments that are not flat; when they run out, all begin anew."""
+        if self._segmented == MAXIMUM_SEGMENTED:
+            self._segmented = 0
+            self._modes.clear()
+            self._by_key.clear()
+            self._next = None
+            self._cache_keys = [-1, -1, -1]
+            self.blocks.forget_modes()
+        self._segmented += 1
+        return self._segmented - 1
 
     def _claim_jumps(self, mode: Mode) -> None:
         """The mode's jump cache is for it alone from now on."""
@@ -267,7 +280,7 @@ class TranslationVcpu:
                 pass
             return exit_
         except UnsupportedFeature as missing:
-            return Unsupported(str(missing), self.core.rip)
+            return Unsupported(str(missing), self.core.linear_rip)
         finally:
             self._total_ns += time.perf_counter_ns() - started
 
@@ -277,8 +290,8 @@ class TranslationVcpu:
         try:
             exit_ = self._once(True)
         except UnsupportedFeature as missing:
-            return Unsupported(str(missing), self.core.rip)
-        return DebugStop(self.core.rip) if exit_ is None else exit_
+            return Unsupported(str(missing), self.core.linear_rip)
+        return DebugStop(self.core.linear_rip) if exit_ is None else exit_
 
     def _once(self, single: bool) -> Exit | None:
         """One turn, with the delivery of the exception that it may end in."""
@@ -298,13 +311,11 @@ class TranslationVcpu:
             if exit_ is not None:
                 return exit_
         core.interrupt_shadow = False
-        if self._missing_mode:
-            raise UnsupportedFeature(self._missing_mode)
         if single or core.rflags & TF:
             return self._single_step()
         target = self._next
         if target is None:
-            block = self.blocks.block(self.mode, core.rip)
+            block = self.blocks.block(self.mode, core.linear_rip)
             target = self._native.cache.base + block.body
         else:
             self._next = None
@@ -460,7 +471,7 @@ class TranslationVcpu:
         raise GuestException(vector, None if error >> 63 else error, self.core.cr2 if vector == 14 else None)
 
     def _on_call_out(self) -> Exit | None:
-        instruction = self.blocks.instruction(self.mode, self.core.rip)
+        instruction = self.blocks.instruction(self.mode, self.core.linear_rip)
         return self.execute(instruction)
 
     def execute(self, instruction: Instruction) -> Exit | None:
@@ -474,8 +485,8 @@ class TranslationVcpu:
         return result
 
     def _on_undefined(self) -> Exit | None:
-        instruction = self.blocks.instruction(self.mode, self.core.rip)
-        return Unsupported(str(instruction), self.core.rip)
+        instruction = self.blocks.instruction(self.mode, self.core.linear_rip)
+        return Unsupported(str(instruction), self.core.linear_rip)
 
     def _on_host_fault(self) -> Exit | None:
         words, core = self._words, self.core
@@ -490,7 +501,7 @@ class TranslationVcpu:
             words[_POLL] = words[_GOOD]
             self._counts["poll"] = self._counts.get("poll", 0) + 1
             return None
-        instruction = self.blocks.instruction(self.mode, core.rip)
+        instruction = self.blocks.instruction(self.mode, core.linear_rip)
         if instruction.mnemonic in XSAVE_FAMILY:
             core.regs[0] = words[OFFSETS["SPILL"] // 8]
             core.regs[2] = words[OFFSETS["SPILL_2"] // 8]
@@ -502,16 +513,16 @@ class TranslationVcpu:
                 raise GuestException(16)
             raise GuestException(19 if core.cr4 & CR4_OSXMMEXCPT else 6)
         if number == signal.SIGILL:
-            return Unsupported(f"{instruction} (this host refuses it)", core.rip)
+            return Unsupported(f"{instruction} (this host refuses it)", core.linear_rip)
         if number == signal.SIGSEGV:
             raise GuestException(13, 0)
-        raise OSError(f"host signal {number} while running {instruction} at {core.rip:#x}: out of memory?")
+        raise OSError(f"host signal {number} while running {instruction} at {core.linear_rip:#x}: out of memory?")
 
     def _locate(self, block: Block, host: int) -> None:
         """Set rip and flags to where host code at `host` stands for."""
         core, words = self.core, self._words
         rip, parked = self.blocks.locate(block, host)
-        core.rip = rip
+        core.linear_rip = rip
         if parked:
             parked_flags = words[OFFSETS["FLAGS_AX"] // 8]
             flags = parked_flags >> 8 & 0xD5 | (0x800 if parked_flags & 1 else 0)
@@ -529,7 +540,7 @@ class TranslationVcpu:
         self._next = host
 
     def last_block(self) -> tuple[int, int] | None:
-        return self.blocks.around(self.mode, self.core.rip)
+        return self.blocks.around(self.mode, self.core.linear_rip)
 
     def memory_written(self, address: int, length: int) -> None:
         self.blocks.written(address, length)

@@ -102,6 +102,8 @@ _FIELDS = (
     "KERNEL_JUMPS_LOCAL",  # nonzero: the kernel's jump cache leads into pages that are not global
     "CALL_OUT",  # address of the helper that has Python do the instruction
     "ESCAPE",  # the same, from the middle of an instruction's code
+    "FAULT_GP",  # ... that raises #GP(0), or #SS(0), from there
+    "FAULT_SS",
     "HOST_FAULT_ADDRESS",
     "CR0",
     "CR2",
@@ -181,6 +183,10 @@ for _name in _FIELDS:
 SEGMENT_ORDER = ("ES", "CS", "SS", "DS", "FS", "GS", "LDTR", "TR")
 for _segment in SEGMENT_ORDER:
     for _part in ("SELECTOR", "BASE", "LIMIT", "ATTRIBUTES"):
+        _cursor.field(f"{_segment}_{_part}")
+for _segment in SEGMENT_ORDER[:6]:
+    # which offsets 16- and 32-bit code may access: the first, and the last to read and to write (-1: none)
+    for _part in ("FIRST", "LAST_READ", "LAST_WRITE"):
         _cursor.field(f"{_segment}_{_part}")
 
 _cursor.field("SLOT", 64, 64)  # an operand on its way

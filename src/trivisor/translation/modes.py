@@ -5,6 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+FLAT_LIMIT = 0xFFFFFFFF
+
+SEGMENTED_KEYS = 0x800
+"""Keys from here on have a number that the engine hands out to a `Segmentation`, and mean nothing elsewhere."""
+MAXIMUM_SEGMENTED = 0xFF
+"""How many numbers there are (the highest key marks an empty place in the block table)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segmentation:
+    """What 16- and 32-bit code must know of segments that are not flat.
+
+    A flat segment has base 0 and all of 4 GiB, and data in it may be written.
+    The rest are checked at every access, against what the state block has of
+    them: their bases, limits and types are no part of the mode, but for CS.
+    """
+
+    code_base: int = 0
+    code_limit: int = FLAT_LIMIT
+    checked: frozenset[str] = frozenset()
+    """Which of ES, SS and DS are not flat; CS as data, FS and GS always count as not flat."""
+    real: bool = False
+    """Real or virtual-8086 mode: a selector is the segment's base over 16."""
+
 
 @dataclass(frozen=True, slots=True)
 class Mode:
@@ -12,27 +36,60 @@ class Mode:
 
     bits: int = 64
     user: bool = False
-    flat: bool = True
-    """ES, CS, SS and DS have base 0 (always so in 64-bit mode)."""
+    segmentation: Segmentation | None = None
+    """None when ES, CS, SS and DS are flat, as they always are in 64-bit mode."""
     no_fpu: bool = False
     """CR0.TS or EM: x87 and SSE instructions fault."""
     stack_bits: int = 64
     other: int = 0
     """A number that sets apart modes that differ in what else matters."""
+    number: int = field(default=0, compare=False)
+    """Of a mode with a segmentation: what sets it apart from the others of its engine."""
 
     key: int = field(init=False, compare=False)
-    """The mode in ten bits: part of every block's key."""
+    """The mode in twelve bits: part of every block's key."""
 
     def __post_init__(self) -> None:
-        key = (
-            {16: 0, 32: 1, 64: 2}[self.bits]
-            | (4 if self.user else 0)
-            | (0 if self.flat else 8)
-            | (16 if self.no_fpu else 0)
-            | {16: 0, 32: 32, 64: 64}[self.stack_bits]
-            | self.other << 7
-        )
+        # The native helpers look at the three lowest bits.
+        key = {16: 0, 32: 1, 64: 2}[self.bits] | (4 if self.user else 0)
+        if self.segmentation is None:
+            key |= (16 if self.no_fpu else 0) | {16: 0, 32: 32, 64: 64}[self.stack_bits] | self.other << 7
+        else:
+            key |= SEGMENTED_KEYS | self.number << 3
         object.__setattr__(self, "key", key)
+
+    @property
+    def code_base(self) -> int:
+        """Linear address of the code segment's offset 0."""
+        return 0 if self.segmentation is None else self.segmentation.code_base
+
+    @property
+    def code_limit(self) -> int:
+        """The last offset in the code segment; means nothing in 64-bit mode."""
+        return FLAT_LIMIT if self.segmentation is None else self.segmentation.code_limit
+
+    @property
+    def real(self) -> bool:
+        """Real or virtual-8086 mode."""
+        return self.segmentation is not None and self.segmentation.real
+
+    @property
+    def plain_stack(self) -> bool:
+        """The stack segment is flat, and the stack pointer as wide as the code."""
+        return self.stack_bits == self.bits and not self.checks("SS")
+
+    def checks(self, segment: str) -> bool:
+        """Whether accesses by a segment register are held against its base, limit and type."""
+        if self.bits == 64:
+            return False
+        if segment in ("CS", "FS", "GS"):
+            return True
+        return self.segmentation is not None and segment in self.segmentation.checked
+
+    @property
+    def linear_mask(self) -> int:
+        """All ones of a linear address."""
+        return (1 << 64) - 1 if self.bits == 64 else 0xFFFFFFFF
 
     def at_level(self, user: bool) -> Mode:
         """The same mode at CPL 3 or not."""
@@ -51,6 +108,9 @@ class Mode:
 class Jump(NamedTuple):
     """Ends a block: go on at next + the instruction's `Constants.relative`."""
 
+    narrow: bool = False
+    """The target's offset in the code segment is cut to 16 bits."""
+
 
 class Branch(NamedTuple):
     """Ends a block: at next + `Constants.relative` when the condition holds, else at next.
@@ -62,6 +122,10 @@ class Branch(NamedTuple):
 
     condition: int
     prelude: bytes = b""
+    narrow: bool = False
+    """The target's offset in the code segment is cut to 16 bits."""
+    undo: bytes = b""
+    """Takes back what the prelude has done, for a target beyond the segment's limit."""
 
 
 class Indirect(NamedTuple):
@@ -82,6 +146,8 @@ class Raise(NamedTuple):
     """Ends a block: the instruction raises exception `vector`."""
 
     vector: int
+    error: int = -1
+    """Error code; -1 for none."""
 
 
 class Missing(NamedTuple):
@@ -89,10 +155,14 @@ class Missing(NamedTuple):
 
 
 class Repeat(NamedTuple):
-    """Ends a single-step block of a repeated string instruction: itself again unless rcx is 0."""
+    """Ends a single-step block of a repeated string instruction: itself again unless the count is 0."""
+
+    bits: int = 64
+    """The count is RCX, ECX or CX."""
 
 
 class RepeatCompare(NamedTuple):
     """The same for SCAS and CMPS, which also end when ZF is `until_equal`."""
 
     until_equal: bool
+    bits: int = 64

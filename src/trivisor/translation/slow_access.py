@@ -14,6 +14,7 @@ from iced_x86 import Code, InstructionInfoFactory, Mnemonic, OpAccess, Register
 
 from trivisor.machine.exits import Exit
 from trivisor.translation.emulator.contract import UnsupportedFeature
+from trivisor.translation.emulator.operands import next_rip
 from trivisor.translation.layout import EXITS, OFFSETS
 from trivisor.translation.translator.recipe import KIND_CHUNK
 from trivisor.translation.translator.registers import GPR
@@ -70,7 +71,7 @@ def _register_access(cpu: TranslationVcpu, access: Prepared) -> bool:
     mmu, core = cpu.mmu, cpu.core
     if size != 4 or access.crosses or mmu.memory.is_ram(physical & ~0xFFF, 0x1000):
         return False
-    instruction = cpu.blocks.instruction(cpu.mode, core.rip)
+    instruction = cpu.blocks.instruction(cpu.mode, core.linear_rip)
     code = instruction.code
     if code == Code.MOV_RM32_R32:
         mmu.write_device(physical, 4, core.regs[GPR[instruction.op1_register][0]] & 0xFFFFFFFF)
@@ -80,7 +81,7 @@ def _register_access(cpu: TranslationVcpu, access: Prepared) -> bool:
         mmu.write_device(physical, 4, instruction.immediate32)
     else:
         return False
-    core.rip = instruction.next_ip
+    core.rip = next_rip(core, instruction)
     cpu.count("mmio access")
     return True
 
@@ -125,7 +126,7 @@ def _access(cpu: TranslationVcpu) -> Prepared | None:
 
 def _stack_fault(cpu: TranslationVcpu, check: int) -> GuestException:
     """The exception for an address that is not canonical: #SS for one relative to SS (Intel SDM 1, 3.3.7.1)."""
-    instruction = cpu.blocks.instruction(cpu.mode, cpu.core.rip)
+    instruction = cpu.blocks.instruction(cpu.mode, cpu.core.linear_rip)
     by_stack = [used.segment == Register.SS for used in _info.info(instruction).used_memory()]
     if all(by_stack) or (any(by_stack) and (check == 0) == (instruction.mnemonic == Mnemonic.POP)):
         return GuestException(STACK_FAULT, 0)
@@ -134,7 +135,7 @@ def _stack_fault(cpu: TranslationVcpu, check: int) -> GuestException:
 
 def _runs_in(cpu: TranslationVcpu, physical: int) -> bool:
     """Whether the instruction itself stands in the page."""
-    page, _ = cpu.mmu.fetch(cpu.core.rip, cpu.mode.user)
+    page, _ = cpu.mmu.fetch(cpu.core.linear_rip, cpu.mode.user)
     return page == physical & ~0xFFF
 
 
@@ -145,7 +146,7 @@ def step(cpu: TranslationVcpu, prepared: list[Prepared]) -> Exit | None:
         if len(prepared) > _MAXIMUM_PREPARED:
             raise UnsupportedFeature("too many slow accesses in one instruction")
         mask = sum(1 << access.check for access in prepared)
-        block = cpu.blocks.step_block(cpu.mode, cpu.core.rip, mask)
+        block = cpu.blocks.step_block(cpu.mode, cpu.core.linear_rip, mask)
         for number, access in enumerate(prepared):
             if number >= ready or access.bounce < 0:  # a device is read once only: that has effects
                 _prepare(cpu, access, number)
@@ -189,7 +190,7 @@ def _reads(cpu: TranslationVcpu, access: Prepared) -> bool:
     """Whether the instruction also reads what it writes; RAM may always be read."""
     if all(cpu.mmu.memory.is_ram(piece, size) for piece, size in access.pieces):
         return True
-    instruction = cpu.blocks.instruction(cpu.mode, cpu.core.rip)
+    instruction = cpu.blocks.instruction(cpu.mode, cpu.core.linear_rip)
     return instruction.mnemonic in BYTE_MOVES or any(
         memory.access in _READ_AND_WRITTEN for memory in _info.info(instruction).used_memory()
     )

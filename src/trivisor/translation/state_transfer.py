@@ -64,7 +64,6 @@ def set_state(cpu: TranslationVcpu, state: CpuState) -> None:
     core = cpu.core
     for index, value in enumerate(state.gpr):
         core.regs[index] = value
-    core.rip = state.rip
     core.rflags = state.rflags
     for name, view in zip((*SEGMENT_NAMES, "ldtr", "tr"), core.segments, strict=True):
         segment: Segment = getattr(state, name)
@@ -75,6 +74,7 @@ def set_state(cpu: TranslationVcpu, state: CpuState) -> None:
     core.idtr_base, core.idtr_limit = state.idtr.base, state.idtr.limit
     core.cr0, core.cr2, core.cr3, core.cr4 = state.cr0, state.cr2, state.cr3, state.cr4
     core.efer, core.xcr0 = state.efer, state.xcr0
+    core.rip = state.rip  # CS and EFER are there: it is an offset in the segment
     cpu.board.interrupts.cr8 = state.cr8
     core.dr[:] = state.dr
     core.interrupt_shadow = state.interrupt_shadow

@@ -44,6 +44,8 @@ POINTERS = {
     "CHAIN": "chain",
     "CALL_OUT": "call_out",
     "ESCAPE": "escape",
+    "FAULT_GP": "fault_gp",
+    "FAULT_SS": "fault_ss",
     "MISS": "miss",
     "CROSSED": "crossed",
     "IRET": "iret",

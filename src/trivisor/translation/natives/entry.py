@@ -77,4 +77,20 @@ escape:
     call miss_flags
     mov qword [rbp+EXIT], EXIT_CALL_OUT
     jmp leave_spilled
+
+; call [FAULT_GP]; dq rip; dd kind: the instruction raises #GP(0), its segment checks having failed; #SS(0) likewise.
+fault_gp:
+    mov qword [rsp+8+EXIT_A], 13
+    jmp segment_fault
+fault_ss:
+    mov qword [rsp+8+EXIT_A], 12
+segment_fault:
+    {spill(8)}
+    pop rbx
+    mov rbp, rsp
+    mov r12d, [rbx+8]
+    sub rbx, 8
+    call miss_flags
+    mov qword [rbp+EXIT_B], 0
+    jmp deliver
 """

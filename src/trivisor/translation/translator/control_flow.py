@@ -1,13 +1,13 @@
-"""The stack and near control transfers."""
+"""The stack and near control transfers of 64-bit code; those of other code are in `legacy_flow.py`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iced_x86 import Code, Instruction, MemorySizeExt, Mnemonic, OpKind
+from iced_x86 import Code, Instruction, MemorySizeExt, OpKind
 
-from trivisor.translation.modes import Branch, CallOut, Indirect, Missing
-from trivisor.translation.translator.recipe import ARITHMETIC, Recipe, asm
+from trivisor.translation.modes import CallOut, Indirect, Jump, Missing
+from trivisor.translation.translator.recipe import Recipe
 from trivisor.translation.translator.registers import (
     BY_SIZE,
     DISPLACED,
@@ -26,27 +26,15 @@ if TYPE_CHECKING:
 
 def _stack_address(maker: InstructionMaker, recipe: Recipe, offset: int) -> None:
     """r10 = the linear address of the guest's stack pointer plus `offset`."""
-    width = "r10" if maker.mode.bits == 64 else "r10d"
-    recipe.code(f"lea {width}, [r15+({offset})]")
-    if maker.mode.bits != 64 and not maker.mode.flat:
-        recipe.code("mov r11, [rsp+SS_BASE]\n lea r10d, [r10+r11]")
+    recipe.code(f"lea r10, [r15+({offset})]")
 
 
 def _move_stack(maker: InstructionMaker, recipe: Recipe, by: int) -> None:
-    recipe.code(f"lea {'r15' if maker.mode.bits == 64 else 'r15d'}, [r15+({by})]")
-
-
-def _stack_supported(maker: InstructionMaker, recipe: Recipe) -> bool:
-    if maker.mode.stack_bits == 16 or maker.mode.bits == 16:
-        recipe.ends = Missing()
-        return False
-    return True
+    recipe.code(f"lea r15, [r15+({by})]")
 
 
 def push(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
     """PUSH of a register, an immediate or memory."""
-    if not _stack_supported(maker, recipe):
-        return
     size = -instruction.stack_pointer_increment
     kind = instruction.op0_kind
     if kind == OpKind.REGISTER and instruction.op0_register in SEGMENTS:
@@ -78,8 +66,6 @@ def push(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
 
 def pop(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
     """POP to a register or memory."""
-    if not _stack_supported(maker, recipe):
-        return
     size = instruction.stack_pointer_increment
     if instruction.op0_kind == OpKind.REGISTER:
         if instruction.op0_register in SEGMENTS:
@@ -119,24 +105,22 @@ _STACK_POINTERS = {BY_SIZE[8][RSP], BY_SIZE[4][RSP]}
 
 def leave(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
     """LEAVE."""
-    size = 8 if maker.mode.bits == 64 else 4
-    if not _stack_supported(maker, recipe):
-        return
-    if instruction.code == Code.LEAVEW:
-        size = 2
-    wide = maker.mode.bits == 64
-    recipe.code("mov r10, rbp" if wide else "mov r10d, ebp")
-    if not wide and not maker.mode.flat:
-        recipe.code("mov r11, [rsp+SS_BASE]\n lea r10d, [r10+r11]")
+    size = 2 if instruction.code == Code.LEAVEW else 8
+    recipe.code("mov r10, rbp")
     recipe.check(size, write=False)
-    recipe.code(f"lea {'r15' if wide else 'r15d'}, [rbp+{size}]\n mov {name(5, size)}, [r10]")
+    recipe.code(f"lea r15, [rbp+{size}]\n mov {name(5, size)}, [r10]")
+
+
+def call(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """CALL to a direct near target."""
+    push_return(maker, recipe)
+    recipe.ends = Jump()
+    recipe.shared = True
 
 
 def push_return(maker: InstructionMaker, recipe: Recipe) -> None:
     """Push the address of the next instruction."""
-    if not _stack_supported(maker, recipe):
-        return
-    size = 8 if maker.mode.bits == 64 else 4
+    size = 8
     _stack_address(maker, recipe, -size)
     recipe.check(size, write=True)
     recipe.absolute("r11", 0)
@@ -146,7 +130,7 @@ def push_return(maker: InstructionMaker, recipe: Recipe) -> None:
 
 def indirect(maker: InstructionMaker, recipe: Recipe, instruction: Instruction, *, call: bool) -> None:
     """Near JMP and CALL through a register or memory."""
-    size = 8 if maker.mode.bits == 64 else 4
+    size = 8
     if instruction.op0_kind == OpKind.REGISTER:
         number, width = GPR[instruction.op0_register]
         if width == 2:
@@ -170,9 +154,7 @@ def indirect(maker: InstructionMaker, recipe: Recipe, instruction: Instruction, 
 
 def near_return(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
     """Near RET, with or without bytes to drop."""
-    if not _stack_supported(maker, recipe):
-        return
-    size = 8 if maker.mode.bits == 64 else 4
+    size = 8
     if instruction.code in (Code.RETNW, Code.RETNW_IMM16):
         recipe.ends = Missing()
         return
@@ -182,41 +164,3 @@ def near_return(maker: InstructionMaker, recipe: Recipe, instruction: Instructio
     recipe.code(f"mov {name(10, size)}, [r10]")
     _move_stack(maker, recipe, size + drop)
     recipe.ends = Indirect()
-
-
-def conditional(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
-    """Jcc, JCXZ and LOOP."""
-    recipe.shared = True
-    if instruction.is_jcc_short_or_near:
-        recipe.reads |= instruction.rflags_read & ARITHMETIC
-        recipe.ends = Branch(instruction.condition_code - 1)
-        return
-    if instruction.code in _CX:
-        recipe.ends = Missing()
-        return
-    wide = instruction.code not in _ECX
-    counter = "rcx" if wide else "ecx"
-    jump = b"\xe3" if wide else b"\x67\xe3"
-    if instruction.is_jcx_short:
-        recipe.ends = Branch(0, jump + b"\0")
-        return
-    # taken: counter not zero (and ZF as asked); the prelude ends in a short jump to the taken way
-    decrement = asm(f"lea {counter}, [rcx-1]")
-    skip = jump + b"\x02"
-    mnemonic = instruction.mnemonic
-    if mnemonic == Mnemonic.LOOP:
-        prelude = decrement + skip + b"\xeb\0"
-    else:
-        recipe.reads |= instruction.rflags_read & ARITHMETIC
-        prelude = decrement + skip + (b"\x74\0" if mnemonic == Mnemonic.LOOPE else b"\x75\0")
-    recipe.ends = Branch(0, prelude)
-
-
-_CX = {
-    getattr(Code, n)
-    for n in dir(Code)
-    if n.startswith(("JCXZ_", "LOOP")) and ("_CX" in n or n.startswith("JCXZ"))
-}
-
-
-_ECX = {getattr(Code, n) for n in dir(Code) if n.startswith(("JECXZ", "LOOP")) and "RCX" not in n and "_CX" not in n}

@@ -30,6 +30,7 @@ from trivisor.translation.translator.recipe import (
     Recipe,
     asm,
 )
+from trivisor.x86.exceptions import GENERAL_PROTECTION
 
 _MASK64 = (1 << 64) - 1
 _LONGEST = 15  # bytes of an instruction
@@ -157,19 +158,27 @@ class Emission:
         out = self.out
         ends = last.ends
         here = next_rip - last.length
-        after = next_rip & ((1 << self.mode.bits) - 1)
+        after = next_rip & self.mode.linear_mask
         if ends is None:
             self._go(after, here, parked)
         elif isinstance(ends, Jump):
-            self._go(after + constants.relative, here, parked)
+            self._go(self._target(after, constants.relative, ends.narrow), here, parked)
         elif isinstance(ends, Branch):
-            self._branch(ends, after, after + constants.relative, here, parked)
+            self._branch(ends, after, self._target(after, constants.relative, ends.narrow), here, parked)
         elif isinstance(ends, Indirect) and not self.single:
             self._in_park(parked)
             out += _JUMP_INDEXED[self.mode.jump_cache_name]
         else:
             self._in_host(parked)
             self._leaving(ends, last, here, after)
+
+    def _target(self, after: int, relative: int, narrow: bool) -> int | None:
+        """Linear address of a direct jump's target; None for one beyond the code segment's limit."""
+        mode = self.mode
+        if mode.bits == 64:
+            return after + relative & _MASK64
+        offset = after - mode.code_base + relative & (0xFFFF if narrow else 0xFFFFFFFF)
+        return mode.code_base + offset & 0xFFFFFFFF if offset <= mode.code_limit else None
 
     def _leaving(self, ends: object, last: Recipe, here: int, after: int) -> None:
         """The ends that lead out of translated code."""
@@ -184,25 +193,35 @@ class Emission:
             self._address_64(here)
             out += pack("<I", last.length)
         elif isinstance(ends, Raise):
-            self._rip_into_r10(here)
-            out += _STORE_RIP_R10
-            out += asm(f"mov qword [rsp+EXIT_A], {ends.vector}\n mov qword [rsp+EXIT_B], -1")
-            out += _set_exit("EXIT_EXCEPTION") + _LEAVE
+            self._raise(ends, here)
         elif isinstance(ends, Missing):
             self._rip_into_r10(here)
             out += _STORE_RIP_R10 + _set_exit("EXIT_UNDEFINED") + _LEAVE
-        elif isinstance(ends, Repeat):
-            again = _rip_into_r10(here) + _STEPPED
-            out += b"\xe3" + bytes((len(again),)) + again + _rip_into_r10(after) + _STEPPED
-        elif isinstance(ends, RepeatCompare):
-            again = _rip_into_r10(here) + _STEPPED
-            done = _rip_into_r10(after) + _STEPPED
-            out += b"\xe3" + bytes((len(again) + 2,))  # jrcxz done
-            out += bytes((0x74 if ends.until_equal else 0x75, len(again))) + again + done
+        elif isinstance(ends, (Repeat, RepeatCompare)):
+            self._repeat(ends, here, after)
         else:
             raise TypeError(ends)
 
-    def _branch(self, ends: Branch, after: int, target: int, here: int, parked: bool) -> None:
+    def _repeat(self, ends: Repeat | RepeatCompare, here: int, after: int) -> None:
+        """On at the same instruction, or at the next; a count of 16 bits stands alone in rcx for the test."""
+        narrow = ends.bits == 16
+        back = asm("mov rcx, r11") if narrow else b""
+        again = back + _rip_into_r10(here) + _STEPPED
+        compare = b""
+        if isinstance(ends, RepeatCompare):
+            compare = bytes((0x74 if ends.until_equal else 0x75, len(again)))
+        self.out += asm("mov r11, rcx\n movzx ecx, cx") if narrow else b""
+        self.out += b"\x67" if ends.bits == 32 else b""
+        self.out += b"\xe3" + bytes((len(compare) + len(again),))  # jrcxz
+        self.out += compare + again + back + _rip_into_r10(after) + _STEPPED
+
+    def _raise(self, ends: Raise, here: int) -> None:
+        self._rip_into_r10(here)
+        self.out += _STORE_RIP_R10
+        self.out += asm(f"mov qword [rsp+EXIT_A], {ends.vector}\n mov qword [rsp+EXIT_B], {ends.error}")
+        self.out += _set_exit("EXIT_EXCEPTION") + _LEAVE
+
+    def _branch(self, ends: Branch, after: int, target: int | None, here: int, parked: bool) -> None:
         out = self.out
         if ends.prelude:
             out += ends.prelude
@@ -211,14 +230,16 @@ class Emission:
             out[jump - 1] = len(out) - jump
         else:
             out += bytes((0x0F, 0x80 | ends.condition))
-            if self._is_linkable(target, here):
-                self._link(target & ((1 << self.mode.bits) - 1), here, parked)
+            if target is not None and self._is_linkable(target, here):
+                self._link(target, here, parked)
                 self._go(after, here, parked)
                 return
             out += bytes(4)
             jump = len(out)
             self._go(after, here, parked)
             pack_into("<i", out, jump - 4, len(out) - jump)
+        if target is None:
+            out += ends.undo
         self._go(target, here, parked)
 
     def _is_linkable(self, target: int, here: int) -> bool:
@@ -230,10 +251,12 @@ class Emission:
             return False
         return target >> 12 == here >> 12 and target & 0xFFF <= 0x1000 - _LONGEST
 
-    def _go(self, target: int, here: int, parked: bool) -> None:
-        """Continue at `target`, from the instruction at `here`."""
-        target &= (1 << self.mode.bits) - 1
-        if self.single:
+    def _go(self, target: int | None, here: int, parked: bool) -> None:
+        """Continue at `target`, from the instruction at `here`; None: that raises #GP."""
+        if target is None:
+            self._in_host(parked)
+            self._raise(Raise(GENERAL_PROTECTION, 0), here)
+        elif self.single:
             self._in_host(parked)
             self.out += _rip_into_r10(target) + _STEPPED
         elif self._is_linkable(target, here):

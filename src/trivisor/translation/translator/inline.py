@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from iced_x86 import Instruction, Mnemonic
 
-from trivisor.translation.translator import control_flow, sensitive, strings
+from trivisor.translation.translator import control_flow, legacy_flow, sensitive, strings
 from trivisor.translation.translator.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -23,9 +23,6 @@ def table(maker: InstructionMaker) -> dict[int, Make]:
         return lambda recipe, instruction: function(maker, recipe, instruction)
 
     out: dict[int, Make] = {
-        Mnemonic.PUSH: bind(control_flow.push),
-        Mnemonic.POP: bind(control_flow.pop),
-        Mnemonic.LEAVE: bind(control_flow.leave),
         Mnemonic.CLI: bind(sensitive.cli),
         Mnemonic.STI: bind(sensitive.sti),
         Mnemonic.RDTSC: bind(sensitive.rdtsc),
@@ -38,7 +35,12 @@ def table(maker: InstructionMaker) -> dict[int, Make]:
         LODSB LODSW LODSD LODSQ SCASB SCASW SCASD SCASQ CMPSB CMPSW CMPSQ CMPSD
     """.split():
         out[getattr(Mnemonic, text)] = bind(strings.element_string)
-    if maker.mode.bits == 64:
+    if maker.mode.bits != 64:
+        out.update({mnemonic: bind(function) for mnemonic, function in legacy_flow.INLINE.items()})
+    else:
+        out[Mnemonic.PUSH] = bind(control_flow.push)
+        out[Mnemonic.POP] = bind(control_flow.pop)
+        out[Mnemonic.LEAVE] = bind(control_flow.leave)
         out[Mnemonic.IRETQ] = bind(sensitive.iret)
         out[Mnemonic.SYSCALL] = bind(sensitive.syscall)
         out[Mnemonic.SYSRETQ] = bind(sensitive.sysret)

@@ -17,6 +17,7 @@ from iced_x86 import (
     CpuidFeature,
     Decoder,
     Encoder,
+    EncodingKind,
     FlowControl,
     Instruction,
     InstructionInfoFactory,
@@ -29,7 +30,7 @@ from iced_x86 import (
 )
 
 from trivisor.translation.modes import CallOut, Jump, Missing, Mode, Raise
-from trivisor.translation.translator import control_flow, inline, memory_forms, vector_access
+from trivisor.translation.translator import branches, control_flow, inline, legacy_flow, memory_forms, vector_access
 from trivisor.translation.translator.recipe import ARITHMETIC, DISPLACEMENT, IMMEDIATE, Recipe, asm
 from trivisor.translation.translator.registers import (
     BY_SIZE,
@@ -158,6 +159,8 @@ class InstructionMaker:
             pass
         elif instruction.is_invalid or not self._available(instruction):
             recipe.ends = Raise(6)
+        elif self.mode.real and instruction.encoding == EncodingKind.VEX:
+            recipe.ends = Raise(6)  # SDM 2A 2.5
         elif self.mode.no_fpu and not _FPU_FEATURES.isdisjoint(instruction.cpuid_features()):
             recipe.ends = CallOut() if mnemonic in (Mnemonic.FXSAVE,) else Raise(7)
         elif mnemonic in self._special:
@@ -214,7 +217,10 @@ class InstructionMaker:
     def address(
         self, recipe: Recipe, instruction: Instruction, adjust: int = 0, *, segmented: bool = True
     ) -> None:
-        """Put the linear address of the memory operand, plus `adjust`, into r10; uses r11."""
+        """Put the linear address of the memory operand, plus `adjust`, into r10; uses r11.
+
+        Where its segment is not flat that is the offset in it, which `Recipe.check` makes linear.
+        """
         base, index = instruction.memory_base, instruction.memory_index
         segment = SEGMENTS[instruction.memory_segment]
         if instruction.is_ip_rel_memory_operand:
@@ -233,14 +239,14 @@ class InstructionMaker:
             recipe.raw(b"\x49\xc7\xc2" + pack("<I", displacement & 0xFFFFFFFF), (3, 4, DISPLACEMENT))
             return
         self._baked = True
-        bits = self._address_bits(instruction)
+        bits = self.address_bits(instruction)
         recipe.code(f"mov r10, {_signed((displacement + adjust) & ((1 << bits) - 1), 64)}")
 
     def _sum_address(
         self, recipe: Recipe, instruction: Instruction, base: RegisterNumber, index: RegisterNumber, adjust: int
     ) -> None:
         """LEA with the same registers, or those that stand for them, and a displacement of the same width."""
-        bits = self._address_bits(instruction)
+        bits = self.address_bits(instruction)
         lea = self._lea_template
         lea.code = Code.LEA_R64_M if bits == 64 else Code.LEA_R32_M
         lea.op0_register = Register.R10 if bits == 64 else Register.R10D
@@ -271,7 +277,7 @@ class InstructionMaker:
             number = STACK
         return BY_SIZE[8][number]
 
-    def _address_bits(self, instruction: Instruction) -> int:
+    def address_bits(self, instruction: Instruction) -> int:
         for register in (instruction.memory_base, instruction.memory_index):
             if register in GPR:
                 return GPR[register][1] * 8
@@ -279,10 +285,19 @@ class InstructionMaker:
         return size * 8 if size in (2, 4, 8) and self.mode.bits != 64 else self.mode.bits
 
     def add_segment(self, recipe: Recipe, segment: str) -> None:
-        """Add a segment's base to r10; uses r11."""
-        if segment in ("FS", "GS") or (self.mode.bits != 64 and not self.mode.flat):
-            width = "" if self.mode.bits == 64 else "d"
-            recipe.code(f"mov r11, [rsp+{segment}_BASE]\n lea r10{width}, [r10+r11]")
+        """Make r10 linear, by adding a base that 64-bit code has, or have the next check do it; uses r11."""
+        if self.mode.checks(segment):
+            recipe.segment = segment
+        elif segment in ("FS", "GS"):
+            recipe.code(f"mov r11, [rsp+{segment}_BASE]\n lea r10, [r10+r11]")
+
+    def to_linear(self, segment: str, access: str) -> str:
+        """The same as a line for `Recipe.clobber`, before a check of the same access ("read 4")."""
+        if self.mode.checks(segment):
+            return f"segment {segment} {access}"
+        if segment in ("FS", "GS"):
+            return f"mov r11, [rsp+{segment}_BASE]\n lea r10, [r10+r11]"
+        return ""
 
     # -- ordinary instructions ------------------------------------------------------------------------------
 
@@ -519,29 +534,25 @@ class InstructionMaker:
 
     def _control(self, recipe: Recipe, instruction: Instruction) -> None:
         kind = instruction.flow_control
-        bits = self.mode.bits
+        flow = control_flow if self.mode.bits == 64 else legacy_flow
         if kind == FlowControl.UNCONDITIONAL_BRANCH and instruction.is_jmp_short_or_near:
-            recipe.ends = Jump()
+            recipe.ends = Jump(branches.is_narrow(instruction))
             recipe.shared = True
         elif kind == FlowControl.CONDITIONAL_BRANCH:
-            control_flow.conditional(self, recipe, instruction)
+            branches.conditional(self, recipe, instruction)
         elif kind == FlowControl.CALL and instruction.is_call_near:
-            control_flow.push_return(self, recipe)
-            recipe.ends = recipe.ends or Jump()
-            recipe.shared = True
+            flow.call(self, recipe, instruction)
         elif kind in (FlowControl.INDIRECT_BRANCH, FlowControl.INDIRECT_CALL) and not (
             instruction.is_jmp_far_indirect or instruction.is_call_far_indirect
         ):
-            control_flow.indirect(self, recipe, instruction, call=kind == FlowControl.INDIRECT_CALL)
+            flow.indirect(self, recipe, instruction, call=kind == FlowControl.INDIRECT_CALL)
             recipe.shared = not self._baked
         elif kind == FlowControl.RETURN and instruction.mnemonic == Mnemonic.RET:
-            control_flow.near_return(self, recipe, instruction)
+            flow.near_return(self, recipe, instruction)
         elif instruction.mnemonic in (Mnemonic.UD0, Mnemonic.UD1, Mnemonic.UD2):
             recipe.ends = Raise(6)
         else:
             recipe.ends = CallOut()
-        if bits == 16:
-            recipe.ends = Missing()
 
 
 _BIT_STRING = {Mnemonic.BT, Mnemonic.BTS, Mnemonic.BTR, Mnemonic.BTC}

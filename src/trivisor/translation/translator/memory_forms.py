@@ -29,7 +29,8 @@ def bit_string_address(maker: InstructionMaker, recipe: Recipe, instruction: Ins
     load = {2: f"movsx r11, {'word ' if number in DISPLACED else ''}{source}",
             4: f"movsxd r11, {'dword ' if number in DISPLACED else ''}{source}",
             8: f"mov r11, {source}"}[width]  # fmt: skip
-    narrow = "" if maker.mode.bits == 64 else "mov r10d, r10d"
+    bits = 64 if maker.mode.bits == 64 else maker.address_bits(instruction)
+    narrow = {64: "", 32: "mov r10d, r10d", 16: "movzx r10d, r10w"}[bits]
     recipe.clobber(
         f"""
         {load}

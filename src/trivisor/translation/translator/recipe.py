@@ -66,13 +66,32 @@ class Fragment(NamedTuple):
     """Prepared ones included."""
 
 
+def _segment_check(segment: str, kind: str, size: int, number: int) -> str:
+    """r10, an offset of 32 bits, held against the segment's window (`segmentation.py`) and made linear."""
+    return f"""
+        cmp r10, [rsp+{segment}_FIRST]
+        jb outside_{number}
+        lea r11, [r10+{size - 1}]
+        cmp r11, [rsp+{segment}_LAST_{kind.upper()}]
+        jle inside_{number}
+        outside_{number}:
+        call qword [rsp+FAULT_{"SS" if segment == "SS" else "GP"}]
+        escape_{number}: dq 0
+        dd 0
+        inside_{number}:
+        mov r11, [rsp+{segment}_BASE]
+        lea r10d, [r10+r11]"""
+
+
 @lru_cache(maxsize=1 << 14)
 def fragment(source: str, user: bool, first: int, prepared: int) -> Fragment:
     """Assemble text in which these lines stand for more:
 
     `retry` - an access that misses starts again here;
     `check read|write SIZE [chunk]` - turn r10 from a linear into a host address, by way of the TLB;
-    `escape` - have Python do the instruction instead.
+    `escape` - have Python do the instruction instead;
+    `segment NAME read|write SIZE` - turn r10 from an offset in a segment into a linear address, or raise #GP or #SS;
+    `fault gp|ss` - raise the exception, with error code 0.
 
     Checks are numbered from `first`; see `Recipe.prepared`.
     """
@@ -107,8 +126,12 @@ def fragment(source: str, user: bool, first: int, prepared: int) -> Fragment:
                 check_{len(kinds) - 1}:
                 add r10, [rsp+r11+{view}+TLB_HOST]"""
             )
-        elif words[:1] == ["escape"]:
-            lines.append(f"call qword [rsp+ESCAPE]\n escape_{escapes}: dq 0\n dd 0")
+        elif words[:1] == ["segment"]:
+            lines.append(_segment_check(words[1], words[2], int(words[3]), escapes))
+            escapes += 1
+        elif words[:1] in (["escape"], ["fault"]):
+            helper = "ESCAPE" if words[0] == "escape" else f"FAULT_{words[1].upper()}"
+            lines.append(f"call qword [rsp+{helper}]\n escape_{escapes}: dq 0\n dd 0")
             escapes += 1
         else:
             lines.append(line)
@@ -204,6 +227,8 @@ class Recipe:
     """Interrupts may have become possible: look for them right after this instruction."""
     shared: bool = False
     """Instructions that differ only in their constants may use it: every constant is patched in."""
+    segment: str = ""
+    """r10 is an offset in this segment, which the next check turns into a linear address first."""
     simple: Variant | None = None
     """The bytes for flags that are not parked, where it does not matter who needs them."""
     _variants: dict[tuple[bool, int], Variant] = field(default_factory=dict)
@@ -236,7 +261,9 @@ class Recipe:
 
         A miss starts again at the first item since the last op or check.
         """
-        self.clobber(f"check {'write' if write else 'read'} {size}")
+        access = f"{'write' if write else 'read'} {size}"
+        self.clobber((f"segment {self.segment} {access}\n" if self.segment else "") + f"check {access}")
+        self.segment = ""
 
     def absolute(self, register: str, displacement: int | None) -> None:
         """Load r10 or r11 with the next instruction's address plus `displacement`; None: the constant's."""

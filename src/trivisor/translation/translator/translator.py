@@ -7,11 +7,12 @@ from typing import NamedTuple
 from iced_x86 import ConstantOffsets, Decoder, Instruction, OpKind
 
 from trivisor.translation.code_cache import CodeCache
-from trivisor.translation.modes import Mode
+from trivisor.translation.modes import Mode, Raise
 from trivisor.translation.translator.block import Translation
 from trivisor.translation.translator.emission import Emission, FarTarget
 from trivisor.translation.translator.instructions import InstructionMaker
 from trivisor.translation.translator.recipe import Constants, Entry, Recipe
+from trivisor.x86.exceptions import GENERAL_PROTECTION
 
 MAXIMUM_INSTRUCTIONS = 64
 """In one block."""
@@ -38,6 +39,8 @@ def _constants(instruction: Instruction, offsets: ConstantOffsets, raw: bytes) -
         relative = instruction.ip_rel_memory_address - instruction.next_ip
     elif instruction.op0_kind in _NEAR_BRANCHES:
         relative = instruction.near_branch_target - instruction.next_ip
+        if instruction.op0_kind == OpKind.NEAR_BRANCH16:
+            relative = (relative + 0x8000 & 0xFFFF) - 0x8000
     return Constants(displacement, raw[at : at + size], relative)
 
 
@@ -85,9 +88,14 @@ class Translator:
         room = min(0x1000 - (rip & 0xFFF), len(code))
         position = 0
         shadow = False
+        wide, base = mode.bits == 64, mode.code_base
         while True:
             decode(instruction)
             end = decoder.position
+            if not wide and (rip - base & 0xFFFFFFFF) + end - 1 > mode.code_limit:
+                if not chosen:
+                    return self._beyond_limit(mode, rip, single=False)
+                break
             if end >= room and chosen and (end > room or instruction.is_invalid):
                 break  # it runs into the next page (or seems invalid for the bytes missing here)
             raw = code[position:end]
@@ -138,10 +146,22 @@ class Translator:
                 known.shapes[key] = recipe
         return recipe.entry(constants)
 
+    def _beyond_limit(self, mode: Mode, rip: int, *, single: bool) -> Translation:
+        """An instruction that does not lie within its code segment faults (Intel SDM 3A 5.3)."""
+        recipe = Recipe(mode.user, False, length=1, ends=Raise(GENERAL_PROTECTION, 0))
+        recipe.finish()
+        return self._emit(mode, False, Translation(rip, 1), [recipe.entry(Constants())], False, single=single)
+
+    def forget_modes(self) -> None:
+        """Forget every mode's recipes, because their keys get other meanings."""
+        self._known.clear()
+
     def translate_step(self, mode: Mode, rip: int, code: bytes, prepared: int) -> Translation:
         """Translate one instruction that leaves to Python when it is done; see `Recipe.prepared`."""
         decoder = Decoder(mode.bits, code, ip=rip)
         instruction = decoder.decode()
+        if mode.bits != 64 and (rip - mode.code_base & 0xFFFFFFFF) + instruction.len - 1 > mode.code_limit:
+            return self._beyond_limit(mode, rip, single=True)
         offsets = decoder.get_constant_offsets(instruction)
         maker = InstructionMaker(mode, False, self.features, self.xsave_size)
         raw = code[: instruction.len]

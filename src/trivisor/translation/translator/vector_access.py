@@ -22,7 +22,6 @@ from iced_x86 import (
 )
 
 from trivisor.translation.layout import OFFSETS
-from trivisor.translation.modes import Missing
 from trivisor.translation.translator.recipe import Item, Recipe
 from trivisor.translation.translator.registers import SEGMENTS
 
@@ -47,8 +46,10 @@ def masked_move(maker: InstructionMaker, recipe: Recipe, instruction: Instructio
     stores = instruction.op0_kind == OpKind.MEMORY
     size = MemorySizeExt.element_size(instruction.memory_size)
     count = MemorySizeExt.size(instruction.memory_size) // size
-    maker.address(recipe, instruction)
+    maker.address(recipe, instruction, segmented=False)
     recipe.code("mov [rsp+SLOT_ADDRESS], r10")
+    access = f"{'write' if stores else 'read'} {size}"
+    to_linear = maker.to_linear(SEGMENTS[instruction.memory_segment], access)
     _save(maker, recipe, instruction.op1_register, _MASK)
     if stores:
         _save(maker, recipe, instruction.op2_register, _DATA)
@@ -68,7 +69,8 @@ def masked_move(maker: InstructionMaker, recipe: Recipe, instruction: Instructio
             retry
             mov r10, [rsp+SLOT_ADDRESS]
             lea {_linear(maker)}, [r10+{number * size}]
-            check {"write" if stores else "read"} {size}
+            {to_linear}
+            check {access}
             {move}
             skip_{number}:
             """
@@ -93,8 +95,7 @@ def gather(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) ->
     if count * size == 8:
         recipe.code(f"mov qword [rsp+{_DATA + 8}], 0")  # there is no smaller register to load
     segment = SEGMENTS[instruction.memory_segment]
-    based = segment in ("FS", "GS") or (maker.mode.bits != 64 and not maker.mode.flat)
-    add_segment = f"mov r11, [rsp+{segment}_BASE]\n lea {_linear(maker)}, [r10+r11]" if based else ""
+    to_linear = maker.to_linear(segment, f"read {size}")
     narrow = RegisterExt.size(instruction.memory_base) == 4 or maker.mode.bits != 64
     scratch = "r11" if size == 8 else "r11d"
     lines = []
@@ -108,7 +109,7 @@ def gather(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) ->
             {load}
             mov r11, [rsp+SLOT_ADDRESS]
             lea {"r10d" if narrow else "r10"}, [r11+r10*{instruction.memory_index_scale}]
-            {add_segment}
+            {to_linear}
             check read {size}
             mov {scratch}, [r10]
             mov [rsp+{_DATA + number * size}], {scratch}
@@ -131,10 +132,7 @@ def byte_move(maker: InstructionMaker, recipe: Recipe, instruction: Instruction)
 
     Bytes that are masked off may fault as well (Intel SDM 2B, MASKMOVDQU: implementation-specific).
     """
-    if instruction.op0_kind not in (OpKind.MEMORY_SEG_RDI, OpKind.MEMORY_SEG_EDI) or maker.mode.bits == 16:
-        recipe.ends = Missing()
-        return
-    recipe.code("mov r10, rdi" if instruction.op0_kind == OpKind.MEMORY_SEG_RDI else "mov r10d, edi")
+    recipe.code(_FROM_DI[instruction.op0_kind])
     maker.add_segment(recipe, SEGMENTS[instruction.memory_segment])
     recipe.check(MemorySizeExt.size(instruction.memory_size), write=True)
     if instruction.mnemonic == Mnemonic.MASKMOVQ:
@@ -147,6 +145,11 @@ def byte_move(maker: InstructionMaker, recipe: Recipe, instruction: Instruction)
     recipe.code("mov rdi, [rsp+SPILL]")
 
 
+_FROM_DI = {
+    OpKind.MEMORY_SEG_RDI: "mov r10, rdi",
+    OpKind.MEMORY_SEG_EDI: "mov r10d, edi",
+    OpKind.MEMORY_SEG_DI: "movzx r10d, di",
+}
 _WAIT = Instruction.create(Code.WAIT)
 
 

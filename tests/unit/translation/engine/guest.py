@@ -281,19 +281,20 @@ class Machine:
         """Run to a HLT of the guest's own."""
         exit_ = self.run(at, **registers)
         assert isinstance(exit_, Halt), exit_
-        if HANDLERS <= self.core.rip < HANDLERS + 0x1000:
+        if HANDLERS <= self.core.linear_rip < HANDLERS + 0x1000:
             raise AssertionError(f"unexpected {self.frame()}, CR2 {self.core.cr2:#x}")
 
     def fault(self, at: str | int | None = None, **registers: int) -> Frame:
         """Run into an exception or interrupt, and give its frame."""
         exit_ = self.run(at, **registers)
         assert isinstance(exit_, Halt), exit_
-        assert HANDLERS <= self.core.rip < HANDLERS + 0x1000, f"no exception; rip {self.core.rip:#x}"
+        where = self.core.linear_rip
+        assert HANDLERS <= where < HANDLERS + 0x1000, f"no exception; rip {where:#x}"
         return self.frame()
 
     def frame(self) -> Frame:
         """The frame of the handler that has halted."""
-        vector = self.core.rip - HANDLERS >> 4
+        vector = self.core.linear_rip - HANDLERS >> 4
         size = self.bits // 8
         at = self["rsp"]
         error = None

@@ -129,6 +129,7 @@ class Pc:
         self.cmos = Cmos(clock, self.isa_line(8), memory.low_end, high_memory)
         self.keyboard = I8042(self.isa_line(1), reset)
         self.pm = AcpiPm(clock, self.isa_line(SCI), partial(self._stop, PowerOff()))
+        self.post = PostCode()
         self.pci = PciConfig(reset)
         self.pci.add(0, 0, 0, HostBridge())
         self._attach_devices(reset)
@@ -181,7 +182,7 @@ class Pc:
             (0x61, 1, self.pit.speaker),
             (0x64, 1, self.keyboard.command),
             (0x70, 2, self.cmos),
-            (0x80, 1, PostCode()),
+            (0x80, 1, self.post),
             (0x92, 1, SystemControlPortA(reset)),
             (0xA0, 2, self.pic.slave),
             (0xF4, 4, DebugExitPort(lambda status: self._stop(DebugExit(status & 0xFF)))),

@@ -46,14 +46,15 @@ class Image:
     `path` is as the user gave it, `size` in bytes, `head` the first 8 KiB.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open and recognise the file; raises ImageError."""
+    def __init__(self, path: str | os.PathLike[str], *, recognise: bool = True) -> None:
+        """Open the file and, for a kernel, recognise it; raises ImageError."""
         self.path = os.fspath(path)
         self._descriptor = _open(self.path)
+        self.kind: ImageKind | None
         try:
             self.size = os.fstat(self._descriptor).st_size
             self.head = self.read(0, min(self.size, HEAD_SIZE))
-            self.kind = _recognise(self)
+            self.kind = _recognise(self) if recognise else None
         except BaseException:
             self.close()
             raise

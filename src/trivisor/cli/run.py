@@ -32,6 +32,7 @@ class Request:
     initrd: Path | None = None
     append: str | None = None
     modules: tuple[tuple[Path, str], ...] = ()
+    firmware: Path | None = None
     memory: str = "512M"
     serial: str = "stdio"
     timeout: float | None = None
@@ -106,6 +107,10 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--module", "modules", multiple=True, metavar="FILE[,CMDLINE]", callback=_modules,
     help="Multiboot module; may be repeated.",
+)  # fmt: skip
+@click.option(
+    "--firmware", type=_FILE,
+    help="Flat firmware image, started at the reset vector; nothing else is booted.",
 )  # fmt: skip
 @click.option(
     "--memory", default="512M", show_default=True, metavar="SIZE", callback=_memory,

@@ -100,6 +100,7 @@ def _build(request: Request, serial: Serial, shown: Progress) -> VirtualMachine:
         technique=request.technique,
         command=request.command,
         modules=request.modules,
+        firmware=request.firmware,
         serial=speaks,
         no_reboot=request.no_reboot,
         interactive=serial.interactive,
@@ -127,6 +128,8 @@ def _report(request: Request, machine: VirtualMachine, outcome: Outcome) -> None
     quiet = {StopReason.POWEROFF, StopReason.RESET, StopReason.DEBUG_EXIT, StopReason.STOPPED}
     if request.verbose or outcome.reason not in quiet or outcome.cut_short:
         _say(outcome.message)
+    if request.firmware is not None and (request.verbose or outcome.dump):
+        _say(f"the last POST code (port 0x80) is {machine.post_code:#04x}")
     if outcome.dump:
         print(outcome.dump, file=sys.stderr)
     if request.stats or request.stats_json:

@@ -8,7 +8,7 @@ vanish, as on a PC.
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 class Device(Protocol):
@@ -17,6 +17,13 @@ class Device(Protocol):
     def read(self, offset: int, size: int) -> int: ...
 
     def write(self, offset: int, size: int, value: int) -> None: ...
+
+
+@runtime_checkable
+class Executable(Protocol):
+    """A device that is memory, whose bytes can be fetched as code."""
+
+    def contents(self, offset: int, length: int) -> bytes: ...
 
 
 class Bus:
@@ -52,6 +59,13 @@ class Bus:
         base, length, device = self._windows[position]
         offset = address - base
         return (device, offset) if offset < length else None
+
+    def contents(self, address: int, length: int) -> bytes | None:
+        """What lies there in memory that code can be fetched from; None where there is no such."""
+        found = self.find(address)
+        if found is None or not isinstance(found[0], Executable):
+            return None
+        return found[0].contents(found[1], length)
 
     def read(self, address: int, size: int) -> int:
         found = self.find(address)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from trivisor.boot import Image, load_image
+from trivisor.boot import Image, firmware, load_image
 from trivisor.machine import tsc
 from trivisor.machine.clock import Clock
 from trivisor.machine.memory import LOW_RAM_LIMIT, PHYSICAL_ADDRESS_BITS, GuestMemory
@@ -73,8 +73,10 @@ def assemble(
 def _load(plan: BootPlan, memory: GuestMemory, board: Pc) -> CpuState:
     """Put the guest into memory; the processor as its first instruction finds it.
 
-    These boot protocols skip the firmware, so the MTRRs are set here as firmware leaves them.
+    Boot protocols skip the firmware, so the MTRRs are set here as firmware leaves them.
     """
+    if plan.is_firmware:
+        return firmware.load(memory, board.mmio, plan.kernel)
     initrd = plan.initrd.read_bytes() if isinstance(plan.initrd, Path) else plan.initrd
     with Image(plan.kernel) as image:
         state = load_image(

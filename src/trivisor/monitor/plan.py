@@ -49,6 +49,7 @@ class Wish:
     """What the owner of a machine asked for."""
 
     kernel: Path | None = None
+    firmware: Path | None = None
     initrd: Path | None = None
     append: str | None = None
     modules: tuple[tuple[Path, str], ...] = ()
@@ -64,12 +65,14 @@ class BootPlan:
     """What `trivisor.boot` is given, at every boot of the machine."""
 
     kernel: Path
+    """The image: a kernel, or firmware."""
     initrd: Path | bytes | None
     command_line: str
     modules: tuple[tuple[Path, str], ...]
     marker: bytes = b""
     """The word that encloses a command's output on the console; empty when there is no command."""
     hardware: Hardware = Hardware()
+    is_firmware: bool = False
 
 
 def make_plan(wish: Wish) -> BootPlan:
@@ -85,6 +88,8 @@ def make_plan(wish: Wish) -> BootPlan:
 def _boot(wish: Wish) -> BootPlan:
     if wish.command is not None and not wish.command:
         raise BadPlan("the command is empty")
+    if wish.firmware is not None:
+        return _firmware_plan(wish.firmware, wish)
     if wish.kernel is not None and _kind(wish.kernel) is ImageKind.MULTIBOOT:
         return _multiboot_plan(wish.kernel, wish)
     if wish.modules:
@@ -101,7 +106,14 @@ def _boot(wish: Wish) -> BootPlan:
     return BootPlan(_default_guest(wish.progress).kernel, wish.initrd, command_line, ())
 
 
-def _kind(kernel: Path) -> ImageKind:
+def _firmware_plan(firmware: Path, wish: Wish) -> BootPlan:
+    others = (wish.kernel, wish.initrd, wish.append, wish.command)
+    if wish.modules or any(other is not None for other in others):
+        raise BadPlan("firmware is all that a machine boots: leave out kernel, initrd, modules and command")
+    return BootPlan(firmware, None, "", (), is_firmware=True)
+
+
+def _kind(kernel: Path) -> ImageKind | None:
     with Image(kernel) as image:
         return image.kind
 

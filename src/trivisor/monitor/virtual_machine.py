@@ -71,6 +71,7 @@ class VirtualMachine:
         technique: str = "auto",
         command: Sequence[str] | None = None,
         modules: Sequence[Module] = (),
+        firmware: str | os.PathLike[str] | None = None,
         serial: Callable[[bytes], None] | None = None,
         no_reboot: bool = False,
         interactive: bool = True,
@@ -86,6 +87,7 @@ class VirtualMachine:
             initrd=None if initrd is None else Path(initrd),
             append=append,
             modules=tuple(_module(module) for module in modules),
+            firmware=None if firmware is None else Path(firmware),
             command=command,
             interactive=interactive,
             terminal_size=terminal_size,
@@ -167,6 +169,11 @@ class VirtualMachine:
     def outcome(self) -> Outcome | None:
         """How the machine ended; None while it is on."""
         return self._ended
+
+    @property
+    def post_code(self) -> int:
+        """The last byte that the guest wrote to port 0x80."""
+        return self._machine.board.post.code
 
     def _run(self, timeout: float | None, satisfied: Callable[[], bool]) -> Outcome | None:
         """Run until an outcome, or None once `satisfied()`, which is asked after every kick."""

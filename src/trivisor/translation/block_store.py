@@ -30,6 +30,7 @@ from trivisor.translation.translator.block import Translation
 from trivisor.translation.translator.translator import Translator
 from trivisor.x86.exceptions import GuestException
 
+_NOTHING = b"\xff" * 0x1000
 _TABLE = OFFSETS["BLOCK_TABLE"] // 8
 _FORGOTTEN = OFFSETS["COUNT_FORGOTTEN"] // 8
 _MAXIMUM_REMEMBERED = 1 << 16
@@ -138,11 +139,7 @@ class BlockStore:
 
         Then the other physical page is the second value.  Raises GuestException.
         """
-        memory = self.mmu.memory
-        address = page | (rip & 0xFFF)
-        if not memory.is_ram(page, 0x1000):
-            return b"\xff" * _LONGEST, page
-        code = bytes(memory.view[address : page + 0x1000])
+        code = self._contents(page)[rip & 0xFFF :]
         if len(code) >= _LONGEST:
             return code, 0
         decoder = Decoder(mode.bits, code, ip=rip)
@@ -151,9 +148,14 @@ class BlockStore:
             return code, 0
         beyond = (rip | 0xFFF) + 1 & mode.linear_mask
         second, _ = self.mmu.fetch(beyond, mode.user)
-        if not memory.is_ram(second, 0x1000):
-            return code + b"\xff" * _LONGEST, second
-        return code + bytes(memory.view[second : second + _LONGEST - len(code)]), second
+        return code + self._contents(second)[: _LONGEST - len(code)], second
+
+    def _contents(self, page: int) -> bytes:
+        """A physical page as code is fetched from it: all ones where there is no memory."""
+        memory = self.mmu.memory
+        if memory.is_ram(page, 0x1000):
+            return bytes(memory.view[page : page + 0x1000])
+        return self.mmu.mmio.contents(page, 0x1000) or _NOTHING
 
     def around(self, mode: Mode, rip: int) -> tuple[int, int] | None:
         """(address, length) of the longest known block that holds or ends at `rip`."""

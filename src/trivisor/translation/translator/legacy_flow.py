@@ -16,7 +16,6 @@ from trivisor.translation.modes import FLAT_LIMIT, CallOut, Indirect, Jump
 from trivisor.translation.translator.branches import is_narrow
 from trivisor.translation.translator.recipe import Recipe
 from trivisor.translation.translator.registers import GPR, RSP, SEGMENTS, SLOT, STACK, WORD, name
-
 from trivisor.x86.iced_types import RegisterNumber
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
 """What is booted for what was asked: completed by the default guest, refused when it does not go together."""
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,15 @@ def test_a_linux_kernel_without_initrd_gets_the_default_user_space(files: Path) 
     plan = make_plan(Wish(kernel=files / "linux", command=["true"]))
     assert plan.kernel == files / "linux"
     assert b"'true'" in plan.initrd
+
+
+def test_firmware_is_all_that_is_booted(files: Path) -> None:
+    plan = make_plan(Wish(firmware=files / "bios.bin"))
+    assert plan.is_firmware
+    assert plan.kernel == files / "bios.bin"
+    for wish in (Wish(command=["true"]), Wish(kernel=files / "linux"), Wish(append="quiet"), Wish(initrd=files / "a")):
+        with pytest.raises(BadPlan, match="firmware"):
+            make_plan(replace(wish, firmware=files / "bios.bin"))
 
 
 def test_own_kernel_and_initrd_need_nothing_else(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ from trivisor.machine.state import CpuState
 from trivisor.machine.stop import DebugExit
 from trivisor.translation import cpu as engine
 from trivisor.x86.cpuid import host_cpuid
-from trivisor.x86.descriptors import build_segment
 
 MISSING = 0x10_0000_0000
 
@@ -229,23 +228,6 @@ def test_a_task_gate_for_an_exception_is_named(machine: Make) -> None:
     assert isinstance(exit_, Unsupported)
     assert "task gate" in exit_.what
     assert exit_.rip == CODE + 1
-
-
-def test_16_bit_code_and_code_segments_with_a_base(machine: Make) -> None:
-    m = machine("hlt")
-    state = CpuState()  # as after a reset
-    m.vcpu.state = state
-    for run in (m.vcpu.run, m.vcpu.step):
-        assert run() == Unsupported("16-bit code", 0xFFF0)
-        assert m.vcpu.state.rip == 0xFFF0
-    m = machine("hlt", 32)
-    state = m.initial_state()
-    state.cs.base = 0x1000
-    m.vcpu.state = state
-    assert m.run() == Unsupported("a code segment with a base", CODE)
-    m = machine("inc eax\n jmp 0x38:there\n there: ud2", 32)
-    m.memory.write_u64(GDT + 0x38, build_segment(0, 0xFFFFFFFF, 0x809B))
-    assert m.run(rax=0) == Unsupported("16-bit code", m.labels["there"])
 
 
 def test_code_outside_of_ram_and_at_random(machine: Make) -> None:

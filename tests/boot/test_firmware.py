@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trivisor.x86.assembler import assemble
 from trivisor import VirtualMachine
 from trivisor.monitor.outcome import StopReason
+from trivisor.x86.assembler import assemble
 
 _FIRMWARE = """
 bits 16

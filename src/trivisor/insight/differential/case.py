@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from iced_x86 import Code, Encoder, Instruction, OpKind
 
@@ -19,6 +20,8 @@ CODE_PAGES = 2
 CODE_DATA = 0x800
 """Offset in the first code page of bytes that serve as data; `CODE_DATA_SIZE` of them."""
 CODE_DATA_SIZE = 0x400
+ROUNDS = 8
+"""States that a case is run from."""
 MANNERS = ("", "", "", "", "", "", "stepped", "on a device", "polled")
 """As it is; one instruction at a time; with a data page that is a device's; with an interrupt check that fires."""
 DEVICE_PAGE = 1
@@ -42,23 +45,33 @@ class Item:
     prefix: bytes = b""
     keep: bool = False
     """The next one cannot do without it."""
+    group: int = 0
+    """Not 0: all items with this number make sense only together."""
+
+
+@dataclass(slots=True)
+class State:
+    """What one run of the code starts from."""
+
+    gpr: list[int]
+    """Sixteen; of the first eight only the low half, in 32-bit code."""
+    rflags: int
+    fpu: bytes
+    data: bytes
+    code_data: bytes
 
 
 @dataclass(slots=True)
 class Case:
-    """The state before, and the code."""
+    """The code, and the states that it is run from, one after the other."""
 
     bits: int
     """Of the code: 32 or 64."""
     items: list[Item]
-    gpr: list[int]
-    """Sixteen; of the first eight only the low half, in 32-bit code."""
-    rflags: int
+    states: list[State]
+    """They agree in the registers that addresses depend on.  All but the first find the code translated."""
     fs_base: int
     gs_base: int
-    fpu: bytes
-    data: bytes
-    code_data: bytes
     code_page: int
     code_offset: int
     user: bool
@@ -71,19 +84,27 @@ class Case:
     def rip(self) -> int:
         return self.code_page + self.code_offset
 
-    def layout(self) -> tuple[bytes, list[int]]:
+    def layout(self) -> Layout:
         """The code's bytes and the address of every item and of the end."""
-        return lay_out(self.items, self.rip, self.bits)
+        return Layout(*lay_out(self.items, self.rip, self.bits))
 
-    def memory(self, addresses: list[int]) -> bytes:
-        """The data pages beforehand, given the addresses of the items."""
+    def memory(self, state: State, layout: Layout) -> bytes:
+        """The data pages beforehand."""
         if not self.pokes:
-            return self.data
+            return state.data
         size = self.bits // 8
-        out = bytearray(self.data)
+        out = bytearray(state.data)
         for at, number in self.pokes:
-            out[at - DATA : at - DATA + size] = addresses[number].to_bytes(size, "little")
+            out[at - DATA : at - DATA + size] = layout.addresses[number].to_bytes(size, "little")
         return bytes(out)
+
+
+class Layout(NamedTuple):
+    """The code of a case as bytes."""
+
+    code: bytes
+    addresses: list[int]
+    """Of every item and of the end."""
 
 
 def lay_out(items: Sequence[Item], rip: int, bits: int) -> tuple[bytes, list[int]]:
@@ -145,3 +166,7 @@ class Result:
 
 class Skipped(Exception):
     """The engine does not have the instruction (its text is the argument)."""
+
+
+class Endless(Exception):
+    """The code does not come to an end on the host."""

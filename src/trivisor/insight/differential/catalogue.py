@@ -73,6 +73,8 @@ def catalogue(features: frozenset[int], bits: int) -> Groups:
         code = getattr(Code, name)
         if not isinstance(code, int) or name.startswith(("_", "POPW_", "POPD_", "POPQ_")):
             continue
+        if name.startswith("RESERVEDNOP_") and name.endswith("0F0D"):
+            continue  # with a register: a NOP on Intel's processors, #UD on AMD's
         if bits == 32 and name.startswith("PUSHD_") and name.endswith("S"):
             continue  # processors differ in what they write to the upper half
         instruction = Instruction()

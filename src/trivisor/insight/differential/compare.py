@@ -5,8 +5,8 @@ from __future__ import annotations
 from iced_x86 import Decoder, Formatter, FormatterSyntax, Instruction, MemorySizeExt, Mnemonic, OpKind, RegisterExt
 from iced_x86 import RflagsBits as Flag
 
-from trivisor.insight.differential.case import DATA, Case, Result
-from trivisor.insight.differential.tables import LEAVE_FLAGS, MAY_DO_NOTHING, X87
+from trivisor.insight.differential.case import DATA, Case, Layout, Result, State
+from trivisor.insight.differential.tables import X87
 from trivisor.machine.state import GPR_NAMES
 from trivisor.translation.translator.vector_access import BYTE_MOVES
 
@@ -14,6 +14,7 @@ END = -1
 _GENERAL_PROTECTION, _PAGE_FAULT, _FLOATING_POINT = 13, 14, 19
 _FPU_IGNORED = (slice(6, 24), slice(28, 32), slice(416, 576))
 """x87 operation and its addresses, MXCSR_MASK, unused bytes and XSAVE's header."""
+_FPU_COMPARED = (slice(0, 6), slice(24, 28), slice(32, 416), slice(576, 832))
 _UPPER_VECTORS = (slice(288, 416), slice(704, 832))
 """XMM8 to XMM15 and their upper halves: VZEROUPPER of 32-bit code zeroes them too in the translator."""
 _X87_STATE = slice(2, 160)
@@ -26,16 +27,16 @@ _FLAG_NAMES = {0x800: "OF", 0x400: "DF", 0x80: "SF", 0x40: "ZF", 0x10: "AF", 4: 
 _COMPARED_FLAGS = 0x244CD5
 
 
-def differences(case: Case, expected: Result, found: Result) -> list[str]:
-    """What is not the same, as lines of text."""
-    return _Comparison(case, expected, found).lines
+def differences(case: Case, layout: Layout, expected: Result, found: Result, *, fault_flags: bool) -> list[str]:
+    """What is not the same, as lines of text; `fault_flags`: compare also the flags that a fault's frame shows."""
+    return _Comparison(case, layout, expected, found, fault_flags).lines
 
 
 class _Comparison:
-    def __init__(self, case: Case, expected: Result, found: Result) -> None:
-        self.case, self.expected, self.found = case, expected, found
+    def __init__(self, case: Case, layout: Layout, expected: Result, found: Result, fault_flags: bool) -> None:
+        self.case, self.expected, self.found, self.fault_flags = case, expected, found, fault_flags
         self.lines: list[str] = []
-        _, self.addresses = case.layout()
+        self.addresses = layout.addresses
         self.faulting = self._instruction_at(expected) if expected.vector != END else None
         """The instruction that faulted on the host."""
         if self._has_two_faults():
@@ -120,32 +121,24 @@ class _Comparison:
             self._differ("flags", flag_text(expected.rflags & compared), flag_text(found.rflags & compared))
 
     def _uncertain_flags(self) -> int:
-        """RFLAGS bits that are not compared: those that an instruction of `LEAVE_FLAGS` has left undefined.
-
-        (What other instructions leave undefined is the same on both sides, since they run on the same
-        processor.)  At a fault also those that the rest of the block would overwrite before anyone could
-        look at them: the translator does not keep them.
+        """RFLAGS bits that are not compared: at a fault, unless `fault_flags`, those that the rest of the block
+        would overwrite before anyone could look at them.
         """
         case, rip = self.case, self.expected.rip
-        ran = self.addresses.index(rip) if rip in self.addresses else len(case.items)
-        uncertain = skipped_to = 0
-        for number, item in enumerate(case.items[:ran]):
+        if self.expected.vector == END or self.fault_flags or rip not in self.addresses:
+            return 0
+        uncertain = read = 0
+        for item in case.items[self.addresses.index(rip) :]:
             instruction = item.instruction
-            skipped_to = max(skipped_to, item.target or 0)
-            if number >= skipped_to and instruction.mnemonic not in MAY_DO_NOTHING:
-                uncertain &= ~instruction.rflags_modified
-            if instruction.mnemonic in LEAVE_FLAGS:
-                uncertain |= instruction.rflags_undefined
-        if self.expected.vector != END:
-            read = 0
-            for item in case.items[ran:]:
-                instruction = item.instruction
-                read |= instruction.rflags_read & ~uncertain
-                uncertain |= instruction.rflags_modified & ~read
+            read |= instruction.rflags_read & ~uncertain
+            uncertain |= instruction.rflags_modified & ~read
         return sum(bit for flag, bit in _RFLAGS.items() if uncertain & flag)
 
     def _compare_fpu(self) -> None:
-        one, other = bytearray(self.expected.fpu), bytearray(self.found.fpu)
+        native, translated = self.expected.fpu, self.found.fpu
+        if all(native[part] == translated[part] for part in _FPU_COMPARED):
+            return
+        one, other = bytearray(native), bytearray(translated)
         ignored = list(_FPU_IGNORED)
         if self.faulting is not None and self.faulting.is_vsib:
             return  # it may have got some of its elements; the translator commits all or none
@@ -196,16 +189,24 @@ def flag_text(value: int) -> str:
     return f"{value:#x} " + " ".join(name for bit, name in _FLAG_NAMES.items() if value & bit)
 
 
-def describe(case: Case) -> list[str]:
-    """The case as lines of text: the state before, and the code."""
+def describe(case: Case, number: int = 0) -> list[str]:
+    """The case as lines of text: the state before its run `number`, and the code."""
     formatter = Formatter(FormatterSyntax.INTEL)
-    code, _ = case.layout()
-    lines = [f"  {case.bits}-bit code at CPL {3 if case.user else 0}, flags {flag_text(case.rflags)} {case.manner}"]
+    code, state = case.layout().code, case.states[number]
+    lines = [f"  {case.bits}-bit code at CPL {3 if case.user else 0}, flags {flag_text(state.rflags)} {case.manner}"]
+    if len(case.states) > 1:
+        lines.append(f"  run {number + 1} of {len(case.states)} from different states")
     lines.append(f"  fs base {case.fs_base:#x}, gs base {case.gs_base:#x}")
-    for at in range(0, 16, 4):
-        lines.append("  " + "  ".join(f"{GPR_NAMES[i]:>3} {case.gpr[i]:016x}" for i in range(at, at + 4)))
+    lines += _describe_registers(state)
     for instruction in Decoder(case.bits, code, ip=case.rip):
         start = instruction.ip - case.rip
         raw = code[start : start + instruction.len].hex()
         lines.append(f"  {instruction.ip:#x}  {raw:<30} {formatter.format(instruction)}")
     return lines
+
+
+def _describe_registers(state: State) -> list[str]:
+    return [
+        "  " + "  ".join(f"{GPR_NAMES[i]:>3} {state.gpr[i]:016x}" for i in range(at, at + 4))
+        for at in range(0, 16, 4)
+    ]

@@ -6,12 +6,13 @@ Only registers with known values take part in addresses.
 from __future__ import annotations
 
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from iced_x86 import (
     Code,
     Decoder,
     Encoder,
+    FlowControl,
     Instruction,
     InstructionInfoFactory,
     Mnemonic,
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 _ATTEMPTS = 12
+_LARGEST = 1100
+"""Bytes that an instruction without REP may write."""
 _DISPLACED = (4, 5, 10, 11, 13, 15)
 """Registers that the translator or the encoding treats in a way of their own."""
 
@@ -62,12 +65,39 @@ class Draft:
         self.known = dict(enumerate(gpr[: len(self.registers)]))
         """Values of registers by number."""
         self.pokes: list[tuple[int, int]] = []
+        self.pinned = {RSP}
+        """Registers whose values the case relies on: all of its states have them."""
+        self.settled: set[int] = set()
+        """Registers that were given a value since the innermost loop began."""
+        self.relied: set[int] = set()
+        """Registers that the innermost loop relies on from before it."""
+        self.nests: list[tuple[int, int]] = []
+        """(first item, end) of what must not be jumped into."""
+        self.guards: list[int] = []
+        """Stack slots with return addresses, which nothing else may write to."""
         self.used_x87 = False
         """The x87's instruction and operand pointers are not the same on both sides."""
-        self.undefined_flags = 0
         self.skipped_to = 0
         """Items before this one may be jumped over."""
         self._encoder = Encoder(bits)
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """What `restore` needs to take back all that is added from now on."""
+        return (len(self.items), len(self.pokes), dict(self.known), set(self.settled), set(self.relied),
+                list(self.nests), list(self.guards), self.used_x87, self.skipped_to)  # fmt: skip
+
+    def restore(self, snapshot: tuple[Any, ...]) -> None:
+        """Be as it was at the snapshot."""
+        items, pokes, self.known, self.settled, self.relied, *rest = snapshot
+        self.nests, self.guards, self.used_x87, self.skipped_to = rest
+        del self.items[items:], self.pokes[pokes:]
+
+    def value(self, number: int) -> int:
+        """The known value of a register, which the case relies on from now on."""
+        self.pinned.add(number)
+        if number not in self.settled:
+            self.relied.add(number)
+        return self.known[number]
 
     # -- items ----------------------------------------------------------------------------------------------
 
@@ -78,9 +108,11 @@ class Draft:
     def add(self, instruction: Instruction, target: int | None = None, *, keep: bool = False) -> None:
         """Add an instruction, and note what it does to the known registers."""
         moves = instruction.stack_pointer_increment
-        if moves and RSP not in self.known:
-            raise Impossible
-        self._note_flags(instruction, target)
+        if moves:
+            if RSP not in self.known:
+                raise Impossible
+            self.value(RSP)
+        self.skipped_to = max(self.skipped_to, target or 0)
         stack = self.known.get(RSP)
         for used in _info.info(instruction).used_registers():
             if used.access in tables.WRITES:
@@ -96,25 +128,12 @@ class Draft:
             Item(instruction, target, self._idle_prefixes(instruction) if decorated else b"", keep)
         )
 
-    def _note_flags(self, instruction: Instruction, target: int | None) -> None:
-        """Refuse to read flags that are undefined.
-
-        An instruction may leave those as they were, but the translator does not keep them.
-        """
-        reads_all = instruction.mnemonic in tables.READ_ALL_FLAGS
-        if instruction.rflags_read & self.undefined_flags or (self.undefined_flags and reads_all):
-            raise Impossible
-        self.skipped_to = max(self.skipped_to, target or 0)
-        may_do_nothing = instruction.mnemonic in tables.MAY_DO_NOTHING or len(self.items) < self.skipped_to
-        if not instruction.rflags_read and not may_do_nothing:
-            self.undefined_flags &= ~instruction.rflags_modified
-        if instruction.mnemonic in tables.LEAVE_FLAGS:
-            self.undefined_flags |= instruction.rflags_undefined
-
     def _idle_prefixes(self, instruction: Instruction) -> bytes:
         """Prefixes that change nothing about the instruction."""
         random = self.random
         choice = tables.IDLE_PREFIXES[self.bits]
+        if self.bits == 64 and instruction.flow_control != FlowControl.NEXT:
+            choice = tuple(byte for byte in choice if byte != 0x66)  # on AMD's processors a branch has 16 bits with it
         prefix = bytes(random.choice(choice) for _ in range(random.choice((1, 1, 2))))
         at = lay_out(self.items, self.rip, self.bits)[1][-1]
         self._encoder.encode(instruction, at + len(prefix))
@@ -127,7 +146,7 @@ class Draft:
         """Have a register hold a value, by a MOV if need be; returns the value."""
         value &= self.mask
         if self.known.get(number) == value:
-            return value
+            return self.value(number)
         register = self.registers[number]
         if self.bits == 32:
             instruction = Instruction.create_reg_u32(Code.MOV_RM32_IMM32, register, value)
@@ -138,12 +157,28 @@ class Draft:
             instruction = Instruction.create_reg_u64(Code.MOV_R64_IMM64, register, value)
         self.append(instruction, keep=True)
         self.known[number] = value
+        self.settled.add(number)
         return value
+
+    def writes(self, start: int, number: int) -> bool:
+        """Whether an item from number `start` on may write to a general register."""
+        return any(
+            used.access in tables.WRITES
+            and tables.NUMBER.get(RegisterExt.full_register(used.register)) == number
+            for item in self.items[start:]
+            for used in _info.info(item.instruction).used_registers()
+        )
 
     # -- places in memory -----------------------------------------------------------------------------------
 
     def place(self, size: int) -> int:
-        """A linear address for an operand of `size` bytes."""
+        """A linear address for an operand of `size` bytes, or somewhat more."""
+        place = self._any_place(size)
+        if any(-_LARGEST < place - guard < 8 for guard in self.guards):
+            raise Impossible
+        return place
+
+    def _any_place(self, size: int) -> int:
         random = self.random
         kind = random.random()
         if kind < 0.45:
@@ -180,7 +215,18 @@ class Draft:
         if segment == Register.CS and self.bits == 32:
             segment = Register.DS  # CS cannot be written through
         instruction.segment_prefix = segment
-        self.address(instruction, linear - base & self.mask)
+        self.address(instruction, self.offset(linear, base))
+
+    def offset(self, linear: int, base: int) -> int:
+        """The offset of a linear address in a segment.
+
+        With a base it is canonical here: AMD's processors want that of the offset too, Intel's of the linear
+        address alone.
+        """
+        offset = linear - base & self.mask
+        if base and self.bits == 64 and 1 << 47 <= offset < (1 << 64) - (1 << 47):
+            raise Impossible
+        return offset
 
     def address(self, instruction: Instruction, offset: int) -> None:
         """Choose base, index and displacement so that the effective address is `offset`."""
@@ -236,6 +282,9 @@ class Draft:
         displacement = (offset - total) & ((1 << bits) - 1)
         if bits == 64 and not fits(displacement):
             return False
+        for number in (base, index):
+            if number is not None:
+                self.value(number)
         instruction.memory_base = Register.NONE if base is None else names[base]
         instruction.memory_index = Register.NONE if index is None else names[index]
         instruction.memory_index_scale = scale

@@ -15,12 +15,10 @@ if TYPE_CHECKING:
     from iced_x86._iced_x86_py import Code as CodeNumber
 
 
-def add_branch(draft: Draft, add_body: Callable[[], None]) -> None:
-    """A jump over the next one or two instructions, a CALL or RET to the next, a loop around `add_body`'s."""
+def add_branch(draft: Draft) -> None:
+    """A jump over the next few instructions, or a CALL or RET to the next."""
     kind = draft.random.random()
-    if kind < 0.08:
-        _loop(draft, add_body)
-    elif kind < 0.15:
+    if kind < 0.1:
         _modify_code(draft)
     elif kind < 0.5:
         _skip(draft, draft.random.choice(tables.JCC[draft.bits]))
@@ -29,40 +27,129 @@ def add_branch(draft: Draft, add_body: Callable[[], None]) -> None:
             draft.ensure(RCX, draft.random.choice((0, 1, 2, 1 << 32, (1 << 32) + 1)))
         _skip(draft, draft.random.choice(tables.LOOPS[draft.bits]))
     elif kind < 0.7:
-        short, near = (Code.JMP_REL8_64, Code.JMP_REL32_64), (Code.JMP_REL8_32, Code.JMP_REL32_32)
-        _skip(draft, draft.random.choice(short if draft.bits == 64 else near))
+        _skip(draft, draft.random.choice(tables.JUMPS[draft.bits]))
     elif kind < 0.8:
-        code = Code.CALL_REL32_64 if draft.bits == 64 else Code.CALL_REL32_32
-        draft.add(Instruction.create_branch(code, 0), len(draft.items) + 1)
+        draft.add(Instruction.create_branch(_call(draft), 0), len(draft.items) + 1)
     elif kind < 0.9:
         _indirect(draft)
     else:
         _return(draft)
 
 
+def add_nest(draft: Draft, fill: Callable[[int], None]) -> None:
+    """A loop or a procedure around what `fill` adds, a number of pieces."""
+    start = len(draft.items)
+    if draft.random.random() < 0.6:
+        _loop(draft, fill)
+    else:
+        _procedure(draft, fill)
+    end = len(draft.items)
+    draft.nests.append((start, end))
+    draft.skipped_to = min(draft.skipped_to, end)
+
+
+def _body(draft: Draft, fill: Callable[[int], None], length: int) -> int:
+    """Add the inside of a nest, out of which no branch leads; returns where it begins.
+
+    It must come to the same addresses each time that it runs.
+    """
+    start, before = len(draft.items), dict(draft.known)
+    settled, relied = draft.settled, draft.relied
+    draft.settled, draft.relied = set(), set()
+    fill(length)
+    end = len(draft.items)
+    changed = {number for number in before if draft.known.get(number) != before[number]}
+    if end == start or changed & draft.relied:
+        raise Impossible
+    for item in draft.items[start:]:
+        if item.target is not None:
+            item.target = min(item.target, end)
+    draft.settled, draft.relied = settled, relied | (draft.relied - settled)
+    return start
+
+
+def _call(draft: Draft) -> CodeNumber:
+    return Code.CALL_REL32_64 if draft.bits == 64 else Code.CALL_REL32_32
+
+
 def _skip(draft: Draft, code: CodeNumber) -> None:
-    """A jump forward; what it jumps over may move the stack pointer, which is unknown from here on."""
-    target = len(draft.items) + 1 + draft.random.choice((0, 1, 1, 2))
+    """A jump forward."""
+    target = len(draft.items) + 1 + draft.random.choice((0, 1, 1, 2, 3))
     draft.add(Instruction.create_branch(code, 0), target)
-    draft.known.pop(RSP, None)
 
 
-def _loop(draft: Draft, add_body: Callable[[], None]) -> None:
-    """One instruction a few times, which must not change its own address."""
-    draft.known.pop(RCX, None)
-    draft.ensure(RCX, draft.random.randrange(1, 5))
-    start, known = len(draft.items), dict(draft.known)
-    add_body()
-    body = draft.items[-1].instruction
-    changed = {n for n in known if draft.known.get(n) != known[n]}
-    address = {tables.NUMBER.get(register) for register in (body.memory_base, body.memory_index)}
-    if len(draft.items) != start + 1 or changed & (address | {RCX, RSP}) or draft.undefined_flags:
+def _loop(draft: Draft, fill: Callable[[int], None]) -> None:
+    """Some instructions a few times."""
+    random = draft.random
+    counter = random.choice((RCX, RCX, *(n for n in range(len(draft.registers)) if n != RSP)))
+    draft.known.pop(counter, None)
+    first = len(draft.items)
+    draft.ensure(counter, random.choice((1, 2, 3, 4, 5, 6, random.randrange(1, 40))))
+    draft.items[-1].keep = False
+    del draft.known[counter]
+    before = dict(draft.known)
+    start = _body(draft, fill, random.choice((1, 1, 2, 3, 4, 6)))
+    if draft.writes(start, counter):
         raise Impossible
-    if any(body.op_kind(i) in tables.STRING_KINDS for i in range(body.op_count)):
+    end = len(draft.items)
+    _count_down(draft, counter, start)
+    _tie(draft, [first, *range(end, len(draft.items))])
+    draft.known = {n: value for n, value in before.items() if draft.known.get(n) == value}
+
+
+def _tie(draft: Draft, numbers: list[int]) -> None:
+    """Have a case lose these items together or not at all."""
+    group = 1 + max(item.group for item in draft.items)
+    for number in numbers:
+        draft.items[number].group = group
+
+
+def _count_down(draft: Draft, counter: int, start: int) -> None:
+    """The end of a loop: one less, and back to item `start` unless that was the last."""
+    random, register, wide = draft.random, draft.registers[counter], draft.bits == 64
+    kind = random.random()
+    if counter == RCX and kind < 0.4:
+        draft.append(Instruction.create_branch(random.choice(tables.LOOPS[draft.bits]), 0), start)
+        return
+    if kind < 0.8:
+        down = Instruction.create_reg(Code.DEC_RM64 if wide else Code.DEC_RM32, register)
+    else:
+        code = Code.SUB_RM64_IMM8 if wide else Code.SUB_RM32_IMM8
+        down = Instruction.create_reg_i32(code, register, 1)
+    draft.append(down, keep=True)
+    back = random.choice(("JNE", "JNE", "JG", "JNS" if kind > 0.9 else "JNE"))
+    size = random.choice((8, 32))
+    draft.append(Instruction.create_branch(getattr(Code, f"{back}_REL{size}_{draft.bits}"), 0), start)
+
+
+def _procedure(draft: Draft, fill: Callable[[int], None]) -> None:
+    """A procedure, jumped over, that one or two CALLs after it lead to."""
+    random = draft.random
+    if RSP not in draft.known:
         raise Impossible
-    draft.items[-1].keep = True
-    code = Code.LOOP_REL8_64_RCX if draft.bits == 64 else Code.LOOP_REL8_32_ECX
-    draft.add(Instruction.create_branch(code, 0), start)
+    stack = draft.value(RSP)
+    slot = stack - draft.bits // 8
+    if not DATA + 64 <= slot < DATA + 3 * PAGE - 8:
+        raise Impossible
+    jump = len(draft.items)
+    draft.append(Instruction.create_branch(random.choice(tables.JUMPS[draft.bits]), 0), jump)
+    before = dict(draft.known)
+    draft.known[RSP] = slot
+    draft.guards.append(slot)
+    start = _body(draft, fill, random.choice((1, 2, 3, 4)))
+    draft.guards.pop()
+    if draft.known.get(RSP) != slot:
+        raise Impossible
+    end = len(draft.items)
+    back = Instruction()
+    back.code = Code.RETNQ if draft.bits == 64 else Code.RETND
+    draft.append(back)
+    draft.items[jump].target = end + 1
+    for _ in range(random.choice((1, 1, 2))):
+        draft.append(Instruction.create_branch(_call(draft), 0), start)
+    _tie(draft, [jump, *range(end, len(draft.items))])
+    draft.known[RSP] = stack
+    draft.known = {n: value for n, value in before.items() if draft.known.get(n) == value}
 
 
 def _modify_code(draft: Draft) -> None:
@@ -104,7 +191,7 @@ def _indirect(draft: Draft) -> None:
         return
     jump.set_op_kind(0, OpKind.MEMORY)
     place = DATA + random.randrange(0, 2 * PAGE, 4)
-    if len(draft.items) > 2 or (RSP in draft.known and abs(place - draft.known[RSP]) < 64):
+    if draft.guards or len(draft.items) > 2 or (RSP in draft.known and abs(place - draft.known[RSP]) < 64):
         raise Impossible  # what runs before might write there
     draft.address(jump, place)
     draft.add(jump)

@@ -14,13 +14,15 @@ from trivisor.insight.differential.case import (
     DATA_PAGES,
     MANNERS,
     PAGE,
+    ROUNDS,
     Case,
     Item,
+    State,
     lay_out,
 )
 from trivisor.insight.differential.catalogue import SCALAR, VECTOR, X87, Groups, catalogue
 from trivisor.insight.differential.draft import RSP, Draft, Impossible
-from trivisor.insight.differential.flow import add_branch, add_special
+from trivisor.insight.differential.flow import add_branch, add_nest, add_special
 from trivisor.insight.differential.operands import add_ordinary
 from trivisor.insight.differential.tables import SAVE_X87, XSAVE_FAMILY
 from trivisor.insight.differential.values import fpu_image, integer, pool_slice
@@ -55,16 +57,28 @@ class Generator:
             length = random.randrange(10, 40)
         draft = Draft(random, self.bits, page + offset, gpr, fs_base, gs_base)
         self._fill(draft, length)
-        _move_targets(draft.items)
+        _move_targets(draft.items, draft.nests)
         manner = random.choice(MANNERS)
         if draft.used_x87 or any(_leaves_holes(item.instruction) for item in draft.items):
             manner = ""  # these may leave what they write to as it was, and a device is not asked what it has
-        flags = random.getrandbits(12) & 0x8D5 | 0x202 | (0x400 if random.random() < 0.2 else 0)
         return Case(
-            self.bits, draft.items, gpr, flags, fs_base, gs_base, fpu_image(random),
-            pool_slice(random, DATA_PAGES * PAGE), pool_slice(random, CODE_DATA_SIZE),
+            self.bits, draft.items, self._states(random, gpr, draft.pinned), fs_base, gs_base,
             page, offset, random.random() < 0.5, manner, draft.pokes,
         )  # fmt: skip
+
+    def _states(self, random: Random, gpr: list[int], pinned: set[int]) -> list[State]:
+        """States to run from: the first with these registers, the others with those of them that are pinned."""
+        states = []
+        code_data = pool_slice(random, CODE_DATA_SIZE)
+        for number in range(ROUNDS):
+            registers = list(gpr)
+            if number:
+                for free in set(range(16)) - pinned:
+                    registers[free] = integer(random, self.bits)
+            flags = random.getrandbits(12) & 0x8D5 | 0x202 | (0x400 if random.random() < 0.2 else 0)
+            data = pool_slice(random, DATA_PAGES * PAGE)
+            states.append(State(registers, flags, fpu_image(random), data, code_data))
+        return states
 
     def _segment_base(self, random: Random) -> int:
         if self.bits == 32:
@@ -84,33 +98,33 @@ class Generator:
             return random.randrange(-40, 70) & mask
         return integer(random, self.bits)
 
-    def _fill(self, draft: Draft, length: int) -> None:
+    def _fill(self, draft: Draft, length: int, *, nested: bool = False) -> None:
         """Add `length` instructions or pieces, as far as that is possible."""
         drawn = attempts = 0
         while drawn < length and attempts < 4 * length + 40:
             attempts += 1
-            items, pokes, known = len(draft.items), len(draft.pokes), dict(draft.known)
-            state = draft.used_x87, draft.undefined_flags, draft.skipped_to
+            before = draft.snapshot()
+            start, known = len(draft.items), before[2]
             try:
-                self._one(draft)
+                self._one(draft, nested)
                 lay_out(draft.items, draft.rip, self.bits)
                 drawn += 1
-                if items < draft.skipped_to:  # it may not run
+                if start < draft.skipped_to:  # it may not run
                     draft.known = {n: value for n, value in draft.known.items() if known.get(n) == value}
             except (Impossible, ValueError):
-                del draft.items[items:], draft.pokes[pokes:]
-                draft.known = known
-                draft.used_x87, draft.undefined_flags, draft.skipped_to = state
+                draft.restore(before)
 
-    def _one(self, draft: Draft) -> None:
+    def _one(self, draft: Draft, nested: bool) -> None:
         random = draft.random
         kind = random.random()
-        if kind < 0.07:
-            add_branch(draft, lambda: self._ordinary(draft, random.choice((SCALAR, VECTOR))))
-        elif kind < 0.12:
+        if kind < 0.1:
+            add_branch(draft)
+        elif kind < 0.14 and not nested:
+            add_nest(draft, lambda length: self._fill(draft, length, nested=True))
+        elif kind < 0.18:
             add_special(draft)
         else:
-            self._ordinary(draft, SCALAR if kind < 0.68 else VECTOR if kind < 0.9 else X87)
+            self._ordinary(draft, SCALAR if kind < 0.7 else VECTOR if kind < 0.9 else X87)
 
     def _ordinary(self, draft: Draft, group: str) -> None:
         add_ordinary(draft, draft.random.choice(draft.random.choice(self.groups[group])))
@@ -121,12 +135,15 @@ def _leaves_holes(instruction: Instruction) -> bool:
     return instruction.code in XSAVE_FAMILY or instruction.mnemonic in SAVE_X87
 
 
-def _move_targets(items: list[Item]) -> None:
+def _move_targets(items: list[Item], nests: list[tuple[int, int]]) -> None:
     """Have no branch lead into the middle of what belongs together."""
     for number, item in enumerate(items):
         target = item.target
-        if target is None or target <= number or item.keep:
+        if target is None or target <= number or item.keep or item.group:
             continue
         while target < len(items) and items[target - 1].keep:
             target += 1
+        for start, end in nests:
+            if start < target < end and not start <= number < end:
+                target = end
         item.target = target

@@ -6,8 +6,8 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from trivisor.insight.differential.case import Case, Item, Skipped
-from trivisor.insight.differential.compare import describe, differences
+from trivisor.insight.differential.case import Case, Endless, Item, Layout, Result, Skipped
+from trivisor.insight.differential.compare import END, describe, differences
 from trivisor.insight.differential.generator import Generator
 from trivisor.insight.differential.native import NativeHost
 from trivisor.insight.differential.translated import TranslatedGuest
@@ -23,10 +23,12 @@ class Difference:
 
     seed: str
     case: Case
+    run: int
+    """Number of the state whose run differs."""
     lines: list[str]
 
     def __str__(self) -> str:
-        return "\n".join((f"seed {self.seed}", *describe(self.case), *self.lines))
+        return "\n".join((f"seed {self.seed}", *describe(self.case, self.run), *self.lines))
 
 
 @dataclass(slots=True)
@@ -35,6 +37,9 @@ class Report:
 
     cases: int = 0
     instructions: int = 0
+    """In the cases."""
+    executed: int = 0
+    """Those that ran, once for each state; the passes of a loop count as one."""
     codes: set[int] = field(default_factory=set)
     faults: Counter[int] = field(default_factory=Counter)
     """Cases by the exception that they ended with; -1: none."""
@@ -44,10 +49,11 @@ class Report:
     seconds: float = 0.0
 
     def __str__(self) -> str:
-        rate = self.cases / self.seconds if self.seconds else 0
+        rate = self.executed / self.seconds if self.seconds else 0
         return (
-            f"{self.cases} cases, {self.instructions} instructions, {len(self.codes)} opcodes, "
-            f"{rate:.0f} cases a second; faults {dict(self.faults)}; not supported {self.skipped.total()}; "
+            f"{self.cases} cases, {self.instructions} instructions, {len(self.codes)} opcodes; "
+            f"{self.executed} instructions executed, {rate:.0f} a second; "
+            f"faults {dict(sorted(self.faults.items()))}; not supported {self.skipped.total()}; "
             f"{len(self.differences)} differences"
         )
 
@@ -55,8 +61,10 @@ class Report:
 class Hunt:
     """Both sides, and the comparison, for 32- or 64-bit code."""
 
-    def __init__(self, bits: int = 64) -> None:
+    def __init__(self, bits: int = 64, *, fault_flags: bool = False) -> None:
         self.native = NativeHost.instance()
+        self.native.watch(True)
+        self.fault_flags = fault_flags
         self.report = Report()
         self._guest: TranslatedGuest | None = None
         self._age = 0
@@ -66,49 +74,61 @@ class Hunt:
     def guest(self) -> TranslatedGuest:
         """The guest for the next case."""
         if self._guest is None or self._age >= _RENEW:
-            self.close()
+            self._drop_guest()
             self._guest = TranslatedGuest()
             self._age = 0
         self._age += 1
         return self._guest
 
-    def close(self) -> None:
-        """Give host resources back."""
+    def _drop_guest(self) -> None:
         if self._guest is not None:
             self._guest.close()
             self._guest = None
             asm.cache_clear()
             fragment.cache_clear()
 
-    def compare(self, case: Case) -> list[str]:
-        """Run on both sides; lines that tell the differences.  Raises Skipped."""
-        expected = self.native.run(case)
-        self.report.faults[expected.vector] += 1
+    def close(self) -> None:
+        """Give host resources back."""
+        self._drop_guest()
+        self.native.watch(False)
+
+    def compare(self, case: Case) -> tuple[int, list[str]]:
+        """Run on both sides; (which run differs, lines that tell how).  Raises Skipped and Endless."""
+        layout = case.layout()
+        native = self.native.run(case, layout)
+        for result in native:
+            self.report.faults[result.vector] += 1
+            self.report.executed += _reached(layout, result)
         try:
-            found = self.guest().run(case)
+            translated = self.guest().run(case, layout)
         except Skipped:
             raise
         except Exception as problem:  # the translator's own failure is a difference too
-            self.close()
-            return [f"  translated: {type(problem).__name__}: {problem}"]
-        return differences(case, expected, found)
+            self._drop_guest()
+            return 0, [f"  translated: {type(problem).__name__}: {problem}"]
+        for number, (expected, found) in enumerate(zip(native, translated, strict=True)):
+            if lines := differences(case, layout, expected, found, fault_flags=self.fault_flags):
+                return number, lines
+        return 0, []
 
-    def shrink(self, case: Case) -> Case:
-        """Leave out instructions as long as there is a difference."""
-        end = len(case.items)
-        while end > 0:
-            start = end - 1
-            while start and case.items[start - 1].keep:
-                start -= 1
-            smaller = case
-            for at in range(end - 1, start - 1, -1):
-                smaller = _without(smaller, at)
-            try:
-                if smaller.items and self.compare(smaller):
-                    case = smaller
-            except (Skipped, ValueError):
-                pass
-            end = start
+    def _differs(self, case: Case) -> bool:
+        try:
+            return bool(case.items and self.compare(case)[1])
+        except (Skipped, Endless, ValueError):
+            return False
+
+    def shrink(self, case: Case, run: int) -> Case:
+        """Leave out states and instructions as long as there is a difference; `run` is the one that differs."""
+        for states in ([case.states[run]], case.states[: run + 1]):
+            if self._differs(smaller := replace(case, states=states)):
+                case = smaller
+                break
+        whole, left_out = case, set[int]()
+        for part in reversed(_parts(case.items)):
+            smaller = _without(whole, left_out | part)
+            if self._differs(smaller):
+                case = smaller
+                left_out |= part
         return case
 
     def try_one(self, seed: str) -> None:
@@ -119,12 +139,44 @@ class Hunt:
         report.instructions += len(case.items)
         report.codes.update(item.instruction.code for item in case.items)
         try:
-            if self.compare(case):
-                case = self.shrink(case)
-                report.differences.append(Difference(seed, case, self.compare(case)))
+            run, lines = self.compare(case)
+            if lines:
+                case = self.shrink(case, run)
+                report.differences.append(Difference(seed, case, *self.compare(case)))
         except Skipped as skipped:
             report.skipped[str(skipped).split()[0]] += 1
+        except Endless:
+            report.skipped["(endless)"] += 1
         report.seconds = time.monotonic() - self._started
+
+
+def _reached(layout: Layout, result: Result) -> int:
+    """How many of the case's instructions a run has come to, the one that faults included; loops count once."""
+    if result.rip not in layout.addresses:
+        return 0
+    at = layout.addresses.index(result.rip)
+    return at + (result.vector != END)
+
+
+def _parts(items: list[Item]) -> list[set[int]]:
+    """Numbers of items that can be left out together."""
+    parts: list[set[int]] = []
+    groups: dict[int, set[int]] = {}
+    together = False
+    for number, item in enumerate(items):
+        if item.group:
+            if item.group not in groups:
+                groups[item.group] = set()
+                parts.append(groups[item.group])
+            groups[item.group].add(number)
+            together = False
+        elif together:
+            parts[-1].add(number)
+            together = item.keep
+        else:
+            parts.append({number})
+            together = item.keep
+    return parts
 
 
 def run(
@@ -145,17 +197,19 @@ def run(
     return report
 
 
-def _without(case: Case, number: int) -> Case:
-    """The case less one instruction."""
+def _without(case: Case, left_out: set[int]) -> Case:
+    """The case less some instructions."""
+    renumbered = []
+    for number in range(len(case.items) + 1):
+        renumbered.append(number - sum(1 for n in left_out if n < number))
     items = [
-        Item(
-            item.instruction.copy(),
-            item.target if item.target is None or item.target <= number else item.target - 1,
-            item.prefix,
-            item.keep,
+        replace(
+            item,
+            instruction=item.instruction.copy(),
+            target=None if item.target is None else renumbered[min(item.target, len(case.items))],
         )
-        for at, item in enumerate(case.items)
-        if at != number
+        for number, item in enumerate(case.items)
+        if number not in left_out
     ]
-    pokes = [(address, n if n <= number else n - 1) for address, n in case.pokes]
+    pokes = [(address, renumbered[min(n, len(case.items))]) for address, n in case.pokes]
     return replace(case, items=items, pokes=pokes)

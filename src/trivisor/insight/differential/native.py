@@ -26,7 +26,10 @@ from trivisor.insight.differential.case import (
     PAGE,
     READ_ONLY,
     Case,
+    Endless,
+    Layout,
     Result,
+    State,
 )
 from trivisor.machine.state import GPR_NAMES
 from trivisor.translation.host_signals import HostSignals, SigAction
@@ -40,14 +43,16 @@ _STACK_SIZE = 0x40000
 _FIELDS = {
     "IN_GPR": 0, "IN_FLAGS": 0x80, "IN_FS": 0x88, "IN_GS": 0x90, "IN_RIP": 0x98,
     "OUT_GPR": 0x100, "OUT_FLAGS": 0x180, "SIGNAL": 0x188, "VECTOR": 0x190, "ERROR": 0x198,
-    "FAULT_ADDRESS": 0x1A0, "FAULT_RIP": 0x1A8, "HOST_RSP": 0x1B0, "HOST_FS": 0x1B8, "ACTIVE": 0x1C0, "WAY_OUT": 0x1C8,
-    "IN_FAR": 0xA0, "IN_DATA": 0xA8,
+    "FAULT_ADDRESS": 0x1A0, "FAULT_RIP": 0x1A8, "TICKS": 0x1B0, "HOST_RSP": 0x1B8, "HOST_FS": 0x1C0, "ACTIVE": 0x1C8,
+    "WAY_OUT": 0x1D0, "IN_FAR": 0xA0, "IN_DATA": 0xA8,
     "PREVIOUS": 0x200, "IN_FPU": 0x400, "OUT_FPU": 0x800,
 }  # fmt: skip
 
 _USER32_CS, _USER_DS, _USER_CS = 0x23, 0x2B, 0x33
 """Linux's selectors (asm/segment.h)."""
-_SA_SIGINFO, _SA_ONSTACK, _SA_RESTORER, _SA_NODEFER = 4, 0x08000000, 0x04000000, 0x40000000
+_SA_SIGINFO, _SA_ONSTACK, _SA_RESTORER, _SA_NODEFER, _SA_RESTART = 4, 0x08000000, 0x04000000, 0x40000000, 0x10000000
+_TICK = 0.25
+"""Seconds of the processor's time."""
 _MAP_FIXED_NOREPLACE = 0x100000
 _AT_HWCAP2, _HWCAP2_FSGSBASE = 26, 2
 _SYS_RT_SIGACTION, _SYS_SIGALTSTACK = 13, 131
@@ -68,6 +73,15 @@ def _map(at: int, length: int, protection: int) -> memoryview:
     if found != at:
         raise OSError(ctypes.get_errno(), f"cannot map {length:#x} bytes at {at:#x}")
     return memoryview((ctypes.c_ubyte * length).from_address(at)).cast("B")
+
+
+def _handle(number: int, handler: int, flags: int, restorer: int) -> int:
+    """Install a signal handler of machine code; returns the one before."""
+    new, old = SigAction(handler, flags, restorer, 0), SigAction()
+    if _libc.syscall(_SYS_RT_SIGACTION, number, ctypes.byref(new), ctypes.byref(old), 8):
+        raise OSError(ctypes.get_errno(), f"cannot handle host signal {number}")
+    previous: int = old.handler
+    return previous
 
 
 def _program() -> str:
@@ -139,9 +153,18 @@ way_out:
 default_mxcsr: dd 0x1f80
 
 ; handler(edi = signal, rsi = siginfo, rdx = ucontext); offsets as in asm/sigcontext.h
+tick:
+    cmp qword [ACTIVE], 0
+    je ticked
+    inc qword [TICKS]
+    cmp qword [TICKS], 2
+    jae end
+ticked:
+    ret
 fault:
     cmp qword [ACTIVE], 0
     je other
+end:
     movsxd rax, edi
     mov [SIGNAL], rax
     mov rax, [rdx+168]
@@ -209,33 +232,43 @@ class NativeHost:
         self._keep = alternate
         flags = _SA_SIGINFO | _SA_ONSTACK | _SA_RESTORER | _SA_NODEFER
         for number in _FAULTS:
-            new, old = SigAction(labels["fault"], flags, labels["restorer"], 0), SigAction()
-            _libc.syscall(_SYS_RT_SIGACTION, number, ctypes.byref(new), ctypes.byref(old), 8)
-            pack_into("<Q", self.control, _FIELDS["PREVIOUS"] + 8 * number, old.handler)
+            old = _handle(number, labels["fault"], flags, labels["restorer"])
+            pack_into("<Q", self.control, _FIELDS["PREVIOUS"] + 8 * number, old)
+        _handle(signal.SIGVTALRM, labels["tick"], flags | _SA_RESTART, labels["restorer"])
 
-    def run(self, case: Case) -> Result:
-        """Run the case natively."""
-        control, (code, addresses) = self.control, case.layout()
-        _libc.mprotect(READ_ONLY, PAGE, mmap.PROT_READ | mmap.PROT_WRITE)
-        self.data[:] = case.memory(addresses)
-        _libc.mprotect(READ_ONLY, PAGE, mmap.PROT_READ)
-        page = self._code[case.code_page]
-        page[CODE_DATA : CODE_DATA + CODE_DATA_SIZE] = case.code_data
-        at = case.code_offset
-        full = code + self._exits[case.bits]
-        page[at : at + len(full)] = full
-        pack_into("<16Q4Q", control, 0, *case.gpr, case.rflags, case.fs_base, case.gs_base, case.rip)
+    def watch(self, on: bool) -> None:
+        """Have code that does not come to an end raise `Endless`, after half a second."""
+        signal.setitimer(signal.ITIMER_VIRTUAL, *((_TICK, _TICK) if on else (0, 0)))
+
+    def run(self, case: Case, layout: Layout) -> list[Result]:
+        """Run the case natively from each of its states."""
         narrow = case.bits == 32
+        control = self.control
         pack_into("<IIQ", control, _FIELDS["IN_FAR"], case.rip & 0xFFFFFFFF, _USER32_CS, _USER_DS if narrow else 0)
         control[_FIELDS["WAY_OUT"] + 4] = _USER_CS if narrow else 0
-        pack_into("<5Q", control, _FIELDS["SIGNAL"], *[0] * 5)
-        control[_FIELDS["IN_FPU"] : _FIELDS["IN_FPU"] + FPU_SIZE] = case.fpu
         _libc.syscall(_SYS_SIGALTSTACK, ctypes.c_void_p(self._alternate), None)
+        full = layout.code + self._exits[case.bits]
+        return [self._run(case, layout, state, full) for state in case.states]
+
+    def _run(self, case: Case, layout: Layout, state: State, code: bytes) -> Result:
+        control = self.control
+        _libc.mprotect(READ_ONLY, PAGE, mmap.PROT_READ | mmap.PROT_WRITE)
+        self.data[:] = case.memory(state, layout)
+        _libc.mprotect(READ_ONLY, PAGE, mmap.PROT_READ)
+        page = self._code[case.code_page]
+        page[CODE_DATA : CODE_DATA + CODE_DATA_SIZE] = state.code_data
+        at = case.code_offset
+        page[at : at + len(code)] = code
+        pack_into("<16Q4Q", control, 0, *state.gpr, state.rflags, case.fs_base, case.gs_base, case.rip)
+        pack_into("<6Q", control, _FIELDS["SIGNAL"], *[0] * 6)
+        control[_FIELDS["IN_FPU"] : _FIELDS["IN_FPU"] + FPU_SIZE] = state.fpu
         self._enter()
         *gpr, flags, number, vector, error, cr2, rip = unpack_from("<22Q", control, _FIELDS["OUT_GPR"])
+        if number == signal.SIGVTALRM:
+            raise Endless
         return Result(
             gpr,
-            rip if number else addresses[-1],
+            rip if number else layout.addresses[-1],
             flags,
             bytes(control[_FIELDS["OUT_FPU"] : _FIELDS["OUT_FPU"] + FPU_SIZE]),
             bytes(self.data),

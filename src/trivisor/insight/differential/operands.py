@@ -139,7 +139,7 @@ def _offset_operand(draft: Draft, instruction: Instruction) -> None:
         segment = Register.NONE
     instruction.segment_prefix = segment
     instruction.memory_base = instruction.memory_index = Register.NONE
-    offset = (place - base) & draft.mask
+    offset = draft.offset(place, base)
     narrow = not offset >> 32 and random.random() < 0.3
     instruction.memory_displacement = offset
     instruction.memory_displ_size = 4 if narrow or draft.bits == 32 else 8
@@ -151,7 +151,7 @@ def _bit_string_reach(draft: Draft, instruction: Instruction, size: int) -> int:
     if number not in draft.known:
         raise Impossible
     bits = 8 * size
-    value = draft.known[number] & ((1 << bits) - 1)
+    value = draft.value(number) & ((1 << bits) - 1)
     value -= (value >> (bits - 1)) << bits
     return (value >> bits.bit_length() - 1) * size
 
@@ -174,7 +174,7 @@ def _gather_operand(draft: Draft, instruction: Instruction, file: list[RegisterN
     base = random.choice([n for n in draft.known if n != RSP] or [RAX])
     segment, segment_base = draft.based_segment()
     displacement = random.choice((0, 4, random.randrange(-200, 200)))
-    draft.ensure(base, place - segment_base - displacement)
+    draft.ensure(base, draft.offset(place, segment_base) - displacement)
     instruction.segment_prefix = segment
     instruction.memory_base = draft.registers[base]
     instruction.memory_index = file[index]
@@ -200,7 +200,7 @@ def _string_operand(
     place = draft.place(size * random.choice((1, 1, 8, 24)))
     if not DATA - PAGE <= place < DATA_END:
         place = DATA  # what is beside the data in the code page is not the same on both sides
-    offset = (place - base) & draft.mask
+    offset = draft.offset(place, base)
     if address_bits < draft.bits:
         if offset >> 32:
             raise Impossible
@@ -210,6 +210,8 @@ def _string_operand(
 
 
 def _repeat(draft: Draft, instruction: Instruction, info: OpCodeInfo, address_bits: int) -> None:
+    if draft.guards:
+        raise Impossible
     random = draft.random
     count = random.choice((0, 1, 2, 3, random.randrange(30), random.randrange(30), random.randrange(700)))
     if random.random() < 0.03:
@@ -244,8 +246,8 @@ def _tame_division(draft: Draft, bits: int) -> None:
 def _frame(draft: Draft, instruction: Instruction) -> None:
     """ENTER of a few levels, off a frame that does not overlap with the new one."""
     random = draft.random
-    if RSP not in draft.known:
+    if RSP not in draft.known or draft.guards:
         raise Impossible
-    if abs(draft.known[RSP] - draft.ensure(RBP, DATA + random.randrange(64, 3 * PAGE))) < 128:
+    if abs(draft.value(RSP) - draft.ensure(RBP, DATA + random.randrange(64, 3 * PAGE))) < 128:
         raise Impossible
     instruction.set_immediate_u32(1, random.choice((0, 0, 1, 2, 3)))

@@ -86,13 +86,7 @@ BIT_STRINGS = _mnemonics("BT BTS BTR BTC")
 QUADWORD_GATHERS = _mnemonics("VPGATHERQD VPGATHERQQ VGATHERQPS VGATHERQPD")
 SAVE_X87 = _mnemonics("FNSTENV FNSAVE FXSAVE FXSAVE64 FSTENV FSAVE")
 DIVISIONS = _mnemonics("DIV IDIV")
-SHIFTS = _mnemonics("SHL SHR SAR SAL ROL ROR RCL RCR SHLD SHRD")
 LOAD_MXCSR = _mnemonics("LDMXCSR VLDMXCSR")
-READ_ALL_FLAGS = _mnemonics("PUSHF PUSHFD PUSHFQ LAHF")
-LEAVE_FLAGS = DIVISIONS | BIT_STRINGS | SHIFTS | _mnemonics("BSF BSR TZCNT LZCNT MUL IMUL AAA AAS AAM AAD DAA DAS")
-"""Instructions that may leave flags as they were where the manuals have them undefined."""
-MAY_DO_NOTHING = SHIFTS | STRINGS
-"""Instructions that leave all flags as they were when their count is 0."""
 NO_ACCESS = _mnemonics("CLFLUSH CLFLUSHOPT CLWB")
 """Those that the translator does nothing for, not even fault."""
 
@@ -108,6 +102,9 @@ JCC: dict[int, list[CodeNumber]] = {
 }
 JCC[32] += [Code.JECXZ_REL8_32]
 JCC[64] += [Code.JRCXZ_REL8_64, Code.JECXZ_REL8_64]
+JUMPS: dict[int, tuple[CodeNumber, ...]] = {
+    32: (Code.JMP_REL8_32, Code.JMP_REL32_32), 64: (Code.JMP_REL8_64, Code.JMP_REL32_64)
+}  # fmt: skip
 LOOPS: dict[int, list[CodeNumber]] = {
     bits: [getattr(Code, f"{name}_REL8_{bits}_{c}") for name in ("LOOP", "LOOPE", "LOOPNE") for c in counters]
     for bits, counters in ((32, ("ECX",)), (64, ("RCX", "ECX")))

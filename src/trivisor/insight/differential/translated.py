@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from array import array
 from collections.abc import Callable, Sequence
 from struct import unpack_from
 
@@ -12,18 +14,21 @@ from trivisor.insight.differential.case import (
     CODE_NEAR,
     DATA,
     DEVICE_PAGE,
+    FPU_SIZE,
     PAGE,
     READ_ONLY,
     Case,
+    Layout,
     Result,
     Skipped,
+    State,
 )
 from trivisor.machine.bus import Bus
 from trivisor.machine.clock import Clock
 from trivisor.machine.exits import DebugStop, Exit, Halt, Unsupported
 from trivisor.machine.interrupts import InterruptController
 from trivisor.machine.memory import MIB, GuestMemory
-from trivisor.machine.state import CpuState, Segment, Table
+from trivisor.machine.state import SEGMENT_NAMES, CpuState, Segment, Table
 from trivisor.machine.vcpu import MsrHandler
 from trivisor.translation.cpu import TranslationVcpu
 from trivisor.translation.layout import OFFSETS
@@ -36,6 +41,9 @@ _DEVICE_FRAME = 0xFE000000
 _DATA_FRAMES = (0x400000, 0x640000, 0x410000, 0x500000)
 _CODE_FRAMES = {CODE_NEAR: (0x700000, 0x722000), CODE_FAR: (0x810000, 0x804000)}
 _UD2 = b"\x0f\x0b"
+_FPU = OFFSETS["FPU"]
+_PATIENCE = 2.0
+"""Seconds that a run may take."""
 _PRESENT, _WRITABLE, _USER, _LARGE = 1, 2, 4, 0x80
 _WITH_ERROR_CODE = {8, 10, 11, 12, 13, 14, 17, 21}
 _FRAME_FLAGS = 0x244DD5
@@ -113,6 +121,29 @@ class _PageTables:
         self.memory.write_u64(table + (linear >> shift & 0x1FF) * 8, physical | flags | _PRESENT)
 
 
+class _Watch(threading.Thread):
+    """Kicks a processor that is at one and the same run for long."""
+
+    def __init__(self, vcpu: TranslationVcpu) -> None:
+        super().__init__(daemon=True)
+        self.vcpu = vcpu
+        self.runs = 0
+        """To be counted up with each run."""
+        self._closed = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        seen = -1
+        while not self._closed.wait(_PATIENCE):
+            if self.runs == seen:
+                self.vcpu.kick()
+            seen = self.runs
+
+    def close(self) -> None:
+        self._closed.set()
+        self.join()
+
+
 class TranslatedGuest:
     """One virtual processor, used for many cases."""
 
@@ -134,6 +165,7 @@ class TranslatedGuest:
             memory.write_u64(_GDT + 8 * number, descriptor)
         memory.write_u64(_TSS + 0x24, KERNEL + _STACK_TOP)  # IST1
         self.vcpu = TranslationVcpu(self.board)
+        self._watch = _Watch(self.vcpu)
         self.features = self.vcpu.blocks.translator.features
         """The decoder's features that the guest's processor has."""
         self._states = {
@@ -166,37 +198,40 @@ class TranslatedGuest:
         )  # fmt: skip
 
     def close(self) -> None:
+        self._watch.close()
         self.vcpu.close()
         self.memory.close()
 
-    def run(self, case: Case) -> Result:
-        """Run the case; raises Skipped for what the engine does not have."""
-        view, vcpu = self.memory.view, self.vcpu
-        code, addresses = case.layout()
-        content = case.memory(addresses)
+    def run(self, case: Case, layout: Layout) -> list[Result]:
+        """Run the case from each of its states; raises Skipped for what the engine does not have."""
+        state = self._states[case.bits, case.user]
+        state.fs = Segment(0, case.fs_base, 0xFFFFFFFF, 0xC093)
+        state.gs = Segment(0, case.gs_base, 0xFFFFFFFF, 0xC093)
+        state.cr3 = _DEVICE_TABLES if case.manner == "on a device" else _TABLES
+        self.vcpu.state = state  # forgets what the TLBs have of the case before
+        self._processor = state
+        return [self._run(case, layout, state) for state in case.states]
+
+    def _run(self, case: Case, layout: Layout, state: State) -> Result:
+        view, core = self.memory.view, self.vcpu.core
+        content = case.memory(state, layout)
         self.device.content[:] = content[DEVICE_PAGE * PAGE : (DEVICE_PAGE + 1) * PAGE]
         for number, frame in enumerate(_DATA_FRAMES):
             view[frame : frame + PAGE] = content[number * PAGE : (number + 1) * PAGE]
         frames = _CODE_FRAMES[case.code_page]
-        full, at = code + _UD2, case.code_offset
+        full, at = layout.code + _UD2, case.code_offset
         before = full[: PAGE - at] if at < PAGE else b""
         after = full[len(before) :]
         if before:
             self._write(frames[0] + at, before)
         if after:
             self._write(frames[1] + max(0, at - PAGE), after)
-        self._write(frames[0] + CODE_DATA, case.code_data)
-        state = self._states[case.bits, case.user]
-        state.gpr[:] = case.gpr
-        state.rip, state.rflags, state.xsave = case.rip, case.rflags, case.fpu
-        state.fs = Segment(0, case.fs_base, 0xFFFFFFFF, 0xC093)
-        state.gs = Segment(0, case.gs_base, 0xFFFFFFFF, 0xC093)
-        state.cr3 = _DEVICE_TABLES if case.manner == "on a device" else _TABLES
-        vcpu.state = state
+        self._write(frames[0] + CODE_DATA, state.code_data)
+        self._restart(case, state)
+        self._watch.runs += 1
         exit_ = self._go(case.manner)
         if isinstance(exit_, Unsupported):
             raise Skipped(exit_.what)
-        core = vcpu.core
         offset = core.rip - KERNEL - _HANDLERS
         if not isinstance(exit_, Halt) or not 0 <= offset < 16 * 32:
             raise RuntimeError(f"{exit_} at {core.rip:#x}")
@@ -207,19 +242,29 @@ class TranslatedGuest:
             frame -= 8
             (error,) = unpack_from("<Q", view, frame)
         rip, _, flags, rsp, _ = unpack_from("<5Q", view, _STACK_TOP - 40)
-        out = vcpu.state
-        gpr = list(out.gpr)
+        gpr = list(core.regs)
         gpr[4] = rsp
-        ended = vector == 6 and rip == addresses[-1]
+        ended = vector == 6 and rip == layout.addresses[-1]
         pages = [bytes(view[frame : frame + PAGE]) for frame in _DATA_FRAMES]
         if case.manner == "on a device":
             pages[DEVICE_PAGE] = bytes(self.device.content)
-        data = b"".join(pages)
         at = frames[0] + CODE_DATA
         return Result(
-            gpr, rip, flags & _FRAME_FLAGS, out.xsave, data, bytes(view[at : at + CODE_DATA_SIZE]),
-            -1 if ended else vector, error, core.cr2,
+            gpr, rip, flags & _FRAME_FLAGS, bytes(core.bytes[_FPU : _FPU + FPU_SIZE]), b"".join(pages),
+            bytes(view[at : at + CODE_DATA_SIZE]), -1 if ended else vector, error, core.cr2,
         )  # fmt: skip
+
+    def _restart(self, case: Case, state: State) -> None:
+        """Have the processor stand before the code again, with its translations and what is in its TLBs."""
+        core, processor = self.vcpu.core, self._processor
+        core.regs[:] = array("Q", state.gpr)
+        core.rip, core.rflags = case.rip, state.rflags
+        for name, view in zip(SEGMENT_NAMES, core.segments, strict=False):
+            segment: Segment = getattr(processor, name)
+            view.set(segment.selector, segment.base, segment.limit, segment.attributes)
+        core.cpl = 3 if case.user else 0
+        core.bytes[_FPU : _FPU + FPU_SIZE] = state.fpu
+        self.vcpu.mode_changed()
 
     def _go(self, manner: str) -> Exit:
         """Run to HLT, or to whatever else comes of it."""
@@ -236,5 +281,8 @@ class TranslatedGuest:
         return vcpu.run()
 
     def _write(self, physical: int, content: bytes) -> None:
-        self.vcpu.memory_written(physical, len(content))
-        self.memory.view[physical : physical + len(content)] = content
+        """Put content where code may lie, unless it is there: what is the same stays translated."""
+        there = self.memory.view[physical : physical + len(content)]
+        if there != content:
+            self.vcpu.memory_written(physical, len(content))
+            there[:] = content

@@ -15,7 +15,7 @@ from trivisor.translation.emulator.operands import (
 )
 from trivisor.translation.emulator.stack import push, release, set_stack_pointer, stack_mask, top
 from trivisor.x86.exceptions import DIVIDE_ERROR, GuestException
-from trivisor.x86.flags import AF, CF, PF, SF, ZF
+from trivisor.x86.flags import AF, CF, OF, PF, SF, ZF
 
 
 def _write_sized(core: Core, index: int, size: int, value: int) -> None:
@@ -85,6 +85,15 @@ def _set_ax(core: Core, value: int) -> None:
     core.regs[RAX] = core.regs[RAX] & ~0xFFFF | value & 0xFFFF
 
 
+def _overflow(before: int, added: int, after: int, bits: int) -> int:
+    """OF of before + added = after, two's complement; for a subtraction `added` is the negative."""
+    return OF if (before ^ after) & (added ^ after) & 1 << bits - 1 else 0
+
+
+# The manuals have some flags undefined after the decimal instructions.  Processors leave those of the
+# addition or subtraction of the correction, and clear them after AAM.
+
+
 def _ascii_adjust(step: int) -> Handler:
     """AAA (6, then 1 in AH) and AAS (the same, subtracted)."""
 
@@ -92,10 +101,11 @@ def _ascii_adjust(step: int) -> Handler:
         core = cpu.core
         ax = core.regs[RAX] & 0xFFFF
         adjust = ax & 0xF > 9 or core.rflags & AF
-        if adjust:
-            ax += step
-        _set_ax(core, ax & 0xFF0F)
-        _set_flags(core, AF | CF, AF | CF if adjust else 0)
+        result = (ax + step) & 0xFFFF if adjust else ax
+        _set_ax(core, result & 0xFF0F)
+        flags = _result_flags(result & 0xFF) & PF | (result >> 8) & SF | (0 if result else ZF)
+        flags |= _overflow(ax, step, result, 16) | AF | CF if adjust else 0
+        _set_flags(core, OF | SF | ZF | AF | PF | CF, flags)
 
     return execute
 
@@ -107,18 +117,18 @@ def _decimal_adjust(sign: int) -> Handler:
         core = cpu.core
         old = core.regs[RAX] & 0xFF
         flags = core.rflags
-        result, new_flags = old, 0
+        correction = new_flags = 0
         if old & 0xF > 9 or flags & AF:
-            result += 6 * sign
-            new_flags |= AF | (CF if flags & CF or not 0 <= result <= 0xFF else 0)
+            correction = 6
+            new_flags |= AF | (CF if sign < 0 and old < 6 else 0)
         if old > 0x99 or flags & CF:
-            result += 0x60 * sign
+            correction += 0x60
             new_flags |= CF
-        elif sign > 0:
-            new_flags &= ~CF
-        result &= 0xFF
+        result = (old + sign * correction) & 0xFF
         _set_al(core, result)
-        _set_flags(core, AF | CF | SF | ZF | PF, new_flags | _result_flags(result))
+        if correction:
+            new_flags |= _overflow(old, sign * correction, result, 8)
+        _set_flags(core, OF | SF | ZF | AF | PF | CF, new_flags | _result_flags(result))
 
     return execute
 
@@ -130,15 +140,17 @@ def _aam(cpu: Cpu, instruction: Instruction) -> None:
         raise GuestException(DIVIDE_ERROR)
     high, low = divmod(core.regs[RAX] & 0xFF, divisor)
     _set_ax(core, high << 8 | low)
-    _set_flags(core, SF | ZF | PF, _result_flags(low))
+    _set_flags(core, OF | SF | ZF | AF | PF | CF, _result_flags(low))
 
 
 def _aad(cpu: Cpu, instruction: Instruction) -> None:
     core = cpu.core
     ax = core.regs[RAX] & 0xFFFF
-    result = (ax + (ax >> 8) * instruction.immediate8) & 0xFF
+    low, added = ax & 0xFF, (ax >> 8) * instruction.immediate8 & 0xFF
+    result = (low + added) & 0xFF
     _set_ax(core, result)
-    _set_flags(core, SF | ZF | PF, _result_flags(result))
+    flags = _overflow(low, added, result, 8) | (low ^ added ^ result) & AF | (CF if low + added > 0xFF else 0)
+    _set_flags(core, OF | SF | ZF | AF | PF | CF, flags | _result_flags(result))
 
 
 def _salc(cpu: Cpu, instruction: Instruction) -> None:

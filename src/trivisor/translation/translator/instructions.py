@@ -27,6 +27,7 @@ from iced_x86 import (
     OpKind,
     Register,
     RegisterExt,
+    RflagsBits,
 )
 
 from trivisor.translation.modes import CallOut, Jump, Missing, Mode, Raise
@@ -89,6 +90,12 @@ _IGNORED = {
 _SHIFTS = {
     getattr(Mnemonic, name) for name in ("SHL", "SHR", "SAR", "SAL", "ROL", "ROR", "RCL", "RCR", "SHLD", "SHRD")
 }
+
+_LEAVE_FLAGS = {
+    getattr(Mnemonic, name)
+    for name in ("MUL", "IMUL", "DIV", "IDIV", "BT", "BTS", "BTR", "BTC", "BSF", "BSR", "TZCNT", "LZCNT")
+}
+"""Of the flags that the manuals have undefined after these, processors leave some as they were."""
 
 XSAVE_FAMILY = {
     Mnemonic.XSAVE, Mnemonic.XSAVE64, Mnemonic.XRSTOR, Mnemonic.XRSTOR64,
@@ -198,6 +205,10 @@ class InstructionMaker:
         """Note which flags the instruction reads and surely writes."""
         reads: int = instruction.rflags_read & ARITHMETIC
         writes: int = instruction.rflags_modified & ARITHMETIC
+        if instruction.mnemonic in _LEAVE_FLAGS:
+            writes &= ~instruction.rflags_undefined
+            if not writes:
+                reads |= instruction.rflags_undefined & ARITHMETIC
         if instruction.mnemonic in _SHIFTS:
             # A count of zero leaves every flag as it was.
             last = instruction.op_count - 1
@@ -205,6 +216,10 @@ class InstructionMaker:
             count = 0 if counted else instruction.immediate(last) & (0x3F if self.mode.bits == 64 else 0x1F)
             if counted or count == 0:
                 reads |= writes
+                writes = 0
+            if instruction.mnemonic in (Mnemonic.RCL, Mnemonic.RCR):
+                # By 9 bits of a byte or 17 of a word nothing changes, as the decoder knows, but OF may.
+                reads |= RflagsBits.OF | RflagsBits.CF
                 writes = 0
         elif instruction.has_rep_prefix or instruction.has_repne_prefix:
             reads |= writes

@@ -1,4 +1,4 @@
-"""`python -m bench`: boot to userspace against QEMU's TCG, the command's start, the translator."""
+"""`python -m bench`: compute kernels, system kernels and boots against QEMU's TCG; see README.md."""
 
 from __future__ import annotations
 
@@ -7,41 +7,55 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from bench import report
+from bench import kernel_report, report
 from bench.boot import run_boots
+from bench.compute import run_compute
+from bench.guests.kernels import NAMES
 from bench.process import Failed
 from trivisor.guests.debian import GuestUnavailable
 
 _STARTS = 10
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Measure, print and maybe write; the exit status is 0 unless something could not be measured."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--runs", type=_positive, default=5, help="boots under each (default 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured as JSON")
-    arguments = parser.parse_args()
-    progress = Console(stderr=True)
+    arguments = _parse(words)
+    measured: dict[str, Any] = {"host": report.host_as_json()}
+    console, progress = Console(), Console(stderr=True)
     try:
-        with progress.status("trivisor --help") as status:
-            start = time_starts(_STARTS)
-            boots = run_boots(arguments.runs, status.update)
+        for part in arguments.parts:
+            with progress.status(part) as status:
+                show, measured[part] = _PARTS[part](arguments, status.update)
+            show(console)
+            console.print()
     except (Failed, GuestUnavailable) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
-    console = Console()
-    report.print_boots(console, boots)
-    console.print()
-    report.print_start(console, start)
-    console.print()
-    report.print_statistics(console, boots.statistics)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report.as_json(boots, start), indent=1) + "\n")
+        arguments.json.write_text(json.dumps(measured, indent=1) + "\n")
     return 0
+
+
+def _parse(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(_PARTS)} (default: all)")
+    parser.add_argument("--runs", type=_positive, default=5, help="runs under each machine (default 5)")
+    parser.add_argument("--only", action="append", metavar="NAME", help="this kernel alone; may be repeated")
+    parser.add_argument("--skip-qemu", action="store_true", help="do not run QEMU")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured as JSON")
+    arguments = parser.parse_args(words)
+    unknown = [part for part in arguments.parts if part not in _PARTS]
+    unknown += [name for name in arguments.only or () if name not in NAMES]
+    if unknown:
+        parser.error(f"there is no {unknown[0]}")
+    arguments.parts = arguments.parts or list(_PARTS)
+    return arguments
 
 
 def _positive(text: str) -> int:
@@ -49,6 +63,34 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not more than 0")
     return number
+
+
+Said = Callable[[str], None]
+Shown = tuple[Callable[[Console], None], Any]
+"""What prints it, and it for the JSON file."""
+
+
+def _compute(arguments: argparse.Namespace, said: Said) -> Shown:
+    names = [name for name in NAMES if arguments.only is None or name in arguments.only]
+    found = run_compute(arguments.runs, names, said, qemu=not arguments.skip_qemu)
+    return lambda console: kernel_report.print_compute(console, found), found.as_json()
+
+
+def _boot(arguments: argparse.Namespace, said: Said) -> Shown:
+    start = time_starts(_STARTS)
+    boots = run_boots(arguments.runs, said, qemu=not arguments.skip_qemu)
+
+    def show(console: Console) -> None:
+        report.print_boots(console, boots)
+        console.print()
+        report.print_start(console, start)
+        console.print()
+        report.print_statistics(console, boots.statistics)
+
+    return show, report.boots_as_json(boots, start)
+
+
+_PARTS = {"compute": _compute, "boot": _boot}
 
 
 def time_starts(count: int) -> list[float]:

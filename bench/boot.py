@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import sys
 import tempfile
@@ -13,13 +12,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench.machines import QEMU, have_qemu
 from bench.process import Timing, time_to_line
 from trivisor.guests.debian import default_guest
 from trivisor.guests.initramfs import CONSOLE_COMMAND_LINE, default_initramfs
 
 FIRST_LINE = b"trivisor: userspace after"
 """What the guest's /init says first."""
-QEMU = "qemu-system-x86_64"
 MEMORY_MIB = 512
 _LIMIT_SECONDS = 300.0
 
@@ -44,12 +43,7 @@ class Boots:
         return median(self.ratios) if self.ratios else None
 
 
-def have_qemu() -> bool:
-    """Whether there is a QEMU to compare with."""
-    return shutil.which(QEMU) is not None
-
-
-def run_boots(runs: int, said: Callable[[str], None]) -> Boots:
+def run_boots(runs: int, said: Callable[[str], None], *, qemu: bool = True) -> Boots:
     """Boot `runs` times under each, in turn; `said` is told what is being done.  Raises `process.Failed`."""
     boots = Boots()
     guest = default_guest(lambda what, part: said(what))
@@ -61,7 +55,7 @@ def run_boots(runs: int, said: Callable[[str], None]) -> Boots:
         ours = [
             sys.executable, "-m", "trivisor", "run", "--memory", f"{MEMORY_MIB}M", "--stats-json", str(statistics),
         ]  # fmt: skip
-        theirs = qemu_command(guest.kernel, initrd) if have_qemu() else None
+        theirs = qemu_command(guest.kernel, initrd) if qemu and have_qemu() else None
         for number in range(1, runs + 1):
             said(f"boot {number} of {runs} under trivisor")
             boots.trivisor.append(time_to_line(ours, FIRST_LINE, limit=_LIMIT_SECONDS, end_with=signal.SIGTERM))

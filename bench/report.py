@@ -12,12 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.boot import QEMU, Boots
+from bench.boot import Boots
+from bench.machines import QEMU
 
 _EXITS_SHOWN = 8
 
 
-def _table(console: Console, title: str, *columns: str) -> Table:
+def titled_table(console: Console, title: str, *columns: str) -> Table:
     """A table with a line above it that says what it shows."""
     console.print(f"[bold]{title}[/bold]", highlight=False)
     table = Table(box=None, pad_edge=False, show_header=any(columns))
@@ -31,7 +32,7 @@ def print_boots(console: Console, boots: Boots) -> None:
     """Each pair of boots, then median, least and most."""
     both = bool(boots.qemu)
     columns = ["", "trivisor", "(CPU)"] + (["QEMU TCG", "(CPU)", "ratio"] if both else [])
-    table = _table(console, "Boot to userspace, in seconds", *columns)
+    table = titled_table(console, "Boot to userspace, in seconds", *columns)
     for number, ours in enumerate(boots.trivisor, 1):
         row = [str(number), f"{ours.wall:.2f}", f"{ours.cpu:.2f}"]
         if both:
@@ -51,7 +52,7 @@ def print_boots(console: Console, boots: Boots) -> None:
 
 def print_start(console: Console, seconds: Sequence[float]) -> None:
     """The command's own start."""
-    table = _table(console, "trivisor --help, in seconds", "median", "min", "max")
+    table = titled_table(console, "trivisor --help, in seconds", "median", "min", "max")
     table.add_row(*(f"{choose(seconds):.3f}" for choose in (median, min, max)))
     console.print(table)
 
@@ -60,19 +61,19 @@ def print_statistics(console: Console, statistics: Sequence[dict[str, Any]]) -> 
     """Where the time of a boot goes, and how fast the translator is: medians over the boots."""
     seconds = medians(statistics, "seconds")
     total = sum(seconds.values())
-    table = _table(console, "Where the time goes (median boot)", "", "s", "share")
+    table = titled_table(console, "Where the time goes (median boot)", "", "s", "share")
     for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
         table.add_row(name, f"{value:.2f}", f"{value / total:.0%}" if total else "")
     console.print(table)
     console.print()
     exits = medians(statistics, "exits")
-    table = _table(console, "Exits to Python (median boot)", "", "")
+    table = titled_table(console, "Exits to Python (median boot)", "", "")
     for name, value in sorted(exits.items(), key=lambda item: -item[1])[:_EXITS_SHOWN]:
         table.add_row(name, f"{value:,.0f}")
     console.print(table)
     console.print()
     made = medians(statistics, "translation")
-    table = _table(console, "Translator (median boot)", "", "")
+    table = titled_table(console, "Translator (median boot)", "", "")
     for name in ("instructions", "blocks"):
         if name in made:
             table.add_row(name, f"{made[name]:,.0f}")
@@ -102,19 +103,21 @@ def medians(statistics: Iterable[dict[str, Any]], group: str) -> dict[str, float
     return {name: median(values) for name, values in found.items()}
 
 
-def as_json(boots: Boots, start: Sequence[float]) -> dict[str, Any]:
-    """All of it, for programs."""
+def host_as_json() -> dict[str, Any]:
+    """Where this was measured."""
+    return {"machine": platform.machine(), "processors": os.cpu_count(), "python": platform.python_version()}
+
+
+def boots_as_json(boots: Boots, start: Sequence[float]) -> dict[str, Any]:
+    """All of the boots, for programs."""
     return {
-        "host": {"machine": platform.machine(), "processors": os.cpu_count(), "python": platform.python_version()},
-        "boot": {
-            "trivisor": [asdict(timing) for timing in boots.trivisor],
-            "qemu": [asdict(timing) for timing in boots.qemu],
-            "ratios": boots.ratios,
-            "median": {
-                "trivisor": median(t.wall for t in boots.trivisor),
-                "qemu": median(t.wall for t in boots.qemu) if boots.qemu else None,
-                "ratio": boots.ratio,
-            },
+        "trivisor": [asdict(timing) for timing in boots.trivisor],
+        "qemu": [asdict(timing) for timing in boots.qemu],
+        "ratios": boots.ratios,
+        "median": {
+            "trivisor": median(t.wall for t in boots.trivisor),
+            "qemu": median(t.wall for t in boots.qemu) if boots.qemu else None,
+            "ratio": boots.ratio,
         },
         "help": list(start),
         "translator": {"microseconds an instruction": microseconds_an_instruction(boots.statistics)},

@@ -1,0 +1,90 @@
+"""The comparisons of kernels as tables, with the verdicts on what is promised."""
+
+from __future__ import annotations
+
+from statistics import geometric_mean
+
+from rich.console import Console
+from rich.markup import escape
+
+from bench.machines import NATIVE, TCG, TRIVISOR, UNICORN
+from bench.records import Comparison
+from bench.report import titled_table
+from trivisor.machine import tsc
+
+COMPUTE_MEAN_MUST = 2.5
+"""Times as fast as TCG, geometric mean."""
+COMPUTE_EACH_MUST = 0.9
+SYSTEM_EACH_MUST = 0.5
+
+
+def print_compute(console: Console, found: Comparison) -> None:
+    """Time over native of each machine, and how many times as fast as TCG, kernel by kernel."""
+    peers = [machine for machine in (TCG, UNICORN) if machine in found.runs]
+    columns = ["", "native, us", TRIVISOR, *peers, "speed over TCG", "warm-up, us"]
+    table = titled_table(console, "Compute kernels: time over native (medians)", *columns)
+    megahertz = tsc.frequency() / 1e6
+    for name in found.names:
+        native, warm_up = found.cycles(NATIVE, name), found.warm_up(TRIVISOR, name)
+        table.add_row(
+            name,
+            _number(native and native / megahertz, 0),
+            *(_number(found.ratio(machine, NATIVE, name), 2) for machine in (TRIVISOR, *peers)),
+            _number(_inverse(found.ratio(TRIVISOR, TCG, name)), 2),
+            _number(warm_up and warm_up / megahertz, 0),
+        )
+    table.add_section()
+    table.add_row(
+        "geometric mean",
+        "",
+        *(_number(_mean(found, machine, NATIVE), 2) for machine in (TRIVISOR, *peers)),
+        _number(_inverse(_mean(found, TRIVISOR, TCG)), 2),
+        "",
+    )
+    console.print(table)
+    if UNICORN not in found.runs:
+        console.print(escape("Unicorn is not installed here (pip install -e '.[bench]')."), highlight=False)
+    _print_verdicts(console, found, each=COMPUTE_EACH_MUST, mean=COMPUTE_MEAN_MUST)
+
+
+def print_system(console: Console, found: Comparison, operations: dict[str, int]) -> None:
+    """Cycles of one operation, side by side; `operations` are how many a repetition has."""
+    table = titled_table(console, "System kernels: cycles an operation (medians)", "", TRIVISOR, TCG, "over TCG")
+    for name in found.names:
+        each = [cycles and cycles / operations[name] for cycles in (found.cycles(m, name) for m in (TRIVISOR, TCG))]
+        speed = _inverse(found.ratio(TRIVISOR, TCG, name))
+        table.add_row(name, *(_number(cycles, 0) for cycles in each), _number(speed, 2))
+    console.print(table)
+    _print_verdicts(console, found, each=SYSTEM_EACH_MUST)
+
+
+def _print_verdicts(console: Console, found: Comparison, *, each: float, mean: float | None = None) -> None:
+    """Whether the promises are kept."""
+    ratios = found.ratios(TRIVISOR, TCG)
+    if not ratios:
+        console.print("There is no QEMU to compare with.", highlight=False)
+        return
+    if mean is not None:
+        speed = 1 / geometric_mean(ratios.values())
+        console.print(_verdict(f"geometric mean {speed:.2f} times as fast as {TCG}", speed, mean), highlight=False)
+    slowest = max(ratios, key=ratios.__getitem__)
+    speed = 1 / ratios[slowest]
+    console.print(_verdict(f"slowest: {slowest}, {speed:.2f} times as fast as {TCG}", speed, each), highlight=False)
+
+
+def _verdict(what: str, figure: float, least: float) -> str:
+    return escape(f"{what} (must be {least}): ") + ("[green]met[/green]" if figure >= least else "[red]not met[/red]")
+
+
+def _mean(found: Comparison, machine: str, other: str) -> float | None:
+    """The geometric mean of the times of `machine` over those of `other`."""
+    ratios = found.ratios(machine, other)
+    return geometric_mean(ratios.values()) if ratios else None
+
+
+def _inverse(ratio: float | None) -> float | None:
+    return None if ratio is None else 1 / ratio
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"

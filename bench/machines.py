@@ -1,0 +1,51 @@
+"""The machines that a benchmark's kernel runs on, by command: trivisor, QEMU's TCG, and this process's own likes."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.process import Failed
+from trivisor.guests.test_kernel import STATUS
+
+TRIVISOR, TCG, NATIVE, UNICORN = "trivisor", "TCG", "native", "Unicorn"
+QEMU = "qemu-system-x86_64"
+_MEMORY_MIB = 64
+_LIMIT_SECONDS = 240
+
+
+def have_qemu() -> bool:
+    """Whether there is a QEMU to compare with."""
+    return shutil.which(QEMU) is not None
+
+
+def multiboot_command(machine: str, image: Path) -> list[str]:
+    """What runs a multiboot kernel, its console on stdout and port 0xf4 the way to end it."""
+    if machine == TRIVISOR:
+        return [sys.executable, "-m", "trivisor", "run", str(image), "--memory", f"{_MEMORY_MIB}M"]
+    return [
+        QEMU, "-accel", "tcg", "-cpu", "max", "-m", str(_MEMORY_MIB), "-nodefaults", "-display", "none",
+        "-serial", "stdio", "-no-reboot", "-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-kernel", str(image),
+    ]  # fmt: skip
+
+
+def run_image(machine: str, image: Path) -> str:
+    """Run a multiboot kernel to its end and return what it printed; raises `Failed`."""
+    return run_to_end(multiboot_command(machine, image), machine, status=STATUS)
+
+
+def run_to_end(command: Sequence[str], who: str, *, status: int = 0) -> str:
+    """Run a command and return its stdout; raises `Failed` if it ends otherwise than with `status`."""
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_LIMIT_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise Failed(f"{who} took more than {_LIMIT_SECONDS} s") from None
+    if done.returncode != status:
+        said = (done.stderr.strip() or done.stdout.strip()).rpartition("\n")[2]
+        raise Failed(f"{who} ended with status {done.returncode}, not {status}: {said}")
+    return done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from bisect import bisect_right
+from collections.abc import Iterable
 
 from iced_x86 import Decoder, DecoderError, Instruction
 
@@ -99,7 +100,7 @@ class BlockStore:
         if not self._has_room(made, len(code)):
             self.flush()
             made = self.translator.translate(mode, rip, code)
-        lasting = not made.crosses and self.mmu.memory.is_ram(page, 0x1000)
+        lasting = not (made.crosses or mode.debug) and self.mmu.memory.is_ram(page, 0x1000)
         template, start = self._keep(made, mode, code, lasting=lasting)
         number = self.native.take_up(template, rip, page | mode.key, start, second | 1 if made.crosses else 0)
         self.made += 1
@@ -285,6 +286,17 @@ class BlockStore:
         """Forget everything, because the modes' numbers begin anew."""
         self.flush()
         self.translator.forget_modes()
+
+    def set_breakpoints(self, addresses: Iterable[int]) -> None:
+        """Have blocks of `Mode.debug` end before these linear addresses.
+
+        Going back to where the last ones were is free, so that a guest may switch them on and off with its tasks.
+        """
+        wanted = frozenset(addresses)
+        if wanted and wanted != self.translator.breakpoints:
+            if self.translator.breakpoints:
+                self.flush()
+            self.translator.breakpoints = wanted
 
     def clear_table(self) -> None:
         """Empty the native block table."""

@@ -11,6 +11,7 @@ import ctypes
 import mmap
 
 from trivisor.machine.memory import GuestMemory, host_map, host_unmap
+from trivisor.translation.debug_unit import DebugUnit
 from trivisor.translation.layout import OFFSETS, SEGMENT_ORDER, STACK_SIZE, STATE_SIZE
 from trivisor.x86.control import EFER_LMA
 from trivisor.x86.descriptors import LONG
@@ -120,6 +121,7 @@ class Core:
         self.segments = [SegmentView(self.words, name) for name in SEGMENT_ORDER]
         """ES, CS, SS, DS, FS, GS, LDTR, TR."""
         self.dr = [0, 0, 0, 0, 0, 0, 0xFFFF0FF0, 0x400]
+        self.debug = DebugUnit()
         self.interrupt_shadow = False
         """Interrupts are held off until one more instruction has run (STI, MOV SS, POP SS)."""
         self.nmi_blocked = False

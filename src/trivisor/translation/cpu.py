@@ -21,10 +21,11 @@ from trivisor.translation.core import CS, MASK64, SS, Core
 from trivisor.translation.cpuid import guest_cpuid
 from trivisor.translation.emulator import events, system
 from trivisor.translation.emulator.contract import UnsupportedFeature
+from trivisor.translation.emulator.debug_exceptions import debug_exception
 from trivisor.translation.host_signals import HostTimer
 from trivisor.translation.layout import EXITS, OFFSETS
 from trivisor.translation.mmu import Mmu
-from trivisor.translation.modes import MAXIMUM_SEGMENTED, Mode
+from trivisor.translation.modes import MAXIMUM_SEGMENTED, OTHER_DEBUG, OTHER_TSD, Mode
 from trivisor.translation.msrs import MsrFile
 from trivisor.translation.native_code import NativeCode
 from trivisor.translation.segmentation import segmentation, set_windows
@@ -39,21 +40,23 @@ from trivisor.x86.control import (
     CR4_OSXMMEXCPT,
     CR4_SMAP,
     CR4_TSD,
+    DR6_BS,
     EFER_LMA,
 )
 from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, host_cpuid, host_xgetbv
 from trivisor.x86.descriptors import DB, LONG
-from trivisor.x86.exceptions import DEBUG, NMI, GuestException
-from trivisor.x86.flags import TF
+from trivisor.x86.exceptions import NMI, GuestException
+from trivisor.x86.flags import RF, TF
+from trivisor.x86.msr import DEBUGCTL_BTF, IA32_DEBUGCTL
 
 CODE_CACHE_SIZE = 64 << 20
 
 _CR0_TS_EM = CR0_TS | CR0_EM
 
-_MODE, _NATIVE_EVENTS, _PENDING, _ARMED, _POLL, _GOOD, _BAD, _EXIT_A, _EXIT_B, _FAULT_IP = (
+_MODE, _NATIVE_EVENTS, _WATCHING, _PENDING, _ARMED, _POLL, _GOOD, _BAD, _EXIT_A, _EXIT_B, _FAULT_IP = (
     OFFSETS[name] // 8
     for name in (
-        "MODE", "NATIVE_EVENTS", "PENDING", "ARMED", "POLL", "POLL_GOOD", "POLL_BAD", "EXIT_A", "EXIT_B",
+        "MODE", "NATIVE_EVENTS", "WATCHING", "PENDING", "ARMED", "POLL", "POLL_GOOD", "POLL_BAD", "EXIT_A", "EXIT_B",
         "HOST_FAULT_IP",
     )
 )  # fmt: skip
@@ -119,6 +122,7 @@ class TranslationVcpu:
             EXITS["EXIT_CALL_OUT"]: self._on_call_out,
             EXITS["EXIT_HOST_FAULT"]: self._on_host_fault,
             EXITS["EXIT_UNDEFINED"]: self._on_undefined,
+            EXITS["EXIT_BREAKPOINT"]: self._on_breakpoint,
         }
         self._names = {number: name.removeprefix("EXIT_").lower() for name, number in EXITS.items()}
         self._next: int | None = None  # host address to go on at, instead of looking rip up
@@ -161,10 +165,15 @@ class TranslationVcpu:
         return self._cpuid.query(leaf, subleaf, cr4=core.cr4, xcr0=core.xcr0, apic_enabled=enabled)
 
     def load(self, linear: int, size: int, *, system: bool = False) -> int:
-        return self.mmu.load(linear, size, self.core.cpl == 3 and not system)
+        value = self.mmu.load(linear, size, self.core.cpl == 3 and not system)
+        if self.core.debug.pages:
+            self.core.debug.accessed(linear, size, write=False)
+        return value
 
     def store(self, linear: int, size: int, value: int, *, system: bool = False) -> None:
         self.mmu.store(linear, size, value, self.core.cpl == 3 and not system)
+        if self.core.debug.pages:
+            self.core.debug.accessed(linear, size, write=True)
 
     def probe_write(self, linear: int, size: int, *, system: bool = False) -> None:
         self.mmu.probe_write(linear, size, self.core.cpl == 3 and not system)
@@ -194,7 +203,7 @@ class TranslationVcpu:
         if bits != 64:
             set_windows(core)
             segmented = segmentation(core)
-        key = (bits, ss & DB, cpl == 3, cr0 & _CR0_TS_EM, cr4 & CR4_TSD, segmented)
+        key = (bits, ss & DB, cpl == 3, cr0 & _CR0_TS_EM, cr4 & CR4_TSD, bool(core.debug.code), segmented)
         mode = self._modes.get(key)
         if mode is None:
             mode = self._modes[key] = Mode(
@@ -203,7 +212,7 @@ class TranslationVcpu:
                 segmentation=segmented,
                 no_fpu=bool(cr0 & _CR0_TS_EM),
                 stack_bits=64 if bits == 64 else 32 if ss & DB else 16,
-                other=1 if cr4 & CR4_TSD else 0,
+                other=(OTHER_TSD if cr4 & CR4_TSD else 0) | (OTHER_DEBUG if core.debug.code else 0),
                 number=0 if segmented is None else self._segmented_number(),
             )
         words = self._words
@@ -213,9 +222,14 @@ class TranslationVcpu:
         words[OFFSETS["JUMP_CACHE_CURRENT"] // 8] = core.address + OFFSETS[f"JUMP_CACHE_{mode.jump_cache_name}"]
         words[OFFSETS["JUMP_CACHE_USED_CURRENT"] // 8] = core.address + OFFSETS["JUMP_CACHE_USED"] + 128 * number
         self._claim_jumps(mode)
+        debug = core.debug
+        self.blocks.set_breakpoints(debug.code)
+        words[_WATCHING] = 1 if debug.pages else 0
         native = core.efer & EFER_LMA and cr0 & CR0_PG and not cr4 & (CR4_LA57 | CR4_SMAP)
         words[OFFSETS["PAGING_NATIVE"] // 8] = 1 if native else 0
-        natively = native and mode.bits == 64 and not core.nmi_blocked and ExceptionExit not in self.observed
+        natively = (
+            native and mode.bits == 64 and not (core.nmi_blocked or debug.active) and ExceptionExit not in self.observed
+        )
         words[_NATIVE_EVENTS] = 1 if natively else 0
         if natively:
             for user, field in ((False, "MODE_KERNEL"), (True, "MODE_USER")):
@@ -298,12 +312,16 @@ class TranslationVcpu:
         try:
             return self._turn(single)
         except GuestException as fault:
+            self.core.debug.pending = 0  # what an instruction has hit that then faults, it will hit again
             return events.raise_exception(self, fault)
 
     def _turn(self, single: bool) -> Exit | None:
         """Serve what waits, then run translated code until it comes back, or one instruction."""
         words, core = self._words, self.core
         if words[_PENDING] or (self._waiting and core.interrupt_flag) or self._nmi_waiting:
+            if core.debug.pending and not core.debug.blocked:
+                self._next = None
+                raise debug_exception(core, core.debug.take())
             if core.interrupt_shadow:
                 core.interrupt_shadow = False
                 return self._single_step()
@@ -311,8 +329,10 @@ class TranslationVcpu:
             if exit_ is not None:
                 return exit_
         core.interrupt_shadow = False
-        if single or core.rflags & TF:
-            return self._single_step()
+        if single or core.rflags & (TF | RF) or core.debug.blocked:
+            if single or core.rflags & TF or core.debug.active:
+                return self._single_step()
+            core.rflags &= ~RF  # there is no breakpoint that it could hold off
         target = self._next
         if target is None:
             block = self.blocks.block(self.mode, core.linear_rip)
@@ -450,13 +470,36 @@ class TranslationVcpu:
 
     def _single_step(self) -> Exit | None:
         """One instruction, and the debug trap that TF asks for."""
-        core = self.core
-        trap = core.rflags & TF
+        core, debug = self.core, self.core.debug
+        blocked, debug.blocked = debug.blocked, False
+        flags = core.rflags
+        start = core.linear_rip
+        if debug.code and not (flags & RF or blocked) and (bits := debug.code.get(start)):
+            raise debug_exception(core, bits)
+        core.rflags = flags & ~RF
+        debug.step_trap = bool(flags & TF)
         exit_ = slow_access.step(self, [])
-        if trap and exit_ is None and core.rflags & TF:
-            core.dr[6] |= 1 << 14
-            raise GuestException(DEBUG)
+        if debug.step_trap and not (self._steps_branches and self._ran_on(start)):
+            debug.pending |= DR6_BS
+        if exit_ is None and debug.pending and not debug.blocked:
+            if core.linear_rip == start and self.blocks.instruction(self.mode, start).has_rep_prefix:
+                core.rflags |= RF  # the rest of it is not to strike a breakpoint once more
+            raise debug_exception(core, debug.take())
         return exit_
+
+    @property
+    def _steps_branches(self) -> bool:
+        """TF traps after taken branches only (DEBUGCTL.BTF)."""
+        return bool(self.msrs.values[IA32_DEBUGCTL] & DEBUGCTL_BTF)
+
+    def _ran_on(self, start: int) -> bool:
+        """Whether the instruction at `start` led to the one after it, and not elsewhere."""
+        length: int = self.blocks.instruction(self.mode, start).len
+        return bool(self.core.linear_rip == start + length)
+
+    def _on_breakpoint(self) -> Exit | None:
+        core = self.core
+        raise debug_exception(core, core.debug.code[core.linear_rip])
 
     # -- exits ----------------------------------------------------------------------------------------------
 
@@ -478,7 +521,12 @@ class TranslationVcpu:
         """Do a sensitive instruction in Python."""
         self._counts[instruction.mnemonic] = self._counts.get(instruction.mnemonic, 0) + 1
         result = system.execute(self, instruction)
+        debug = self.core.debug
+        if debug.pending:
+            self._words[_PENDING] = 1
         if isinstance(result, Halt):
+            if debug.step_trap and not self._steps_branches:
+                return None  # the trap ends the halt
             return self._idle() if result.interrupts_enabled else result
         if self.board.stop_reason is not None:
             return Kicked()

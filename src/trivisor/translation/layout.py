@@ -134,6 +134,7 @@ _FIELDS = (
     "STRIDE",  # of a string instruction
     "SPILL",
     "SPILL_2",
+    "WATCHING",  # 1 when there are data breakpoints: TLB misses go to Python
     "PAGING_NATIVE",  # 1 when the native walker may be used (long mode, 4-level)
     "PHYSICAL_LIMIT_MASK",  # reserved physical address bits of a page-table entry
     "KNOWN_CS",  # descriptor that IRET loaded last to user mode, raw; with its selector
@@ -231,6 +232,7 @@ EXITS: dict[str, int] = {
         "EXIT_POLL",  # interrupt window check wanted at RIP
         "EXIT_HOST_FAULT",  # a host signal struck translated code at HOST_FAULT_IP
         "EXIT_UNDEFINED",
+        "EXIT_BREAKPOINT",  # an instruction breakpoint at RIP
     )
 }
 

@@ -30,6 +30,10 @@ class Segmentation:
     """Real or virtual-8086 mode: a selector is the segment's base over 16."""
 
 
+OTHER_TSD, OTHER_DEBUG = 1, 2
+"""Bits of `Mode.other`: RDTSC is privileged; there are instruction breakpoints."""
+
+
 @dataclass(frozen=True, slots=True)
 class Mode:
     """What the translator must know of the processor's mode; its `key` is part of every block's key."""
@@ -91,6 +95,11 @@ class Mode:
         """All ones of a linear address."""
         return (1 << 64) - 1 if self.bits == 64 else 0xFFFFFFFF
 
+    @property
+    def debug(self) -> bool:
+        """Blocks end before the instruction breakpoints."""
+        return bool(self.other & OTHER_DEBUG)
+
     def at_level(self, user: bool) -> Mode:
         """The same mode at CPL 3 or not."""
         return replace(self, user=user)
@@ -148,6 +157,10 @@ class Raise(NamedTuple):
     vector: int
     error: int = -1
     """Error code; -1 for none."""
+
+
+class Breakpoint(NamedTuple):
+    """Ends a block, being all of it: there is an instruction breakpoint here."""
 
 
 class Missing(NamedTuple):

@@ -25,8 +25,8 @@ from trivisor.x86.paging import Access
 if TYPE_CHECKING:
     from trivisor.translation.cpu import TranslationVcpu
 
-_EXIT_A, _EXIT_B, _EXIT_C, _RESUME, _HOST_R10 = (
-    OFFSETS[name] // 8 for name in ("EXIT_A", "EXIT_B", "EXIT_C", "RESUME", "HOST_R10")
+_EXIT_A, _EXIT_B, _EXIT_C, _RESUME, _HOST_R10, _PENDING = (
+    OFFSETS[name] // 8 for name in ("EXIT_A", "EXIT_B", "EXIT_C", "RESUME", "HOST_R10", "PENDING")
 )
 _STEPPED = EXITS["EXIT_STEPPED"]
 _SLOW_ACCESS = EXITS["EXIT_SLOW_ACCESS"]
@@ -69,6 +69,8 @@ def _register_access(cpu: TranslationVcpu, access: Prepared) -> bool:
     """Do the plain 32-bit moves that drivers access device registers with; False for everything else."""
     physical, size = access.pieces[0]
     mmu, core = cpu.mmu, cpu.core
+    if core.debug.pages:
+        return False
     if size != 4 or access.crosses or mmu.memory.is_ram(physical & ~0xFFF, 0x1000):
         return False
     instruction = cpu.blocks.instruction(cpu.mode, core.linear_rip)
@@ -103,6 +105,9 @@ def _access(cpu: TranslationVcpu) -> Prepared | None:
     room = 0x1000 - (linear & 0xFFF)
     pieces = [(found.physical, min(size, room))]
     ram = mmu.memory.is_ram(found.physical & ~0xFFF, 0x1000)
+    debug = cpu.core.debug
+    if debug.pages and debug.touches(linear, size):
+        ram = False  # every access is to come here: neither the TLB nor a short cut
     if size > room:
         second = mmu.walk(linear + room & ((1 << 64) - 1), kind, user)
         pieces.append((second.physical, size - room))
@@ -159,8 +164,13 @@ def step(cpu: TranslationVcpu, prepared: list[Prepared]) -> Exit | None:
             prepared.append(another)
             continue
         if exit_number == _STEPPED:
+            watches = bool(cpu.core.debug.pages)
             for access in prepared:
                 _finish(cpu, access)
+                if watches:
+                    cpu.core.debug.accessed(access.linear, access.size, write=access.write)
+            if cpu.core.debug.pending:
+                cpu.core.words[_PENDING] = 1
             return None
         return cpu.handle(exit_number)
 
@@ -169,9 +179,10 @@ def _prepare(cpu: TranslationVcpu, access: Prepared, number: int) -> None:
     mmu, core = cpu.mmu, cpu.core
     physical, length = access.pieces[0]
     if not access.crosses and mmu.memory.is_ram(physical & ~0xFFF, 0x1000):
-        # A write to a page with translated code: what it hits is forgotten first.
-        cpu.count("code page write")
-        cpu.blocks.written(physical, length)
+        # A write to a page with translated code - what it hits is forgotten first - or watched memory.
+        if access.write and mmu.code_lines[physical >> 12]:
+            cpu.count("code page write")
+            cpu.blocks.written(physical, length)
         core.words[_PREPARED + access.check] = mmu.memory.base + physical
         return
     cpu.count("page crossing" if access.crosses else "mmio access")

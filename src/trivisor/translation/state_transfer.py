@@ -77,6 +77,8 @@ def set_state(cpu: TranslationVcpu, state: CpuState) -> None:
     core.rip = state.rip  # CS and EFER are there: it is an offset in the segment
     cpu.board.interrupts.cr8 = state.cr8
     core.dr[:] = state.dr
+    core.debug.load(core.dr, core.cr4)
+    core.debug.pending, core.debug.blocked = 0, False
     core.interrupt_shadow = state.interrupt_shadow
     core.nmi_blocked = state.nmi_blocked
     cpu.halted = state.halted

@@ -42,10 +42,10 @@ _FLAT = {
 
 
 class Msrs:
-    """MSR 0x123 is there, and no other."""
+    """MSR 0x123 and IA32_DEBUGCTL are there, and no other."""
 
     def __init__(self) -> None:
-        self.values = {0x123: 5}
+        self.values = {0x123: 5, 0x1D9: 0}
 
     def read(self, index: int) -> int:
         if index not in self.values:

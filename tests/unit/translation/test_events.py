@@ -95,7 +95,7 @@ def test_gate_privilege_counts_for_software_only(cpu: Any, layout: Any) -> None:
 @pytest.mark.parametrize(
     ("vector", "options", "rf"),
     [(13, {"error_code": 0}, RF), (6, {}, RF), (3, {"software": True, "return_rip": 0x8001}, 0),
-     (1, {}, 0), (0x40, {"external": True}, 0), (0x80, {"software": True, "return_rip": 0x8002}, 0)],
+     (1, {}, RF), (0x40, {"external": True}, RF), (0x80, {"software": True, "return_rip": 0x8002}, 0)],
 )  # fmt: skip
 def test_resume_flag_in_the_frame(
     cpu: Any, layout: Any, vector: int, options: dict[str, Any], rf: int

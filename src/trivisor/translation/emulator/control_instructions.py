@@ -9,6 +9,7 @@ from iced_x86 import Code, Instruction, Register
 
 from trivisor.translation.core import CS, FS, RAX, RCX, RDX, TR, Core
 from trivisor.translation.emulator.contract import Cpu, Handler, has_feature
+from trivisor.translation.emulator.debug_exceptions import debug_exception
 from trivisor.translation.emulator.operands import (
     MASK32,
     MASK64,
@@ -60,7 +61,6 @@ from trivisor.x86.control import (
     xcr0_is_valid,
 )
 from trivisor.x86.descriptors import LONG, TSS, TYPE
-from trivisor.x86.exceptions import DEBUG, GuestException
 from trivisor.x86.paging import pdptes_are_valid, read_pdptes
 
 _PHYSICAL_LIMIT = OFFSETS["PHYSICAL_LIMIT_MASK"] // 8
@@ -147,6 +147,8 @@ def write_cr4(cpu: Cpu, value: int) -> None:
     if changed & CR4_PAGING and value & CR4_PAE and core.cr0 & CR0_PG and not long_mode:
         _check_pdptes(cpu, core.cr3)
     core.cr4 = value
+    if changed & CR4_DE:
+        load_breakpoints(cpu)
     if changed & _CR4_FLUSH:
         cpu.flush_tlb(keep_global=False)
     if changed:
@@ -235,8 +237,7 @@ def _debug_register(cpu: Cpu, register: int) -> int:
         raise invalid_opcode()
     privileged(core)
     if core.dr[7] & DR7_GD:
-        core.dr[6] |= DR6_BD
-        raise GuestException(DEBUG)
+        raise debug_exception(core, DR6_BD)
     return number
 
 
@@ -249,6 +250,19 @@ def _mov_to_dr(cpu: Cpu, instruction: Instruction) -> None:
             raise general_protection()
         value = value & DR6_VALID | DR6_FIXED if number == 6 else value & DR7_VALID | DR7_FIXED
     core.dr[number] = value
+    if number != 6:
+        load_breakpoints(cpu)
+
+
+def load_breakpoints(cpu: Cpu) -> None:
+    """The debug registers, or CR4.DE, have changed."""
+    core = cpu.core
+    debug = core.debug
+    before = debug.pages
+    debug.load(core.dr, core.cr4)
+    if debug.pages - before:
+        cpu.flush_tlb(keep_global=False)
+    cpu.mode_changed()
 
 
 def _mov_from_dr(cpu: Cpu, instruction: Instruction) -> None:

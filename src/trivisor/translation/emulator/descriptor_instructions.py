@@ -48,7 +48,17 @@ def _mov_to_segment(cpu: Cpu, instruction: Instruction) -> None:
         raise invalid_opcode()
     segments.load(cpu, index, read_operand(cpu, instruction, 1, 2))
     if index == SS:
-        cpu.core.interrupt_shadow = True
+        _hold_off_events(cpu.core)
+
+
+def _hold_off_events(core: Core) -> None:
+    """After MOV SS and POP SS: no interrupt, and no debug exception either, before one more instruction.
+
+    A single-step trap that would come here is lost (Intel SDM 3A 6.8.3).
+    """
+    core.interrupt_shadow = True
+    core.debug.blocked = core.debug.active
+    core.debug.step_trap = False
 
 
 def _mov_from_segment(cpu: Cpu, instruction: Instruction) -> None:
@@ -73,7 +83,7 @@ def _pop_segment(size: int) -> Handler:
         segments.load(cpu, index, value)
         set_stack_pointer(core, mask, (core.regs[RSP] & mask) + size)
         if index == SS:
-            core.interrupt_shadow = True
+            _hold_off_events(core)
 
     return execute
 

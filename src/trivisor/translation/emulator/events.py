@@ -56,12 +56,13 @@ from trivisor.x86.exceptions import (
     combine,
 )
 from trivisor.x86.flags import AC, IF, NT, RF, TF, VM
+from trivisor.x86.msr import DEBUGCTL_BTF, IA32_DEBUGCTL
 
 _NOT_FAULTS = frozenset({DEBUG, NMI, BREAKPOINT, OVERFLOW, DOUBLE_FAULT, MACHINE_CHECK})
-"""Vectors that are traps or aborts: their frames have RF clear (SDM 3B 17.3.1.1).
+"""Vectors that are traps or aborts: their frames have RF as it is (SDM 3B 17.3.1.1).
 
-#DB is a trap here: instruction breakpoints, its only fault with RF, do not exist in this engine, and the
-fault on debug register access (DR7.GD) must not set RF either to be taken again.
+Nor do the faults of #DB set RF: the handler of an instruction breakpoint does (17.3.1.1), and after one on debug
+register access (DR7.GD) the instruction is to be tried again.
 """
 
 
@@ -83,8 +84,10 @@ def deliver(
     """
     core = cpu.core
     rip = core.rip if return_rip is None else return_rip
-    flags = core.rflags & ~RF
-    if not (software or external or return_rip is not None or vector in _NOT_FAULTS):
+    flags = core.rflags
+    if software or return_rip is not None:
+        flags &= ~RF
+    elif not external and vector not in _NOT_FAULTS:
         flags |= RF
     extern = 0 if software else ERROR_EXT
     if core.efer & EFER_LMA:
@@ -94,8 +97,10 @@ def deliver(
     else:
         _deliver_real(cpu, vector, rip, flags)
     core.interrupt_shadow = False
+    core.debug.step_trap = False
     if vector == DEBUG and not software:
         core.dr[7] &= ~DR7_GD
+        cpu.msrs.write(IA32_DEBUGCTL, cpu.msrs.read(IA32_DEBUGCTL) & ~DEBUGCTL_BTF)
     if external and vector == NMI:
         core.nmi_blocked = True
     cpu.mode_changed()

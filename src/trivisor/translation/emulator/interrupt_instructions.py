@@ -12,6 +12,7 @@ from trivisor.translation.core import CS, RCX, RDX, RSP, SS, Core
 from trivisor.translation.emulator import segments
 from trivisor.translation.emulator.contract import Cpu, Handler, UnsupportedFeature, has_feature
 from trivisor.translation.emulator.control_instructions import privileged
+from trivisor.translation.emulator.debug_exceptions import debug_exception, trap_by_flags_now
 from trivisor.translation.emulator.events import deliver
 from trivisor.translation.emulator.far_transfers import check_target, finish_return, return_code, return_stack
 from trivisor.translation.emulator.operands import (
@@ -67,7 +68,10 @@ def _breakpoint(cpu: Cpu, instruction: Instruction) -> None:
 
 
 def _int1(cpu: Cpu, instruction: Instruction) -> None:
-    """A trap like the hardware's: the gate's DPL does not count."""
+    """A trap like the hardware's: the gate's DPL does not count, and what MOV SS has held up comes with it."""
+    core = cpu.core
+    if core.debug.pending:
+        debug_exception(core, core.debug.take())
     deliver(cpu, DEBUG, return_rip=next_rip(cpu.core, instruction))
 
 
@@ -263,6 +267,7 @@ def _syscall(cpu: Cpu, instruction: Instruction) -> None:
     core.regs[11] = flags
     core.rip = core.lstar if wide else core.cstar
     core.rflags = flags & ~(core.fmask | RF)
+    trap_by_flags_now(core)
     selector = core.star >> 32 & 0xFFFC
     _set_flat(core, selector, _KERNEL_CODE64, (selector + 8) & MASK16, _KERNEL_DATA, 0)
     cpu.mode_changed()
@@ -283,6 +288,7 @@ def _sysret(wide: bool) -> Handler:
         attributes = _USER_CODE64 if wide else _USER_CODE32
         core.rip = target if wide else target & MASK32
         core.rflags = core.regs[11] & 0x3C7FD7 | FIXED
+        trap_by_flags_now(core)
         _set_flat(core, code, attributes, stack, _USER_DATA, 3)
         cpu.mode_changed()
 

@@ -53,6 +53,8 @@ def check_port(cpu: Cpu, port: int, size: int) -> None:
 
 def _read_port(cpu: Cpu, port: int, size: int) -> int:
     value = cpu.board.ports.read(port, size)
+    if cpu.core.debug.watches_ports:
+        cpu.core.debug.port_accessed(port, size)
     if PortIn in cpu.observed:
         notify(cpu, PortIn(port, size, value))
     return value
@@ -60,6 +62,8 @@ def _read_port(cpu: Cpu, port: int, size: int) -> int:
 
 def _write_port(cpu: Cpu, port: int, size: int, value: int) -> None:
     cpu.board.ports.write(port, size, value)
+    if cpu.core.debug.watches_ports:
+        cpu.core.debug.port_accessed(port, size)
     if PortOut in cpu.observed:
         notify(cpu, PortOut(port, size, value))
 
@@ -126,12 +130,15 @@ def _string(size: int, *, read: bool) -> Handler:
         repeated = instruction.has_rep_prefix or instruction.has_repne_prefix
         remaining = regs[RCX] & mask if repeated else 1
         following = next_rip(core, instruction)
-        for _ in range(min(remaining, MAXIMUM_ITERATIONS)):
+        for _ in range(min(remaining, 1 if core.debug.step_trap else MAXIMUM_ITERATIONS)):
             one(cpu, port, size, segment, regs[pointer] & mask)
             _advance(regs, pointer, mask, step)
             if repeated:
                 _advance(regs, RCX, mask, -1)
-        if remaining <= MAXIMUM_ITERATIONS:
+            remaining -= 1
+            if core.debug.pending:
+                break
+        if not remaining:
             core.rip = following
 
     return execute

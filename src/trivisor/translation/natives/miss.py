@@ -26,6 +26,8 @@ miss:
     mov r13, r10
     cmp qword [rbp+PAGING_NATIVE], 0
     je miss_slow
+    cmp qword [rbp+WATCHING], 0
+    jne miss_slow
     mov eax, r13d
     and eax, 0xfff
     movzx ecx, word [rbx+6]

@@ -7,6 +7,7 @@ from struct import Struct, pack, pack_into
 from trivisor.translation.layout import EXITS, OFFSETS
 from trivisor.translation.modes import (
     Branch,
+    Breakpoint,
     CallOut,
     Indirect,
     Jump,
@@ -194,6 +195,9 @@ class Emission:
             out += pack("<I", last.length)
         elif isinstance(ends, Raise):
             self._raise(ends, here)
+        elif isinstance(ends, Breakpoint):
+            self._rip_into_r10(here)
+            out += _STORE_RIP_R10 + _set_exit("EXIT_BREAKPOINT") + _LEAVE
         elif isinstance(ends, Missing):
             self._rip_into_r10(here)
             out += _STORE_RIP_R10 + _set_exit("EXIT_UNDEFINED") + _LEAVE

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from iced_x86 import ConstantOffsets, Decoder, Instruction, OpKind
 
 from trivisor.translation.code_cache import CodeCache
-from trivisor.translation.modes import Mode, Raise
+from trivisor.translation.modes import Breakpoint, Mode, Raise
 from trivisor.translation.translator.block import Translation
 from trivisor.translation.translator.emission import Emission, FarTarget
 from trivisor.translation.translator.instructions import InstructionMaker
@@ -56,6 +56,8 @@ class Translator:
         self.lookup = lookup
         self.features = features
         self.xsave_size = xsave_size
+        self.breakpoints: frozenset[int] = frozenset()
+        """Linear addresses before which blocks of `Mode.debug` end."""
         self.instructions = 0
         self.recipes_made = 0
         self._known: dict[tuple[int, bool], _Known] = {}
@@ -89,7 +91,12 @@ class Translator:
         position = 0
         shadow = False
         wide, base = mode.bits == 64, mode.code_base
+        breakpoints = self.breakpoints if mode.debug else ()
         while True:
+            if breakpoints and rip + position in breakpoints:
+                if not chosen:
+                    return self._only(mode, rip, Breakpoint(), single=False)
+                break
             decode(instruction)
             end = decoder.position
             if not wide and (rip - base & 0xFFFFFFFF) + end - 1 > mode.code_limit:
@@ -148,7 +155,11 @@ class Translator:
 
     def _beyond_limit(self, mode: Mode, rip: int, *, single: bool) -> Translation:
         """An instruction that does not lie within its code segment faults (Intel SDM 3A 5.3)."""
-        recipe = Recipe(mode.user, False, length=1, ends=Raise(GENERAL_PROTECTION, 0))
+        return self._only(mode, rip, Raise(GENERAL_PROTECTION, 0), single=single)
+
+    def _only(self, mode: Mode, rip: int, ends: object, *, single: bool) -> Translation:
+        """A block that is nothing but an end."""
+        recipe = Recipe(mode.user, False, length=1, ends=ends)
         recipe.finish()
         return self._emit(mode, False, Translation(rip, 1), [recipe.entry(Constants())], False, single=single)
 

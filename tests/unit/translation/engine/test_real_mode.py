@@ -294,7 +294,7 @@ def test_interrupts_through_the_vector_table(real: Real) -> None:
 def test_single_steps(real: Real) -> None:
     m = real("pushf\n or byte [bp-1], 1\n popf\n inc ax\n inc ax\n hlt")
     m.memory.write_u32(0x7000 + 4, CODE_SEGMENT << 16 | 0x100)
-    m.put("inc bx\n mov cx, [esp]\n iret", 0x100)
+    m.put("inc bx\n mov cx, [esp]\n cmp bx, 2\n jb go_on\n and byte [esp+5], 0xfe\n go_on: iret", 0x100)
     m.halt(0, rax=0, rbx=0, rbp=TOP)
     assert (m["rax"], m["rbx"]) == (2, 2)
     m.restart()

@@ -8,7 +8,6 @@ import pytest
 
 from trivisor.machine.exits import ExceptionExit, Shutdown
 from trivisor.translation.core import CS, RSP, SS, TR
-from trivisor.translation.emulator.contract import UnsupportedFeature
 from trivisor.translation.emulator.events import deliver, raise_exception
 from trivisor.x86.exceptions import GuestException
 
@@ -154,13 +153,6 @@ def test_16bit_gate_pushes_words(cpu: Any, layout: Any) -> None:
     assert core.regs[RSP] == layout.STACK - 6
     assert cpu.get(core.regs[RSP], 2, 3) == [layout.CODE, layout.KERNEL_CS32, 2]
     assert core.rip == 0x9876
-
-
-def test_task_gates_are_not_there(cpu: Any) -> None:
-    cpu.protected()
-    cpu.gate(8, 0x40, 0, 0x5)
-    with pytest.raises(UnsupportedFeature, match="task gate"):
-        deliver(cpu, 8, error_code=0)
 
 
 def test_real_mode(cpu: Any) -> None:

@@ -216,7 +216,7 @@ def _arpl(cpu: Cpu, instruction: Instruction) -> None:
     if in_register:  # only the low 16 bits are the operand, whatever the register's name
         destination = read_register(core, instruction.op0_register)
     else:
-        destination = cpu.load(memory_address(core, instruction, 2, write=True), 2)
+        destination = cpu.load(memory_address(core, instruction, 2), 2)  # written only if it changes
     adjust = destination & SELECTOR_RPL < wanted
     if adjust:
         write_operand(cpu, instruction, 0, 2, destination & ~SELECTOR_RPL | wanted)

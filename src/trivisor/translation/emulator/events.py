@@ -7,9 +7,9 @@ All checks and memory writes come before the first register changes, so that a
 from __future__ import annotations
 
 from trivisor.machine.exits import ExceptionExit, Shutdown
-from trivisor.translation.core import CS, RSP, SS, TR, Core
-from trivisor.translation.emulator import segments
-from trivisor.translation.emulator.contract import Cpu, UnsupportedFeature, notify
+from trivisor.translation.core import CS, DS, ES, FS, GS, RSP, SS, TR, Core
+from trivisor.translation.emulator import segments, task_switch
+from trivisor.translation.emulator.contract import Cpu, notify
 from trivisor.translation.emulator.operands import (
     MASK16,
     MASK32,
@@ -21,6 +21,7 @@ from trivisor.translation.emulator.operands import (
     within_limit,
 )
 from trivisor.translation.emulator.stack import pack, push, set_stack_pointer, stack_mask
+from trivisor.translation.emulator.task_switch import Source
 from trivisor.x86.control import CR0_PE, DR7_GD, EFER_LMA
 from trivisor.x86.descriptors import (
     DB,
@@ -80,7 +81,7 @@ def deliver(
     `software` is for INT n, INT3 and INTO (the gate's DPL counts, EXT is clear),
     `external` for hardware interrupts and NMI; neither, for exceptions and INT1.
     The frame gets `return_rip`, or rip.  Raises `GuestException` for a fault on
-    the way and `UnsupportedFeature` for a task gate.
+    the way; after one of a task gate the new task's state is there.
     """
     core = cpu.core
     rip = core.rip if return_rip is None else return_rip
@@ -246,16 +247,18 @@ def _deliver_protected(
     cpu: Cpu, vector: int, error_code: int | None, software: bool, extern: int, rip: int, flags: int
 ) -> None:
     core = cpu.core
-    if flags & VM:
-        raise UnsupportedFeature(f"vector {vector} in virtual-8086 mode")
     if vector * 8 + 7 > core.idtr_limit:
         raise general_protection(_gate_error(vector, extern))
     gate = parse_gate(cpu.load(table_address(core, core.idtr_base, vector * 8), 8, system=True))
     kinds = (INTERRUPT_GATE, TRAP_GATE, INTERRUPT_GATE16, TRAP_GATE16, TASK_GATE)
     _check_gate(gate, kinds, core, vector, software)
     if gate.type == TASK_GATE:
-        raise UnsupportedFeature(f"task gate for vector {vector}")
+        task = task_switch.gate_task(cpu, gate.selector, extern)
+        task_switch.switch(cpu, task, Source.EVENT, rip, flags=flags, error_code=error_code, external=extern)
+        return
     descriptor, address, cpl = _handler_segment(cpu, gate.selector, extern)
+    if flags & VM and cpl:
+        raise general_protection(gate.selector & ~3 | extern)
     if not within_limit(descriptor.attributes, descriptor.limit, gate.offset, 1):
         raise general_protection(extern)
     size = 4 if gate.type in (INTERRUPT_GATE, TRAP_GATE) else 2
@@ -264,7 +267,12 @@ def _deliver_protected(
         values += (error_code,)
     if cpl < core.cpl:
         values = (core.segments[SS].selector, core.regs[RSP], *values)
+        if flags & VM:
+            values = (*(core.segments[index].selector for index in (GS, FS, DS, ES)), *values)
         enter_inner_stack(cpu, cpl, size, values, extern, (descriptor, address))
+        if flags & VM:
+            for index in (GS, FS, DS, ES):
+                core.segments[index].set(0, 0, 0, 0)
     else:
         segments.mark_accessed(cpu, descriptor, address)
         try:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from iced_x86 import Code, Instruction
 
 from trivisor.translation.core import CS, RSP, SS, Core
-from trivisor.translation.emulator import segments
-from trivisor.translation.emulator.contract import Cpu, Handler, UnsupportedFeature
+from trivisor.translation.emulator import segments, task_switch
+from trivisor.translation.emulator.contract import Cpu, Handler
 from trivisor.translation.emulator.events import enter_inner_stack, tss_stack64
 from trivisor.translation.emulator.operands import (
     MASK16,
@@ -20,6 +20,7 @@ from trivisor.translation.emulator.operands import (
     within_limit,
 )
 from trivisor.translation.emulator.stack import pack, push, set_stack_pointer, stack_mask, top
+from trivisor.translation.emulator.task_switch import Source
 from trivisor.x86.control import EFER_LMA
 from trivisor.x86.descriptors import (
     CALL_GATE,
@@ -27,11 +28,6 @@ from trivisor.x86.descriptors import (
     DB,
     LONG,
     SELECTOR_RPL,
-    TASK_GATE,
-    TSS,
-    TSS16,
-    TSS16_BUSY,
-    TSS_BUSY,
     Gate,
     SegmentDescriptor,
     parse_gate,
@@ -107,8 +103,6 @@ def _call_gate(cpu: Cpu, selector: int, descriptor: SegmentDescriptor, address: 
         if not upper_half_is_valid(raw):
             raise general_protection(error)
         return parse_gate64(raw)
-    if kind in (TSS, TSS_BUSY, TSS16, TSS16_BUSY, TASK_GATE):
-        raise UnsupportedFeature("hardware task switch")
     if kind not in (CALL_GATE, CALL_GATE16):
         raise general_protection(error)
     return parse_gate(cpu.load(address, 8, system=True))
@@ -155,6 +149,10 @@ def _jump(pointer: FarPointer) -> Handler:
             _check_real(core, offset)
             _enter_real(cpu, selector, offset)
             return
+        task = task_switch.named_task(cpu, selector)
+        if task is not None:
+            task_switch.switch(cpu, task, Source.JUMP, next_rip(core, instruction))
+            return
         descriptor, address, gate = _code_or_gate(cpu, selector)
         if gate is not None:
             selector, offset = gate.selector, gate.offset
@@ -175,6 +173,10 @@ def _call(pointer: FarPointer, size: int) -> Handler:
             _check_real(core, offset)
             push(cpu, size, *return_address)
             _enter_real(cpu, selector, offset)
+            return
+        task = task_switch.named_task(cpu, selector)
+        if task is not None:
+            task_switch.switch(cpu, task, Source.CALL, return_address[1])
             return
         descriptor, address, gate = _code_or_gate(cpu, selector)
         if gate is not None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from iced_x86 import Code, Instruction
 
 from trivisor.machine.exits import Exit, Halt
-from trivisor.translation.core import CS, RCX, RDX, RSP, SS, Core
+from trivisor.translation.core import CS, DS, ES, FS, GS, RCX, RDX, RSP, SS, Core
 from trivisor.translation.emulator import segments
-from trivisor.translation.emulator.contract import Cpu, Handler, UnsupportedFeature, has_feature
+from trivisor.translation.emulator.contract import Cpu, Handler, has_feature
 from trivisor.translation.emulator.control_instructions import privileged
 from trivisor.translation.emulator.debug_exceptions import debug_exception, trap_by_flags_now
 from trivisor.translation.emulator.events import deliver
@@ -28,6 +28,7 @@ from trivisor.translation.emulator.operands import (
     read_register,
 )
 from trivisor.translation.emulator.stack import push, release, top
+from trivisor.translation.emulator.task_switch import return_to_previous
 from trivisor.x86.control import CR0_PE, CR4_PVI, EFER_LMA, EFER_SCE
 from trivisor.x86.descriptors import SELECTOR_RPL
 from trivisor.x86.exceptions import BOUND_RANGE, BREAKPOINT, DEBUG, OVERFLOW, GuestException
@@ -44,6 +45,7 @@ from trivisor.x86.flags import (
     RF,
     STATUS,
     TF,
+    VALID,
     VIF,
     VIP,
     VM,
@@ -59,7 +61,14 @@ _KERNEL_CODE64, _KERNEL_CODE32, _KERNEL_DATA = 0xA09B, 0xC09B, 0xC093
 _USER_CODE64, _USER_CODE32, _USER_DATA = 0xA0FB, 0xC0FB, 0xC0F3
 
 
+def _virtual_8086_sensitive(core: Core) -> None:
+    """Raise #GP(0) in virtual-8086 mode with IOPL below 3, where monitors want to see the flags (SDM 3B 20.2.8)."""
+    if core.rflags & VM and core.rflags & IOPL != IOPL:
+        raise general_protection()
+
+
 def _interrupt(cpu: Cpu, instruction: Instruction) -> None:
+    _virtual_8086_sensitive(cpu.core)
     deliver(cpu, instruction.immediate8, software=True, return_rip=next_rip(cpu.core, instruction))
 
 
@@ -123,10 +132,9 @@ def _iret(size: int) -> Handler:
     def execute(cpu: Cpu, instruction: Instruction) -> None:
         core = cpu.core
         if segments.has_segment_protection(core):
-            _iret_protected(cpu, size)
-        elif core.rflags & VM:
-            raise UnsupportedFeature("IRET in virtual-8086 mode")
+            _iret_protected(cpu, size, next_rip(core, instruction))
         else:
+            _virtual_8086_sensitive(core)
             _iret_real(cpu, size)
         core.nmi_blocked = False
         cpu.mode_changed()
@@ -145,17 +153,19 @@ def _iret_real(cpu: Cpu, size: int) -> None:
     core.rflags = _popped_flags(core, image, size, iret=True)
 
 
-def _iret_protected(cpu: Cpu, size: int) -> None:
+def _iret_protected(cpu: Cpu, size: int, following: int) -> None:
     core = cpu.core
     old_flags = core.rflags
     if old_flags & NT:
         if core.efer & EFER_LMA:
             raise general_protection()
-        raise UnsupportedFeature("return to another task by IRET")
+        return_to_previous(cpu, following)
+        return
     rip, selector, image = top(cpu, size, 3)
     selector &= MASK16
     if size >= 4 and image & VM and core.cpl == 0 and not core.efer & EFER_LMA:
-        raise UnsupportedFeature("virtual-8086 mode")
+        _iret_virtual_8086(cpu)
+        return
     descriptor, address = return_code(cpu, selector)
     cpl = selector & SELECTOR_RPL
     outer = cpl > core.cpl
@@ -172,6 +182,20 @@ def _iret_protected(cpu: Cpu, size: int) -> None:
         segments.set_code(core, selector, descriptor, cpl)
         core.rip = rip
     core.rflags = flags
+
+
+def _iret_virtual_8086(cpu: Cpu) -> None:
+    """IRETD at CPL 0 to virtual-8086 mode: nine doublewords, and no descriptors (SDM 3B 20.2.5)."""
+    core = cpu.core
+    rip, cs, flags, pointer, ss, es, ds, fs, gs = top(cpu, 4, 9)
+    if rip > MASK16:
+        raise general_protection()
+    core.rflags = flags & VALID | FIXED
+    core.cpl = 3
+    for index, selector in ((CS, cs), (SS, ss), (ES, es), (DS, ds), (FS, fs), (GS, gs)):
+        segments.set_virtual(core, index, selector & MASK16)
+    core.regs[RSP] = pointer
+    core.rip = rip
 
 
 def _hlt(cpu: Cpu, instruction: Instruction) -> Exit:
@@ -214,8 +238,7 @@ def _pushf(size: int) -> Handler:
     def execute(cpu: Cpu, instruction: Instruction) -> None:
         core = cpu.core
         flags = core.rflags
-        if flags & VM and flags & IOPL != IOPL:
-            raise general_protection()
+        _virtual_8086_sensitive(core)
         push(cpu, size, flags & ~(RF | VM))
 
     return execute
@@ -225,8 +248,7 @@ def _popf(size: int) -> Handler:
     def execute(cpu: Cpu, instruction: Instruction) -> None:
         core = cpu.core
         old = core.rflags
-        if old & VM and old & IOPL != IOPL:
-            raise general_protection()
+        _virtual_8086_sensitive(core)
         (image,) = top(cpu, size, 1)
         core.rflags = _popped_flags(core, image, size, iret=False)
         release(core, size)

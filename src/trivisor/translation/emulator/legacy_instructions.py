@@ -51,7 +51,7 @@ def _enter(size: int) -> Handler:
         allocated, level = instruction.immediate16, instruction.immediate8_2nd & 31
         mask = stack_mask(core)
         pointer, frame = core.regs[RSP], core.regs[RBP]
-        new_frame = (pointer & mask) - size
+        new_frame = pointer & ~mask | (pointer - size) & mask
         values = [frame]
         for i in range(1, level):
             address = linear_address(core, SS, (frame - size * i) & mask, size)

@@ -25,6 +25,7 @@ from trivisor.x86.descriptors import (
     TYPE_ACCESSED,
     TYPE_CODE,
     TYPE_CONFORMING,
+    TYPE_WRITABLE,
     S,
     SegmentDescriptor,
     parse_segment,
@@ -37,6 +38,10 @@ from trivisor.x86.flags import VM
 ACCESS_BYTE = 5
 """Offset of the type, DPL and P byte in a descriptor."""
 REAL_MODE_CODE = PRESENT | S | TYPE_CODE | 3
+
+
+VIRTUAL_8086 = PRESENT | DPL | S | TYPE_WRITABLE | TYPE_ACCESSED
+"""Attributes of every segment in virtual-8086 mode (SDM 3C 26.3.1.2)."""
 
 
 def is_null(selector: int) -> bool:
@@ -102,9 +107,18 @@ def load(cpu: Cpu, index: int, selector: int) -> None:
         _load_data(cpu, index, selector)
 
 
+def set_virtual(core: Core, index: int, selector: int) -> None:
+    """A segment register as virtual-8086 mode has it (SDM 3B 20.2.2); the caller tells the engine."""
+    core.segments[index].set(selector, selector << 4, 0xFFFF, VIRTUAL_8086)
+
+
 def load_real(cpu: Cpu, index: int, selector: int) -> None:
-    """Real-mode load: the base is the selector times 16, limit and size stay as they were."""
-    view = cpu.core.segments[index]
+    """Load without a descriptor: the base is the selector times 16; in real mode limit and size stay as they were."""
+    core = cpu.core
+    view = core.segments[index]
+    if core.rflags & VM:
+        _set(cpu, index, selector, selector << 4, 0xFFFF, VIRTUAL_8086)
+        return
     attributes = view.attributes & DB | REAL_MODE_CODE if index == CS else view.attributes
     _set(cpu, index, selector, selector << 4, view.limit, attributes)
 
@@ -155,10 +169,15 @@ def check_stack(
     return descriptor, address
 
 
-def set_stack(core: Core, selector: int, descriptor: SegmentDescriptor) -> None:
-    """Put a checked stack segment, already marked accessed, into SS; the caller tells the engine."""
+def set_data(core: Core, index: int, selector: int, descriptor: SegmentDescriptor) -> None:
+    """Put a checked data segment, already marked accessed, into a register; the caller tells the engine."""
     attributes = descriptor.attributes | TYPE_ACCESSED
-    core.segments[SS].set(selector, descriptor.base, descriptor.limit, attributes)
+    core.segments[index].set(selector, descriptor.base, descriptor.limit, attributes)
+
+
+def set_stack(core: Core, selector: int, descriptor: SegmentDescriptor) -> None:
+    """The same for SS."""
+    set_data(core, SS, selector, descriptor)
 
 
 def set_null_stack(core: Core, cpl: int) -> None:

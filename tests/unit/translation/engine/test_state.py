@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.unit.translation.engine.guest import CODE, DATA, GDT, HANDLERS, IDT, TSS, Machine, Make
-from trivisor.machine.exits import DebugStop, Halt, PortOut, Shutdown, Unsupported
+from tests.unit.translation.engine.guest import CODE, DATA, HANDLERS, TSS, Machine, Make
+from trivisor.machine.exits import DebugStop, Halt, PortOut, Shutdown
 from trivisor.machine.state import CpuState
 from trivisor.machine.stop import DebugExit
 from trivisor.translation import cpu as engine
@@ -209,25 +209,6 @@ def test_the_debug_exit_ends_the_run(machine: Make) -> None:
 
 
 # -- what there is not --------------------------------------------------------------------------------------
-
-
-def test_a_far_jump_to_a_task_gate_is_named(machine: Make) -> None:
-    m = machine("nop\n here: jmp 0x28:0\n hlt", 32)
-    m.memory.write_u64(GDT + 0x28, 0x0000_8500_0040_0000)
-    exit_ = m.run()
-    assert isinstance(exit_, Unsupported)
-    assert "task switch: jmp" in exit_.what
-    assert "\n" not in exit_.what
-    assert exit_.rip == m.core.rip == CODE + 1
-
-
-def test_a_task_gate_for_an_exception_is_named(machine: Make) -> None:
-    m = machine("nop\n here: ud2\n hlt", 32)
-    m.memory.write_u64(IDT + 8 * 6, 0x0000_8500_0040_0000)
-    exit_ = m.run()
-    assert isinstance(exit_, Unsupported)
-    assert "task gate" in exit_.what
-    assert exit_.rip == CODE + 1
 
 
 def test_code_outside_of_ram_and_at_random(machine: Make) -> None:

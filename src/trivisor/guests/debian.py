@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trivisor.machine.user_cache import user_cache
+
 if TYPE_CHECKING:
     from trivisor.guests.apt import Progress
 
@@ -55,13 +57,10 @@ def default_guest(progress: Progress = lambda what, part: None) -> DefaultGuest:
 
 
 def _cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):
-        try:
-            base = str(Path.home() / ".cache")
-        except RuntimeError as error:
-            raise GuestUnavailable(f"no home directory to keep the default guest in; {_ADVICE}") from error
-    return Path(base) / "trivisor" / "debian"
+    try:
+        return user_cache() / "debian"
+    except RuntimeError as error:
+        raise GuestUnavailable(f"no home directory to keep the default guest in; {_ADVICE}") from error
 
 
 def _cached(cache: Path) -> DefaultGuest | None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from struct import Struct, pack_into, unpack_from
+from typing import Protocol
 
 from trivisor.machine.memory import host_map, host_unmap
 from trivisor.translation.core import Core
@@ -81,7 +82,9 @@ TEMPLATE = {
     "T_BODY": 43,
     "T_USES": 44,  # blocks made of it in this run
     "T_SIZE": 48,  # of the image
+    "T_LASTING": 52,  # 1 when look-ups find it
 }
+TEMPLATE_FORMAT = "<QQIIIIHHHHBBBBIII8x"
 ARCHIVED = 1 << 31
 
 RELOCATIONS = {"ADDRESS_64": 0, "ADDRESS_32": 1, "TO_HELPER": 2, "JUMP_SLOT": 3}
@@ -176,12 +179,22 @@ class Block:
         return bool(self.flags & DEAD)
 
 
+class Archive(Protocol):
+    """Templates of an earlier run: see kept.py."""
+
+    count: int
+    records: memoryview
+    heads: memoryview
+    address: int
+
+
 class BlockTables:
     """The memory of the tables; numbers of blocks, links and templates in use are in the state block."""
 
     def __init__(self, core: Core, pages: int) -> None:
         """`pages`: of guest physical memory."""
         self._words = core.words
+        self._archive: Archive | None = None
         sizes = {
             "BLOCKS": MAXIMUM_BLOCKS * BLOCK_SIZE,
             "LINKS": MAXIMUM_LINKS * LINK_SIZE,
@@ -211,10 +224,23 @@ class BlockTables:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all blocks and links, whose pages' lists the caller empties, and all templates."""
-        for count in (_BLOCK_COUNT, _LINK_COUNT, _TEMPLATE_COUNT):
-            self._words[count] = 1
-        self.heads.cast("B")[:] = bytes(TEMPLATE_HEADS * 4)
+        """Forget all blocks and links, whose pages' lists the caller empties, and all templates of this run."""
+        self._words[_BLOCK_COUNT] = self._words[_LINK_COUNT] = 1
+        heads = self.heads.cast("B")
+        archive = self._archive
+        if archive is None:
+            self._words[_TEMPLATE_COUNT] = 1
+            heads[:] = bytes(TEMPLATE_HEADS * 4)
+        else:
+            self._words[_TEMPLATE_COUNT] = archive.count
+            self.templates[: len(archive.records)] = archive.records
+            heads[:] = archive.heads
+
+    def adopt(self, archive: Archive) -> None:
+        """Begin with the templates of an earlier run; they stay after `clear`, and `archive` must outlive the tables."""
+        self._archive = archive
+        self._words[OFFSETS["ARCHIVE"] // 8] = archive.address
+        self.clear()
 
     @property
     def block_count(self) -> int:
@@ -235,8 +261,9 @@ class BlockTables:
 
     def list_template(self, number: int, bucket: int) -> None:
         """Have look-ups find a template."""
-        at = (number * TEMPLATE_SIZE + TEMPLATE["T_NEXT"]) // 4
-        self.template_words[at] = self.heads[bucket]
+        at = number * TEMPLATE_SIZE
+        self.template_words[(at + TEMPLATE["T_NEXT"]) // 4] = self.heads[bucket]
+        self.template_words[(at + TEMPLATE["T_LASTING"]) // 4] = 1
         self.heads[bucket] = number
 
     def template_image(self, number: int) -> int:

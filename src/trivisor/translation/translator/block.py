@@ -5,13 +5,13 @@ from __future__ import annotations
 from array import array
 from struct import Struct
 
-from trivisor.translation.block_tables import BLOCK, LINK_DESCRIPTION, RELOCATIONS
+from trivisor.translation.block_tables import BLOCK, LINK_DESCRIPTION, RELOCATIONS, TEMPLATE_FORMAT
 
 ADDRESS_64, ADDRESS_32, TO_HELPER, JUMP_SLOT = (
     RELOCATIONS[name] << 24 for name in ("ADDRESS_64", "ADDRESS_32", "TO_HELPER", "JUMP_SLOT")
 )
 
-_TEMPLATE = Struct("<QQIIIIHHHHBBBBIII8x").pack
+_TEMPLATE = Struct(TEMPLATE_FORMAT).pack
 
 
 class Link:

@@ -16,6 +16,7 @@ from bench.machines import QEMU, have_qemu
 from bench.process import Timing, time_to_line
 from trivisor.guests.debian import default_guest
 from trivisor.guests.initramfs import CONSOLE_COMMAND_LINE, default_initramfs
+from trivisor.machine.user_cache import user_cache
 
 FIRST_LINE = b"trivisor: userspace after"
 """What the guest's /init says first."""
@@ -31,6 +32,14 @@ class Boots:
     qemu: list[Timing] = field(default_factory=list)
     statistics: list[dict[str, Any]] = field(default_factory=list)
     """trivisor's own, of each of its boots up to there."""
+    kept: list[Timing] = field(default_factory=list)
+    """trivisor's with the translations that a boot before them has kept."""
+
+    @property
+    def kept_ratio(self) -> float | None:
+        """The median of the ratios of those to QEMU's, pair by pair."""
+        ratios = [ours.wall / theirs.wall for ours, theirs in zip(self.kept, self.qemu, strict=False)]
+        return median(ratios) if ratios else None
 
     @property
     def ratios(self) -> list[float]:
@@ -52,11 +61,17 @@ def run_boots(runs: int, said: Callable[[str], None], *, qemu: bool = True) -> B
         initrd = Path(directory, "initramfs.cpio")
         initrd.write_bytes(default_initramfs(guest.busybox.read_bytes()))
         statistics = Path(directory, "statistics.json")
-        ours = [
+        keeping = [
+            "env", f"XDG_CACHE_HOME={_cache_of_its_own(Path(directory, 'cache'))}",
             sys.executable, "-m", "trivisor", "run", "--memory", f"{MEMORY_MIB}M", "--stats-json", str(statistics),
         ]  # fmt: skip
+        ours = [*keeping, "--no-keep"]
         theirs = qemu_command(guest.kernel, initrd) if qemu and have_qemu() else None
+        said("a boot under trivisor whose translations are kept")
+        time_to_line(keeping, FIRST_LINE, limit=_LIMIT_SECONDS, end_with=signal.SIGTERM)
         for number in range(1, runs + 1):
+            said(f"boot {number} of {runs} under trivisor, translations kept")
+            boots.kept.append(time_to_line(keeping, FIRST_LINE, limit=_LIMIT_SECONDS, end_with=signal.SIGTERM))
             said(f"boot {number} of {runs} under trivisor")
             boots.trivisor.append(time_to_line(ours, FIRST_LINE, limit=_LIMIT_SECONDS, end_with=signal.SIGTERM))
             boots.statistics.append(json.loads(statistics.read_text()))
@@ -64,6 +79,13 @@ def run_boots(runs: int, said: Callable[[str], None], *, qemu: bool = True) -> B
                 said(f"boot {number} of {runs} under QEMU")
                 boots.qemu.append(time_to_line(theirs, FIRST_LINE, limit=_LIMIT_SECONDS))
     return boots
+
+
+def _cache_of_its_own(directory: Path) -> Path:
+    """A cache directory with the default guest in it and nothing else."""
+    (directory / "trivisor").mkdir(parents=True)
+    (directory / "trivisor" / "debian").symlink_to(user_cache() / "debian")
+    return directory
 
 
 def qemu_command(kernel: Path, initrd: Path) -> list[str]:

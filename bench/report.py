@@ -46,6 +46,10 @@ def print_boots(console: Console, boots: Boots) -> None:
     for name, choose in (("median", median), ("min", min), ("max", max)):
         table.add_row(name, *(f"{choose(column):.2f}" for column in measured))
     console.print(table)
+    if boots.kept:
+        ratio = "" if boots.kept_ratio is None else f", {boots.kept_ratio:.2f} times QEMU's"
+        seconds = median(t.wall for t in boots.kept)
+        console.print(f"With the translations of an earlier boot kept: median {seconds:.2f}{ratio}.", highlight=False)
     if not both:
         console.print(f"{QEMU} is not installed here: nothing to compare with.", highlight=False)
 
@@ -114,6 +118,8 @@ def boots_as_json(boots: Boots, start: Sequence[float]) -> dict[str, Any]:
         "trivisor": [asdict(timing) for timing in boots.trivisor],
         "qemu": [asdict(timing) for timing in boots.qemu],
         "ratios": boots.ratios,
+        "kept": [asdict(timing) for timing in boots.kept],
+        "kept ratio": boots.kept_ratio,
         "median": {
             "trivisor": median(t.wall for t in boots.trivisor),
             "qemu": median(t.wall for t in boots.qemu) if boots.qemu else None,

@@ -37,6 +37,7 @@ class Request:
     serial: str = "stdio"
     timeout: float | None = None
     no_reboot: bool = False
+    no_keep: bool = False
     stats: bool = False
     stats_json: Path | None = None
     verbose: bool = False
@@ -130,6 +131,7 @@ _FILE = click.Path(path_type=Path)
     help="End the run after that much host time.",
 )  # fmt: skip
 @click.option("--no-reboot", is_flag=True, help="End when the guest reboots, instead of booting it again.")
+@click.option("--no-keep", is_flag=True, help="Use and leave no translations in the cache directory.")
 @click.option("--stats", is_flag=True, help="Print exits and where the time went, on stderr at the end.")
 @click.option("--stats-json", type=_FILE, metavar="FILE", help="Write the same as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Say on stderr what runs and how it ended.")

@@ -77,6 +77,7 @@ def _run(request: Request, interruption: Interruption) -> int:
         with serial.connected(machine):
             shown.say("waiting for the guest to speak")
             outcome = machine.run(request.timeout)
+        machine.keep()
         shown.stop()
         serial.finish(prompt=outcome.resumable)
         _report(request, machine, outcome)
@@ -106,6 +107,7 @@ def _build(request: Request, serial: Serial, shown: Progress) -> VirtualMachine:
         interactive=serial.interactive,
         terminal_size=_terminal_size() if serial.interactive else None,
         progress=shown.say,
+        keep_translations=not request.no_keep,
         devices=request.devices,
         cpu=request.cpu,
     )
@@ -121,6 +123,8 @@ def _announce(request: Request, machine: VirtualMachine) -> None:
     """One line on what runs: where someone looks, and never beside a command's output."""
     if request.verbose or (request.command is None and sys.stderr.isatty()):
         _say(f"{machine.technique}, {machine.engine}, {request.memory} of RAM")
+    if request.verbose and machine.kept:
+        _say(f"translations of earlier runs: {machine.kept}")
 
 
 def _report(request: Request, machine: VirtualMachine, outcome: Outcome) -> None:

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trivisor.boot import Image, firmware, load_image
 from trivisor.machine import tsc
 from trivisor.machine.clock import Clock
 from trivisor.machine.memory import LOW_RAM_LIMIT, PHYSICAL_ADDRESS_BITS, GuestMemory
 from trivisor.machine.state import CpuState
+from trivisor.machine.user_cache import user_cache
 from trivisor.machine.vcpu import Vcpu
 from trivisor.monitor.plan import BootPlan, Hardware
 from trivisor.pc import Pc
 from trivisor.x86 import mtrr
 
+if TYPE_CHECKING:
+    from trivisor.translation.keeper import Keeper
+
 
 class Assembly:
     """The parts of a machine that is switched on; they live from one reset to the next."""
 
-    def __init__(self, memory: GuestMemory, board: Pc, vcpu: Vcpu) -> None:
+    def __init__(self, memory: GuestMemory, board: Pc, vcpu: Vcpu, keeper: Keeper | None = None) -> None:
         self.memory = memory
         self.board = board
         self.vcpu = vcpu
+        self.keeper = keeper
+        """Of the engine's translations, if they are kept."""
         self._closed = False
 
     def close(self) -> None:
@@ -30,6 +38,8 @@ class Assembly:
         if not self._closed:
             self._closed = True
             self.vcpu.close()
+            if self.keeper is not None:
+                self.keeper.close()
             self.memory.close()
 
 
@@ -63,6 +73,8 @@ def assemble(
         raise
     machine = Assembly(memory, board, vcpu)
     try:
+        if plan.keep:
+            machine.keeper = _keeper(vcpu, plan.kernel)
         vcpu.state = _load(plan, memory, board)
     except BaseException:
         machine.close()
@@ -97,3 +109,18 @@ def _vcpu(technique: str, board: Pc, hardware: Hardware) -> Vcpu:
     from trivisor.translation.cpu import TranslationVcpu
 
     return TranslationVcpu(board, hardware.cpu)
+
+
+def _keeper(vcpu: Vcpu, kernel: Path) -> Keeper | None:
+    """What keeps the translations of a kernel; None without a place for them, or under other techniques."""
+    from trivisor.translation.cpu import TranslationVcpu
+    from trivisor.translation.keeper import Keeper
+
+    if not isinstance(vcpu, TranslationVcpu):
+        return None
+    try:
+        directory = user_cache() / "translations"
+    except RuntimeError:
+        return None
+    with kernel.open("rb") as file:
+        return Keeper(vcpu.blocks, directory, hashlib.file_digest(file, "sha256").digest())

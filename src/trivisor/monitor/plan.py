@@ -58,6 +58,7 @@ class Wish:
     terminal_size: tuple[int, int] | None = None
     progress: Progress = lambda what, part: None
     hardware: Hardware = Hardware()
+    keep: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,8 @@ class BootPlan:
     """The word that encloses a command's output on the console; empty when there is no command."""
     hardware: Hardware = Hardware()
     is_firmware: bool = False
+    keep: bool = False
+    """Keep translations in the user's cache for the next run of the kernel."""
 
 
 def make_plan(wish: Wish) -> BootPlan:
@@ -82,7 +85,7 @@ def make_plan(wish: Wish) -> BootPlan:
     is missing is fetched.  Raises `BadPlan`, `trivisor.boot.image.ImageError` for
     a kernel that is none, and `trivisor.guests.debian.GuestUnavailable`.
     """
-    return replace(_boot(wish), hardware=wish.hardware)
+    return replace(_boot(wish), hardware=wish.hardware, keep=wish.keep)
 
 
 def _boot(wish: Wish) -> BootPlan:

@@ -50,7 +50,8 @@ class VirtualMachine:
     `no_reboot` or with a `command`.  `progress` is called with what is being
     done and the done part of it while the default guest is fetched.  `devices`
     adds what a board does not always have ("pc-testdev"), and `cpu` switches
-    features of the processor ("+umip,-x2apic").
+    features of the processor ("+umip,-x2apic").  `keep_translations`: what the
+    translator made is kept in the user's cache for the next run of the kernel.
 
     Raises ValueError or OSError for a guest that cannot be loaded,
     `guests.debian.GuestUnavailable` when the default guest cannot be fetched,
@@ -79,6 +80,7 @@ class VirtualMachine:
         progress: Progress = lambda what, part: None,
         devices: Sequence[str] = (),
         cpu: str = "",
+        keep_translations: bool = True,
     ) -> None:
         self._technique = choose(technique).name
         self._memory_size = parse_memory(memory)
@@ -93,6 +95,7 @@ class VirtualMachine:
             terminal_size=terminal_size,
             progress=progress,
             hardware=make_hardware(devices, cpu),
+            keep=keep_translations,
         )
         self._plan = make_plan(wish)
         self._no_reboot = no_reboot or command is not None
@@ -104,6 +107,7 @@ class VirtualMachine:
         self._attention = threading.Event()
         self._stop_requested = threading.Event()
         self._failure: BaseException | None = None
+        self._is_sound = True  # no error of ours has come out of the engine
         self._ended: Outcome | None = None
         self._closed = False
         self._earlier_counters: dict[str, Any] = {}
@@ -186,7 +190,10 @@ class VirtualMachine:
                 if expired.is_set():
                     return Outcome(StopReason.TIMEOUT, f"the guest still ran after {timeout:g} s")
                 self._before_entry()
-                self._after_exit(self._machine.vcpu.run())
+                self._is_sound = False
+                exit_ = self._machine.vcpu.run()
+                self._is_sound = True
+                self._after_exit(exit_)
             return self._ended
 
     def _before_entry(self) -> None:
@@ -226,6 +233,7 @@ class VirtualMachine:
 
     def _reboot(self) -> None:
         add_counters(self._earlier_counters, self._machine.vcpu.statistics())
+        self.keep()
         self._switch_off()
         self._machine = self._switch_on()
 
@@ -373,7 +381,15 @@ class VirtualMachine:
         total: dict[str, Any] = {}
         add_counters(total, self._earlier_counters)
         add_counters(total, self._machine.vcpu.statistics())
+        if self.kept:
+            total["kept translations"] = {"from earlier runs": self.kept}
         return total
+
+    @property
+    def kept(self) -> str:
+        """What was found of earlier runs' translations, in a few words; empty when they are not kept."""
+        keeper = self._machine.keeper
+        return "" if keeper is None else keeper.state
 
     @property
     def technique(self) -> str:
@@ -387,6 +403,12 @@ class VirtualMachine:
 
     # The end
 
+    def keep(self) -> None:
+        """Write the translations of this run down, if they are to be kept and are worth it; `close` does it too."""
+        keeper = self._machine.keeper
+        if keeper is not None and self._is_sound:
+            keeper.save()
+
     def close(self) -> None:
         """Give all host resources back; stops a run in another thread first."""
         if self._closed:
@@ -394,6 +416,7 @@ class VirtualMachine:
         self.stop()
         with self._running:
             self._closed = True
+            self.keep()
             self._switch_off()
 
     def __enter__(self) -> Self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable
 
@@ -23,6 +24,7 @@ from trivisor.translation.block_tables import (
     template_bucket,
 )
 from trivisor.translation.core import Core
+from trivisor.translation.kept import Archive, collect
 from trivisor.translation.layout import BLOCK_TABLE_ENTRIES, BLOCK_TABLE_ENTRY_SIZE, OFFSETS
 from trivisor.translation.mmu import Mmu
 from trivisor.translation.modes import Mode
@@ -57,6 +59,7 @@ class BlockStore:
         self._steps: dict[tuple[int, int, int, int], tuple[bytes, Block]] = {}
         """Single-step blocks by linear and physical address, mode and what is prepared, with their guest bytes."""
         self._decoded: dict[tuple[int, int], tuple[bytes, Instruction]] = {}
+        self._archive: Archive | None = None
         self._helpers_end = self.cache.used
         self.core.words[_TABLE + 1] = 0xFFF
         lookup = native.address("lookup") - self.cache.base
@@ -240,9 +243,26 @@ class BlockStore:
         """A template's image."""
         at = self.tables.template_image(template)
         size = self.tables.template_sizes(template)[0]
+        source = self.cache.writable
         if at & ARCHIVED:
-            raise NotImplementedError
-        return bytes(self.cache.writable[at : at + size])
+            assert self._archive is not None
+            source, at = self._archive.images, at & ~ARCHIVED
+        return bytes(source[at : at + size])
+
+    # -- keeping --------------------------------------------------------------------------------------------
+
+    def adopt(self, archive: Archive) -> None:
+        """Begin with the templates of an earlier run; no block was made yet, and `archive` must outlive this."""
+        self._archive = archive
+        self.tables.adopt(archive)
+
+    def collect(self, limit: int) -> tuple[array[int], array[int], list[bytes]]:
+        """The templates as `kept.save` wants them: at most `limit` bytes of images, if those used now are not more."""
+        templates = bytes(self.tables.templates[: self.tables.template_count * TEMPLATE_SIZE])
+        found = collect(templates, self.image, used_only=False)
+        if sum(map(len, found[2])) > limit:
+            found = collect(templates, self.image, used_only=True)
+        return found
 
     # -- links ----------------------------------------------------------------------------------------------
 

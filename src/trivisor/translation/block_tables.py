@@ -179,7 +179,7 @@ class Block:
         return bool(self.flags & DEAD)
 
 
-class Archive(Protocol):
+class Archived(Protocol):
     """Templates of an earlier run: see kept.py."""
 
     count: int
@@ -194,7 +194,7 @@ class BlockTables:
     def __init__(self, core: Core, pages: int) -> None:
         """`pages`: of guest physical memory."""
         self._words = core.words
-        self._archive: Archive | None = None
+        self._archive: Archived | None = None
         sizes = {
             "BLOCKS": MAXIMUM_BLOCKS * BLOCK_SIZE,
             "LINKS": MAXIMUM_LINKS * LINK_SIZE,
@@ -236,8 +236,8 @@ class BlockTables:
             self.templates[: len(archive.records)] = archive.records
             heads[:] = archive.heads
 
-    def adopt(self, archive: Archive) -> None:
-        """Begin with the templates of an earlier run; they stay after `clear`, and `archive` must outlive the tables."""
+    def adopt(self, archive: Archived) -> None:
+        """Begin with the templates of an earlier run; they outlast `clear`, `archive` the tables."""
         self._archive = archive
         self._words[OFFSETS["ARCHIVE"] // 8] = archive.address
         self.clear()

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
+from io import FileIO
 from pathlib import Path
 from struct import Struct, iter_unpack
 
@@ -106,13 +107,23 @@ def identity(guest: bytes, host: bytes) -> bytes:
 def load(path: Path, wanted: bytes) -> Archive | None:
     """The file's templates; None when there is none.  Raises Ignored."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        archive = _load(path, wanted)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise Ignored(error.strerror or str(error)) from None
-    with os.fdopen(descriptor, "rb", buffering=0) as file:
-        found = os.fstat(descriptor)
+    with suppress(OSError):
+        os.utime(path)
+    return archive
+
+
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe must not be waited for
+
+
+def _load(path: Path, wanted: bytes) -> Archive:
+    with FileIO(str(path), opener=_open) as file:
+        found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise Ignored("not a file")
         if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -128,14 +139,23 @@ def load(path: Path, wanted: bytes) -> Archive | None:
             raise Ignored("damaged")
         archive = Archive(count, host_map(length, mmap.PROT_READ | mmap.PROT_WRITE), length)
         try:
-            if file.readinto(archive.bytes) != length or hashlib.sha256(archive.bytes).digest() != digest:
+            if not _read_whole(file, archive.bytes) or hashlib.sha256(archive.bytes).digest() != digest:
                 raise Ignored("damaged")
         except BaseException:
             archive.close()
             raise
-    with suppress(OSError):
-        os.utime(path)
     return archive
+
+
+def _read_whole(file: FileIO, into: memoryview) -> bool:
+    """Fill `into` from a file; whether there was enough."""
+    at = 0
+    while at < len(into):
+        done = file.readinto(into[at:])
+        if not done:
+            return False
+        at += done
+    return True
 
 
 def save(path: Path, made_by: bytes, records: array[int], heads: array[int], images: Iterable[bytes]) -> None:

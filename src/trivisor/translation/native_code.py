@@ -26,6 +26,7 @@ class NativeCode:
     def __init__(self, core: Core, xsave_mask: int, cache_size: int) -> None:
         """`xsave_mask`: the XCR0 that guests may have on this host, or 0 without XSAVE."""
         self.cache = CodeCache(cache_size)
+        self.xsave_mask = xsave_mask
         program = helpers(xsave_mask)
         self.cache.append(program.code)
         self._labels = program.labels

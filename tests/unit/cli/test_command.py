@@ -66,6 +66,11 @@ class FakeMachine:
     def stop(self) -> None:
         self.stopped.set()
 
+    kept = ""
+
+    def keep(self) -> None:
+        pass
+
     def statistics(self) -> dict[str, Any]:
         return {"exits": {"cpuid": 42}}
 
@@ -100,12 +105,28 @@ def test_options_reach_the_machine(guest, tmp_path: Path) -> None:
     made = FakeMachine.made
     assert made.kernel == Path("vmlinuz")
     assert made.timeout == 2.5
+    assert made.options["keep_translations"]
     expected = {
         "initrd": Path("i.img"), "append": "a b", "memory": "1G",
         "technique": "translation", "command": None,
         "modules": ((Path("m1"), ""), (Path("m2"), "x=1,y=2")), "no_reboot": True, "interactive": False,
     }  # fmt: skip
     assert {name: made.options[name] for name in expected} == expected
+
+
+def test_translations_are_not_kept_when_that_is_not_wanted(guest) -> None:
+    guest(prints())
+    assert main(["run", "vmlinuz", "--no-keep"]) == 0
+    assert not FakeMachine.made.options["keep_translations"]
+
+
+def test_what_was_kept_is_said_when_asked_for(guest, capfd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeMachine, "kept", "file ignored: damaged")
+    guest(prints())
+    assert main(["run", "vmlinuz"]) == 0
+    assert "ignored" not in capfd.readouterr().err
+    assert main(["run", "vmlinuz", "-v"]) == 0
+    assert "trivisor: translations of earlier runs: file ignored: damaged" in capfd.readouterr().err
 
 
 def test_kernel_option_is_the_same_as_image(guest) -> None:

@@ -106,11 +106,29 @@ def exits(exit_: Exit) -> Callable[[FakeVcpu], Exit]:
     return lambda vcpu: exit_
 
 
+class FakeKeeper:
+    """Counts how often translations were written down."""
+
+    state = "12 blocks"
+
+    def __init__(self) -> None:
+        self.saved = 0
+        self.closed = False
+
+    def save(self) -> None:
+        assert not self.closed
+        self.saved += 1
+
+    def close(self) -> None:
+        self.closed = True
+
+
 class Factory:
     """Builds machines from a script that all boots of one machine share."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made: list[Assembly] = []
+        self.keepers: list[FakeKeeper] = []
         self.plan = BootPlan(kernel=__file__, initrd=None, command_line="", modules=())  # type: ignore[arg-type]
         self.wish: Wish | None = None
         self.script: Iterator[Any] = iter(())
@@ -125,7 +143,9 @@ class Factory:
     def _assemble(self, plan: Any, memory_size: int, technique: str, output: Any, on_stop: Any) -> Assembly:
         memory = GuestMemory(memory_size)
         board = FakeBoard(memory, output, self.room)
-        self.made.append(Assembly(memory, board, FakeVcpu(board, self.script)))  # type: ignore[arg-type]
+        self.keepers.append(FakeKeeper())
+        vcpu = FakeVcpu(board, self.script)
+        self.made.append(Assembly(memory, board, vcpu, self.keepers[-1]))  # type: ignore[arg-type]
         return self.made[-1]
 
     def __call__(self, *script: Callable[[FakeVcpu], Exit | None], **options: Any) -> VirtualMachine:
@@ -190,7 +210,7 @@ def test_a_reboot_builds_the_machine_anew_and_counts_on(build: Factory) -> None:
     assert machine.run().reason is StopReason.POWEROFF
     assert [made.vcpu.closed for made in build.made] == [True, True, False]
     assert PortOut in build.vcpu.observed
-    assert machine.statistics() == {"exits": {"kicked": 3}}
+    assert machine.statistics()["exits"] == {"kicked": 3}
 
 
 def test_no_reboot_ends_at_the_first(build: Factory) -> None:
@@ -377,3 +397,37 @@ def test_bad_options_are_refused_before_anything_is_built(build: Factory, option
 def test_a_negative_timeout_is_refused(build: Factory) -> None:
     with pytest.raises(ValueError, match="negative"):
         build().run(timeout=-1)
+
+
+# -- kept translations ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [stops(PowerOff()), exits(Halt(False)), exits(Unsupported("x", 0))])
+def test_translations_are_written_down_at_the_end(build: Factory, end: Callable[[FakeVcpu], Exit | None]) -> None:
+    with build(end) as machine:
+        machine.run()
+        assert machine.statistics()["kept translations"] == {"from earlier runs": "12 blocks"}
+    assert [(keeper.saved, keeper.closed) for keeper in build.keepers] == [(1, True)]
+
+
+def test_translations_are_written_down_after_a_timeout_and_a_stop(build: Factory) -> None:
+    with build() as machine:
+        assert machine.run(0.01).reason is StopReason.TIMEOUT
+        machine.stop()
+        assert machine.run().reason is StopReason.STOPPED
+    assert build.keepers[0].saved == 1
+
+
+def test_translations_are_written_down_before_a_reboot(build: Factory) -> None:
+    with build(stops(Reset()), stops(PowerOff())) as machine:
+        machine.run()
+    assert [keeper.saved for keeper in build.keepers] == [1, 1]
+
+
+def test_translations_are_not_written_down_after_an_error_of_ours(build: Factory) -> None:
+    def breaks(vcpu: FakeVcpu) -> None:
+        raise ZeroDivisionError
+
+    with build(breaks) as machine, pytest.raises(ZeroDivisionError):
+        machine.run()
+    assert [(keeper.saved, keeper.closed) for keeper in build.keepers] == [(0, True)]

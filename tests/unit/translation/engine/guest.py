@@ -79,10 +79,10 @@ class Recorder:
 class Machine:
     """A guest on its processor."""
 
-    def __init__(self, source: str, bits: int = 64, *, origin: int = CODE, cpl: int = 0) -> None:
+    def __init__(self, source: str, bits: int = 64, *, origin: int = CODE, cpl: int = 0, memory: int = 64 << 20) -> None:
         self.bits = bits
         self.origin = origin
-        self.memory = GuestMemory(64 << 20)
+        self.memory = GuestMemory(memory)
         self.board = Pc(
             self.memory,
             Clock(),

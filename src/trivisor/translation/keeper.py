@@ -1,0 +1,54 @@
+"""Keeping one processor's translations: taking those of earlier runs, and writing down this one's."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from trivisor.translation import kept
+from trivisor.translation.block_store import BlockStore
+
+WORTH_WRITING = 1000
+"""Translated blocks of a run that make it worth writing a file, if they are also..."""
+WORTH_REWRITING = 0.02
+"""... this share of those that the file has."""
+
+
+class Keeper:
+    """The translations of one guest in a directory of such files; the guest has not run yet."""
+
+    def __init__(self, blocks: BlockStore, directory: Path, guest: bytes) -> None:
+        """`guest`: a digest of what is booted."""
+        self._blocks = blocks
+        translator = blocks.translator
+        features = sorted(map(int, translator.features))
+        host = hashlib.sha256(f"{features} {translator.xsave_size} {blocks.native.xsave_mask}".encode()).digest()
+        self._file = kept.file_for(directory, guest, host)
+        self._identity = kept.identity(guest, host)
+        self._archive: kept.Archive | None = None
+        self._written = 0
+        try:
+            self._archive = kept.load(self._file, self._identity)
+            self.state = "none yet" if self._archive is None else f"{self._archive.count - 1} blocks"
+        except kept.Ignored as reason:
+            self.state = f"file ignored: {reason}"
+        if self._archive is not None:
+            blocks.adopt(self._archive)
+
+    def save(self) -> None:
+        """Write this run's translations down, if they are worth it; `state` tells if that cannot be done."""
+        blocks = self._blocks
+        new = blocks.made - self._written
+        before = self._archive.count if self._archive is not None else 0
+        if new < WORTH_WRITING or new < WORTH_REWRITING * before:
+            return
+        self._written = blocks.made
+        try:
+            kept.save(self._file, self._identity, *blocks.collect(kept.LIMIT))
+        except OSError as error:
+            self.state = f"{self.state}; cannot be written: {error.strerror or error}"
+
+    def close(self) -> None:
+        """Give the archive's memory back; after the processor's end."""
+        if self._archive is not None:
+            self._archive.close()

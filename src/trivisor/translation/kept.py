@@ -37,6 +37,7 @@ from trivisor.translation.block_tables import (
     TEMPLATE_SIZE,
     template_bucket,
 )
+from trivisor.translation.modes import SEGMENTED_KEYS
 
 _MAGIC = b"trivisor"
 _HEADER = Struct("<8s32sQQ32s")
@@ -201,7 +202,7 @@ def _clean(newest: Path) -> None:
 def collect(
     templates: bytes, image: Callable[[int], bytes], *, used_only: bool
 ) -> tuple[array[int], array[int], list[bytes]]:
-    """What `save` wants of a run: records, heads and images of the templates that look-ups find.
+    """What `save` wants of a run: records, heads and images of the templates that another run's look-ups can find.
 
     `image` gives the image of a template by number; `used_only`: leave out what no block of this run was made of.
     """
@@ -214,7 +215,7 @@ def collect(
     for old, (prefix, rip, _, _, code, base, mode, length, *counts, uses, size, lasting) in enumerate(
         iter_unpack(TEMPLATE_FORMAT, templates)
     ):
-        if not lasting or (used_only and not uses):
+        if not lasting or mode >= SEGMENTED_KEYS or (used_only and not uses):
             continue
         number += 1
         bucket = template_bucket(rip, mode, prefix & 0xFF)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.translation.engine.guest import Machine, Make
+from tests.unit.translation.engine.guest import DATA, Machine, Make
 from trivisor.translation import cpu as engine
 from trivisor.translation import keeper as keeping
 from trivisor.translation import kept
@@ -141,6 +141,19 @@ def test_self_modifying_code_in_a_kept_page(keep: Kept, tmp_path: Path, bits: in
         m.halt()
         assert m["rbx"] == expected
         assert (translated(m) == 0) == (number == 1)
+        keeper.save()
+
+
+def test_code_in_segments_that_are_not_flat_is_not_kept(keep: Kept, tmp_path: Path) -> None:
+    """Which segments its mode means is told by a number that only its own run knows."""
+    for _ in range(2):
+        m, keeper = keep("mov eax, 5\n mov [es:0], eax\n hlt", bits=32)
+        state = m.vcpu.state
+        state.es.base = DATA
+        m.vcpu.state = state
+        m.halt()
+        assert m.memory.read_u32(DATA) == 5
+        assert translated(m) > 0
         keeper.save()
 
 

@@ -41,6 +41,7 @@ from trivisor.devices.test_device import (
 )
 from trivisor.machine.bus import Bus, Device
 from trivisor.machine.clock import Clock
+from trivisor.machine.fast_ports import FastPorts
 from trivisor.machine.interrupts import InterruptController, Line
 from trivisor.machine.memory import LOW_RAM_LIMIT, GuestMemory
 from trivisor.machine.stop import DebugExit, PowerOff, Reset, StopReason
@@ -49,6 +50,8 @@ from trivisor.x86.msr import IA32_APIC_BASE, IA32_TSC_DEADLINE
 
 IO_APIC_BASE = 0xFEC00000
 PM_BASE = 0x600
+COM1 = 0x3F8
+POST = 0x80
 SCI = 9
 RESET_PORT, RESET_VALUE = 0xCF9, 0x06
 
@@ -100,6 +103,8 @@ class Pc:
         self.memory = memory
         self.clock = clock
         self.ports = Bus("port")
+        self.fast_ports = FastPorts()
+        self.ports.on_attach = self.fast_ports.claim
         self.mmio = Bus("memory")
         self.apic_id = 0
         self.tsc_frequency = tsc_frequency
@@ -182,11 +187,11 @@ class Pc:
             (0x61, 1, self.pit.speaker),
             (0x64, 1, self.keyboard.command),
             (0x70, 2, self.cmos),
-            (0x80, 1, self.post),
+            (POST, 1, self.post),
             (0x92, 1, SystemControlPortA(reset)),
             (0xA0, 2, self.pic.slave),
             (0xF4, 4, DebugExitPort(lambda status: self._stop(DebugExit(status & 0xFF)))),
-            (0x3F8, 8, self.serial),
+            (COM1, 8, self.serial),
             (0x4D0, 2, self.pic.elcr),
             (FW_CFG_PORT, FW_CFG_LENGTH, FwCfg(self.memory.size, cpus=1)),
             (PM_BASE, acpi_pm.WINDOW_LENGTH, self.pm),
@@ -194,6 +199,8 @@ class Pc:
         ]
         for base, length, device in windows:
             self.ports.attach(base, length, device)
+        self.post.reveal(self.fast_ports.register(POST))
+        self.serial.reveal(self.fast_ports, COM1)
         self.mmio.attach(IO_APIC_BASE, _IO_APIC_WINDOW, self.io_apic)
         self._local_apic_base: int | None = APIC_BASE
         self.mmio.attach(APIC_BASE, _APIC_WINDOW, self.local_apic)
@@ -230,7 +237,7 @@ class Pc:
     def _leave_firmware_data(self) -> int:
         """Write the BIOS data area, the ACPI and SMBIOS tables; return the address of the RSDP."""
         memory = self.memory
-        memory.write_u16(_BIOS_DATA_AREA, 0x3F8)  # COM1
+        memory.write_u16(_BIOS_DATA_AREA, COM1)
         memory.write_u16(_BIOS_DATA_AREA + 0x0E, _EXTENDED_BIOS_DATA >> 4)
         memory.write_u16(_BIOS_DATA_AREA + 0x13, _EXTENDED_BIOS_DATA >> 10)  # KiB of base memory
         memory.write_u8(_EXTENDED_BIOS_DATA, (_VIDEO_MEMORY - _EXTENDED_BIOS_DATA) >> 10)

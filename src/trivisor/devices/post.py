@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from trivisor.machine.fast_ports import LATCHES, READS, FastRegister
+
 
 class PostCode:
     """Remembers the last byte written, as the scratch register behind port 0x80 does."""
 
     def __init__(self) -> None:
-        self.code = 0
+        self._register = FastRegister.alone()
+
+    def reveal(self, register: FastRegister) -> None:
+        """Let engines go by it without asking."""
+        register.set(READS | LATCHES, self.code)
+        self._register = register
+
+    @property
+    def code(self) -> int:
         """The last code."""
+        return self._register.value
 
     def read(self, offset: int, size: int) -> int:
-        return self.code
+        return self._register.value
 
     def write(self, offset: int, size: int, value: int) -> None:
-        self.code = value & 0xFF
+        self._register.set(READS | LATCHES, value & 0xFF)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from trivisor.devices.bytewise import ByteDevice
 from trivisor.machine.clock import Clock, Timer
+from trivisor.machine.fast_ports import QUEUES, READS, FastPorts, FastRegister
 from trivisor.machine.interrupts import Line
 
 CRYSTAL = 1_843_200
@@ -56,6 +57,19 @@ class Uart16550(ByteDevice):
         self._lsr = _LSR_EMPTY
         self._msr = _MSR_CONNECTED
         self._direct = True  # a write at offset 0 does nothing but send
+        self._fast: FastPorts | None = None
+        self._fast_data = self._fast_lsr = FastRegister.alone()
+
+    def reveal(self, fast: FastPorts, base: int) -> None:
+        """Let engines go by the line status without asking, and queue what is sent; the device stands at `base`."""
+        self._fast = fast
+        self._fast_data = fast.queue(base + _DATA, self._output)
+        self._fast_lsr = fast.register(base + _LSR)
+        self._publish()
+
+    def _publish(self) -> None:
+        self._fast_data.set(QUEUES if self._direct else 0)
+        self._fast_lsr.set(0 if self._lsr & _LSR_ERRORS else READS, self._lsr)
 
     # The host's side
 
@@ -79,6 +93,7 @@ class Uart16550(ByteDevice):
             lsr = self._lsr
             if lsr & _LSR_ERRORS:
                 self._lsr = lsr & ~_LSR_ERRORS
+                self._publish()
                 self._update()
             return lsr
         return super().read(offset, size)
@@ -86,6 +101,8 @@ class Uart16550(ByteDevice):
     def write(self, offset: int, size: int, value: int) -> None:
         if offset == _DATA and size == 1 and self._direct:
             self._output(_BYTES[value & 0xFF])
+            if self._fast is not None:
+                self._fast.wrote_slowly()
         else:
             super().write(offset, size, value)
 
@@ -130,6 +147,7 @@ class Uart16550(ByteDevice):
         elif offset == _SCR:
             self._scr = value
         self._direct = not (self._lcr & _LCR_DLAB or self._ier & _IER_THRE or self._mcr & _MCR_LOOP)
+        self._publish()
 
     # Transmitter
 
@@ -181,6 +199,7 @@ class Uart16550(ByteDevice):
             self._fifo_changed()
         else:
             self._lsr |= _LSR_OVERRUN
+            self._publish()
 
     def _take(self) -> int:
         if not self._fifo:
@@ -197,6 +216,7 @@ class Uart16550(ByteDevice):
         else:
             self._lsr &= ~_LSR_DATA
             self._timed_out = False
+        self._publish()
         self._update()
         self._arm()
 

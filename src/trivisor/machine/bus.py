@@ -8,6 +8,7 @@ vanish, as on a PC.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 
@@ -33,6 +34,8 @@ class Bus:
         self.name = name
         self._starts: list[int] = []
         self._windows: list[tuple[int, int, Device]] = []
+        self.on_attach: Callable[[int, int], None] = lambda base, length: None
+        """Called with each window that a device is given."""
 
     def attach(self, base: int, length: int, device: Device) -> None:
         """Give [base, base + length) to `device`; ValueError when a part of it is taken."""
@@ -43,6 +46,7 @@ class Bus:
             raise ValueError(f"{self.name} {base:#x}+{length:#x} overlaps another device")
         self._starts.insert(position, base)
         self._windows.insert(position, (base, length, device))
+        self.on_attach(base, length)
 
     def detach(self, base: int) -> None:
         """Take away what was attached at `base`; ValueError when there is nothing."""

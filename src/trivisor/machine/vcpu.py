@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from trivisor.machine.bus import Bus
 from trivisor.machine.clock import Clock
 from trivisor.machine.exits import Exit
+from trivisor.machine.fast_ports import FastPorts
 from trivisor.machine.interrupts import InterruptController
 from trivisor.machine.memory import GuestMemory
 from trivisor.machine.state import CpuState
@@ -25,6 +26,7 @@ class Surroundings(Protocol):
 
     memory: GuestMemory
     ports: Bus
+    fast_ports: FastPorts
     mmio: Bus
     clock: Clock
     interrupts: InterruptController

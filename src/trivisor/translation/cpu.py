@@ -11,7 +11,7 @@ from typing import Any
 from iced_x86 import Instruction, Mnemonic
 
 from trivisor.machine import tsc
-from trivisor.machine.exits import DebugStop, ExceptionExit, Exit, Halt, Kicked, Unsupported
+from trivisor.machine.exits import DebugStop, ExceptionExit, Exit, Halt, Kicked, MsrRead, MsrWrite, Unsupported
 from trivisor.machine.state import CpuState
 from trivisor.machine.vcpu import Surroundings
 from trivisor.translation import slow_access
@@ -28,6 +28,7 @@ from trivisor.translation.mmu import Mmu
 from trivisor.translation.modes import MAXIMUM_SEGMENTED, OTHER_DEBUG, OTHER_TSD, Mode
 from trivisor.translation.msrs import MsrFile
 from trivisor.translation.native_code import NativeCode
+from trivisor.translation.port_gate import PortGate
 from trivisor.translation.segmentation import segmentation, set_windows
 from trivisor.translation.state_transfer import get_state, set_state
 from trivisor.translation.translator.features import decoder_features
@@ -53,11 +54,14 @@ CODE_CACHE_SIZE = 64 << 20
 
 _CR0_TS_EM = CR0_TS | CR0_EM
 
-_MODE, _NATIVE_EVENTS, _WATCHING, _PENDING, _ARMED, _POLL, _GOOD, _BAD, _EXIT_A, _EXIT_B, _FAULT_IP = (
+(
+    _MODE, _NATIVE_EVENTS, _NATIVE_MSRS, _WATCHING, _PENDING, _ARMED, _POLL, _GOOD, _BAD, _EXIT_A, _EXIT_B, _FAULT_IP,
+    _PORT_QUEUED,
+) = (
     OFFSETS[name] // 8
     for name in (
-        "MODE", "NATIVE_EVENTS", "WATCHING", "PENDING", "ARMED", "POLL", "POLL_GOOD", "POLL_BAD", "EXIT_A", "EXIT_B",
-        "HOST_FAULT_IP",
+        "MODE", "NATIVE_EVENTS", "NATIVE_MSRS", "WATCHING", "PENDING", "ARMED", "POLL", "POLL_GOOD", "POLL_BAD",
+        "EXIT_A", "EXIT_B", "HOST_FAULT_IP", "PORT_QUEUED",
     )
 )  # fmt: skip
 
@@ -89,6 +93,7 @@ class TranslationVcpu:
         self._kicked = False
         self._waiting = False  # an interrupt waits for IF
         self._nmi_waiting = False
+        self._natively = 0  # what NATIVE_EVENTS is but for single steps
         self._injected: list[int] = []  # vectors that `interrupt` was given and that wait for IF
         self.halted = False
         self._closed = False
@@ -104,6 +109,7 @@ class TranslationVcpu:
         self.xsave_size = 576 + 256 if self.xcr0_supported & 4 else 576
         self._native = native = NativeCode(self.core, self.xcr0_supported, CODE_CACHE_SIZE)
         self.mmu.native_walker = native.walk
+        self._deliver_interrupt = native.address("external")
         self.blocks = BlockStore(
             self.core, self.mmu, native, decoder_features(self._cpuid.features), self.xsave_size
         )
@@ -123,8 +129,10 @@ class TranslationVcpu:
             EXITS["EXIT_HOST_FAULT"]: self._on_host_fault,
             EXITS["EXIT_UNDEFINED"]: self._on_undefined,
             EXITS["EXIT_BREAKPOINT"]: self._on_breakpoint,
+            EXITS["EXIT_INTERRUPT"]: self._on_interrupt,
         }
         self._names = {number: name.removeprefix("EXIT_").lower() for name, number in EXITS.items()}
+        self._ports = PortGate(self.core, board, self.observed)
         self._next: int | None = None  # host address to go on at, instead of looking rip up
         self.state = CpuState()
 
@@ -136,6 +144,7 @@ class TranslationVcpu:
         self.board.clock.on_earlier = None
         if self._timer is not None:
             self._timer.close()
+        self._ports.close()
         self.blocks.close()
         self._native.close()
         self.mmu.close()
@@ -225,12 +234,13 @@ class TranslationVcpu:
         debug = core.debug
         self.blocks.set_breakpoints(debug.code)
         words[_WATCHING] = 1 if debug.pages else 0
+        self._mind_observers()
         native = core.efer & EFER_LMA and cr0 & CR0_PG and not cr4 & (CR4_LA57 | CR4_SMAP)
         words[OFFSETS["PAGING_NATIVE"] // 8] = 1 if native else 0
         natively = (
             native and mode.bits == 64 and not (core.nmi_blocked or debug.active) and ExceptionExit not in self.observed
         )
-        words[_NATIVE_EVENTS] = 1 if natively else 0
+        words[_NATIVE_EVENTS] = self._natively = 1 if natively else 0
         if natively:
             for user, field in ((False, "MODE_KERNEL"), (True, "MODE_USER")):
                 sibling = mode.at_level(user)
@@ -252,6 +262,11 @@ class TranslationVcpu:
             self.blocks.forget_modes()
         self._segmented += 1
         return self._segmented - 1
+    def _mind_observers(self) -> None:
+        """What somebody watches is not done natively."""
+        observed = self.observed
+        self._words[_NATIVE_MSRS] = 0 if MsrRead in observed or MsrWrite in observed else 1
+        self._ports.mind_observers()
 
     def _claim_jumps(self, mode: Mode) -> None:
         """The mode's jump cache is for it alone from now on."""
@@ -287,6 +302,7 @@ class TranslationVcpu:
         started = time.perf_counter_ns()
         if self._timer is None:
             self._timer = HostTimer(self.core.address)
+        self._mind_observers()
         try:
             if self.halted and (exit_ := self._idle()) is not None:
                 return exit_
@@ -299,6 +315,7 @@ class TranslationVcpu:
             self._total_ns += time.perf_counter_ns() - started
 
     def step(self) -> Exit:
+        self._mind_observers()
         if self.halted and (exit_ := self._idle()) is not None:
             return exit_
         try:
@@ -325,7 +342,7 @@ class TranslationVcpu:
             if core.interrupt_shadow:
                 core.interrupt_shadow = False
                 return self._single_step()
-            exit_ = self._serve()
+            exit_ = self._serve(single or bool(core.rflags & TF))
             if exit_ is not None:
                 return exit_
         core.interrupt_shadow = False
@@ -346,6 +363,8 @@ class TranslationVcpu:
         started = time.perf_counter_ns()
         number = self._native.enter(target)
         self._translated_ns += time.perf_counter_ns() - started
+        if self._words[_PORT_QUEUED]:
+            self._ports.deliver()
         name = self._names[number]
         self._counts[name] = self._counts.get(name, 0) + 1
         return number
@@ -369,8 +388,8 @@ class TranslationVcpu:
         """Count an event of the Python side."""
         self._counts[name] = self._counts.get(name, 0) + 1
 
-    def _serve(self) -> Exit | None:
-        """Timers, kicks and interrupts."""
+    def _serve(self, single: bool) -> Exit | None:
+        """Timers, kicks and interrupts; `single` if one instruction is to follow."""
         words = self._words
         words[_PENDING] = 0
         words[_ARMED] = words[_POLL] = words[_GOOD]
@@ -387,14 +406,15 @@ class TranslationVcpu:
         if self._nmi_waiting and not self.core.nmi_blocked:
             self._nmi_waiting = False
             self.count("nmi")
-            if (shutdown := self._take(NMI)) is not None:
+            if (shutdown := self._deliver(NMI)) is not None:
                 return shutdown
         interrupts, injected = board.interrupts, self._injected
         if not injected and not interrupts.pending():
             return None
         if self.core.interrupt_flag:
             self.count("interrupt")
-            shutdown = self._take(injected.pop(0) if injected else interrupts.acknowledge())
+            vector = injected.pop(0) if injected else interrupts.acknowledge()
+            shutdown = self._deliver(vector) if single else self._take(vector)
             if shutdown is not None or not (injected or interrupts.pending()):
                 return shutdown
         self._waiting = True
@@ -409,6 +429,19 @@ class TranslationVcpu:
 
     def _take(self, vector: int) -> Exit | None:
         """Deliver an external interrupt now."""
+        words = self._words
+        if words[_NATIVE_EVENTS]:
+            # The next turn enters the helper that delivers it and goes on with the handler.
+            words[_EXIT_A] = vector
+            self._next = self._deliver_interrupt
+            return None
+        return self._deliver(vector)
+
+    def _on_interrupt(self) -> Exit | None:
+        return self._deliver(self._words[_EXIT_A])
+
+    def _deliver(self, vector: int) -> Exit | None:
+        """The same, by Python."""
         self._next = None
         try:
             events.deliver(self, vector, external=True)
@@ -478,7 +511,12 @@ class TranslationVcpu:
             raise debug_exception(core, bits)
         core.rflags = flags & ~RF
         debug.step_trap = bool(flags & TF)
-        exit_ = slow_access.step(self, [])
+        words = self._words
+        words[_NATIVE_EVENTS] = 0  # the helpers would go on with the handler
+        try:
+            exit_ = slow_access.step(self, [])
+        finally:
+            words[_NATIVE_EVENTS] = self._natively
         if debug.step_trap and not (self._steps_branches and self._ran_on(start)):
             debug.pending |= DR6_BS
         if exit_ is None and debug.pending and not debug.blocked:

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from itertools import count
 
+from trivisor.machine import fast_ports
+
 STACK_SIZE = 512 * 1024
 """Bytes below the state block; deep enough for the host's signal frames (AMX makes them 11 KiB)."""
 
@@ -89,6 +91,7 @@ _FIELDS = (
     "CROSS_LOW_LENGTH",
     "CROSS_HIGH",
     "CROSS_HIGH_LENGTH",
+    "NATIVE_MSRS",  # 1 when nobody watches RDMSR and WRMSR
     "NATIVE_EVENTS",  # 1 when exceptions, IRET and the like may be done natively
     "MODE_KERNEL",  # mode keys of 64-bit code at CPL 0 and 3
     "MODE_USER",
@@ -104,6 +107,14 @@ _FIELDS = (
     "ESCAPE",  # the same, from the middle of an instruction's code
     "FAULT_GP",  # ... that raises #GP(0), or #SS(0), from there
     "FAULT_SS",
+    "FAULT_DE",
+    "INVALIDATE",  # addresses of helpers that instructions call (natives/assists.py): INVLPG
+    "PORT_IN",  # IN AL and OUT of AL
+    "PORT_OUT",
+    "READ_MSR",
+    "WRITE_MSR",
+    "RAISE",  # ... and of those that end a block: an exception; INT n
+    "INTERRUPT",
     "HOST_FAULT_ADDRESS",
     "CR0",
     "CR2",
@@ -143,6 +154,12 @@ _FIELDS = (
     "KNOWN_SS_SELECTOR",
     "KNOWN_KERNEL_CS",
     "KNOWN_KERNEL_CS_SELECTOR",
+    "EVENT",  # what `deliver` delivers: an EVENT_ constant of natives/common.py
+    "EVENT_RIP",  # ... and the rip that its frame gets
+    "PORTS",  # host address of machine.fast_ports.FastPorts.words
+    "PORT_QUEUE",  # host address of bytes written to QUEUE_PORT that its device has not got yet
+    "PORT_QUEUED",  # how many they are
+    "QUEUE_PORT",
     "WALKED_PHYSICAL",  # what the native page walker found for Python
     "WALKED_LEAF",
     "WALKED_RIGHTS",
@@ -152,7 +169,9 @@ _FIELDS = (
     "COUNT_LOOKUP",
     "COUNT_LOOKUP_MISS",
     "COUNT_PAGE_FAULT",
-    "COUNT_EXCEPTION",
+    "COUNT_EXCEPTION",  # by EVENT
+    "COUNT_SOFTWARE_INTERRUPT",
+    "COUNT_EXTERNAL_INTERRUPT",
     "COUNT_SYSCALL",
     "COUNT_SYSRET",
     "COUNT_IRET",
@@ -161,6 +180,11 @@ _FIELDS = (
     "COUNT_CODE_PAGE_WRITE",
     "COUNT_CODE_WRITE",  # those of them that hit code
     "COUNT_PAGE_CROSSING",
+    "COUNT_INVALIDATION",
+    "COUNT_PORT_IN",
+    "COUNT_PORT_OUT",
+    "COUNT_READ_MSR",
+    "COUNT_WRITE_MSR",
     "COUNT_TAKEN_UP",  # blocks made of a template
     "COUNT_LINKED",
     "COUNT_FORGOTTEN",
@@ -203,6 +227,8 @@ _cursor.field("EXEC_TLB_KERNEL", EXEC_TLB_ENTRIES * EXEC_TLB_ENTRY_SIZE, 4096)
 _cursor.field("EXEC_TLB_USER", EXEC_TLB_ENTRIES * EXEC_TLB_ENTRY_SIZE, 4096)
 _cursor.field("JUMP_PAGES", 65536, 64)  # a byte per linear page (hashed) with jump cache entries
 _cursor.field("JUMP_LARGE", 256, 64)  # a byte per GiB (hashed) with jump cache entries that lead into large pages
+_cursor.field("LARGE_PIECES", 4096, 64)  # a byte per 2 MiB (hashed) of which a TLB has had pieces of a large page
+_cursor.field("HUGE_PIECES", 256, 64)  # a byte per GiB (hashed), for larger ones
 _cursor.field("JUMP_CACHE_USED", 3 * 128, 64)  # a byte per 4 KiB of jump cache that holds something
 _cursor.field("JUMP_CACHE_KERNEL", JUMP_CACHE_ENTRIES * 8, 4096)
 _cursor.field("JUMP_CACHE_USER", JUMP_CACHE_ENTRIES * 8, 4096)
@@ -216,7 +242,7 @@ STATE_SIZE = (_cursor.at + 4095) & -4096
 TLB_READ = 0  # linear page that may be read, or an address of another set
 TLB_WRITE = 8
 TLB_HOST = 16  # host address of the page
-TLB_INFO = 24  # bit 0: global; bit 1: piece of a large page
+TLB_INFO = 24  # bit 0: global; bit 1: piece of a large page; bit 2: of one larger than 2 MiB
 BLOCK_SECOND = 24  # of an instruction that runs into another page: that one's physical address | 1; else 0
 
 _exit = count(1)
@@ -233,6 +259,7 @@ EXITS: dict[str, int] = {
         "EXIT_HOST_FAULT",  # a host signal struck translated code at HOST_FAULT_IP
         "EXIT_UNDEFINED",
         "EXIT_BREAKPOINT",  # an instruction breakpoint at RIP
+        "EXIT_INTERRUPT",  # Python is to deliver the external interrupt with vector EXIT_A
     )
 }
 
@@ -253,5 +280,10 @@ SYMBOLS: dict[str, int] = {
     "JUMP_CACHE_ENTRIES": JUMP_CACHE_ENTRIES,
     "BLOCK_TABLE_ENTRIES": BLOCK_TABLE_ENTRIES,
     "BLOCK_SECOND": BLOCK_SECOND,
+    "PORT_READS": fast_ports.READS,
+    "PORT_LATCHES": fast_ports.LATCHES,
+    "PORT_DROPS": fast_ports.DROPS,
+    "PORT_QUEUES": fast_ports.QUEUES,
+    "PORT_QUEUE_SIZE": fast_ports.QUEUE_SIZE,
 }  # fmt: skip
 """Everything the helpers' assembly may name."""

@@ -125,7 +125,8 @@ class Mmu:
         if status == 0:
             info, rights = words[_WALKED_INFO], words[_WALKED_RIGHTS]
             return Translation(
-                words[_WALKED_PHYSICAL] | linear & 0xFFF, 0x200000 if info & 2 else 0x1000, bool(rights & 2),
+                words[_WALKED_PHYSICAL] | linear & 0xFFF,
+                0x40000000 if info & 4 else 0x200000 if info & 2 else 0x1000, bool(rights & 2),
                 bool(rights & 4), not words[_WALKED_NX] >> 63, bool(info & 1), bool(words[_WALKED_LEAF] & 0x40), 0,
             )  # fmt: skip
         if status == 1:
@@ -230,7 +231,18 @@ class Mmu:
         words[at] = page
         words[at + 1] = page if writable else page ^ 0x1000
         words[at + 2] = self.memory.base + physical
-        words[at + 3] = (1 if found.global_ else 0) | (2 if found.page_size > 4096 else 0)
+        words[at + 3] = self._info(linear, found)
+
+    def _info(self, linear: int, found: Translation) -> int:
+        """TLB_INFO of an entry; INVLPG must look for all pieces of a large page."""
+        info = 1 if found.global_ else 0
+        if found.page_size <= 0x1000:
+            return info
+        if found.page_size <= 0x200000:
+            self.core.bytes[OFFSETS["LARGE_PIECES"] + (linear >> 21 & 4095)] = 1
+            return info | 2
+        self.core.bytes[OFFSETS["HUGE_PIECES"] + (linear >> 30 & 255)] = 1
+        return info | 6
 
     def fetch(self, linear: int, user: bool) -> tuple[int, bool]:
         """(physical page, global) for executing at `linear`, through the fetch TLB; raises GuestException."""
@@ -243,5 +255,5 @@ class Mmu:
         found = self.walk(linear, Access.EXECUTE, user)
         physical = found.physical & ~0xFFF
         words[at] = page
-        words[at + 1] = physical | (1 if found.global_ else 0) | (2 if found.page_size > 4096 else 0)
+        words[at + 1] = physical | self._info(linear, found)
         return physical, found.global_

@@ -26,6 +26,7 @@ from trivisor.insight.differential.case import (
 from trivisor.machine.bus import Bus
 from trivisor.machine.clock import Clock
 from trivisor.machine.exits import DebugStop, Exit, Halt, Unsupported
+from trivisor.machine.fast_ports import FastPorts
 from trivisor.machine.interrupts import InterruptController
 from trivisor.machine.memory import MIB, GuestMemory
 from trivisor.machine.state import SEGMENT_NAMES, CpuState, Segment, Table
@@ -71,6 +72,7 @@ class _Board:
     def __init__(self) -> None:
         self.memory = GuestMemory(16 * MIB)
         self.ports = Bus("ports")
+        self.fast_ports = FastPorts()
         self.mmio = Bus("mmio")
         self.clock = Clock()
         self.interrupts: InterruptController = _NoInterrupts()

@@ -9,7 +9,7 @@ from functools import cache
 
 from trivisor.translation.block_tables import TABLE_SYMBOLS
 from trivisor.translation.layout import OFFSETS, SYMBOLS
-from trivisor.translation.natives import blocks, entry, events, flush, lookup, miss, walk
+from trivisor.translation.natives import assists, blocks, entry, events, flush, lookup, miss, walk
 from trivisor.translation.natives.common import CONSTANTS
 from trivisor.x86.assembler import Program, assemble
 
@@ -28,6 +28,7 @@ def helpers(xsave_mask: int) -> Program:
             walk.WALK_FOR_PYTHON,
             miss.MISS,
             events.EVENTS,
+            assists.ASSISTS,
             flush.C_FUNCTIONS,
             flush.JUMP_FLUSHES,
         )
@@ -52,6 +53,14 @@ POINTERS = {
     "SYSCALL": "syscall_native",
     "SYSRET": "sysret_native",
     "WRITE_CR3": "write_cr3",
+    "INVALIDATE": "invalidate",
+    "PORT_IN": "port_in",
+    "PORT_OUT": "port_out",
+    "READ_MSR": "read_msr",
+    "WRITE_MSR": "write_msr",
+    "FAULT_DE": "fault_de",
+    "RAISE": "raise",
+    "INTERRUPT": "interrupt",
 }
 """Fields of the state block that hold the address of a helper."""
 assert all(name in OFFSETS for name in POINTERS)

@@ -29,6 +29,10 @@ CODE_64      equ 0xa09b
 CODE_64_USER equ 0xa0fb
 DATA_KERNEL  equ 0xc093
 DATA_USER    equ 0xc0f3
+; what is delivered through the IDT
+EVENT_FAULT     equ 0
+EVENT_SOFTWARE  equ 1
+EVENT_EXTERNAL  equ 2
 """
 
 SPILLED = ("rax", "rcx", "rdx", "rbx", "rbp", "rsi", "rdi", "r8", "r9", "r12", "r13", "r14")

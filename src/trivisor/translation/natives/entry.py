@@ -78,13 +78,16 @@ escape:
     mov qword [rbp+EXIT], EXIT_CALL_OUT
     jmp leave_spilled
 
-; call [FAULT_GP]; dq rip; dd kind: the instruction raises #GP(0), its segment checks having failed; #SS(0) likewise.
+; call [FAULT_GP]; dq rip; dd kind: the instruction raises #GP(0), as a check has found; #SS(0) and #DE likewise.
 fault_gp:
     mov qword [rsp+8+EXIT_A], 13
-    jmp segment_fault
+    jmp fault_inside
+fault_de:
+    mov qword [rsp+8+EXIT_A], 0
+    jmp fault_inside
 fault_ss:
     mov qword [rsp+8+EXIT_A], 12
-segment_fault:
+fault_inside:
     {spill(8)}
     pop rbx
     mov rbp, rsp
@@ -92,5 +95,8 @@ segment_fault:
     sub rbx, 8
     call miss_flags
     mov qword [rbp+EXIT_B], 0
+    cmp qword [rbp+EXIT_A], 0
+    jne deliver
+    mov qword [rbp+EXIT_B], -1
     jmp deliver
 """

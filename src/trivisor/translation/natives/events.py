@@ -93,6 +93,10 @@ gather_flags:
 
 ; Exception EXIT_A with error code EXIT_B (-1: none); registers, FLAGS and RIP are in the state block.
 deliver:
+    mov qword [rbp+EVENT], EVENT_FAULT
+    mov rax, [rbp+GUEST_RIP]
+    mov [rbp+EVENT_RIP], rax
+deliver_event:
     mov rsp, rbp
     cmp qword [rbp+NATIVE_EVENTS], 0
     je deliver_python
@@ -126,6 +130,14 @@ deliver:
     cmp rcx, [rbp+KNOWN_KERNEL_CS_SELECTOR]
     jne deliver_python
     mov [rbp+SCRATCH_0], rax
+    cmp qword [rbp+EVENT], EVENT_SOFTWARE
+    jne deliver_allowed
+    mov rcx, rax
+    shr rcx, 45
+    and ecx, 3
+    cmp rcx, [rbp+CPL]
+    jb deliver_python
+deliver_allowed:
     ; the handler's address
     movzx ecx, ax
     mov r8, rax
@@ -185,11 +197,14 @@ deliver_stack:
     mov rax, [rbp+GPR_RSP]
     mov [rdi+32], rax
     call gather_flags
-    or eax, FLAG_RF
+    mov ecx, eax
+    or ecx, FLAG_RF
+    cmp qword [rbp+EVENT], EVENT_FAULT
+    cmove eax, ecx
     mov [rdi+24], rax
     mov rax, [rbp+CS_SELECTOR]
     mov [rdi+16], rax
-    mov rax, [rbp+GUEST_RIP]
+    mov rax, [rbp+EVENT_RIP]
     mov [rdi+8], rax
     mov rax, [rbp+EXIT_B]
     test rax, rax
@@ -217,12 +232,51 @@ deliver_trap_gate:
     mov qword [rbp+SS_ATTRIBUTES], 0x10000
     {_enter_mode("KERNEL", 0)}
 deliver_done:
-    inc qword [rbp+COUNT_EXCEPTION]
+    mov rax, [rbp+EVENT]
+    inc qword [rbp+rax*8+COUNT_EXCEPTION]
     jmp dispatch
 deliver_python:
     mov rsp, rbp
-    mov qword [rbp+EXIT], EXIT_EXCEPTION
+    mov rax, [rbp+EVENT]
+    mov ecx, EXIT_EXCEPTION
+    mov edx, EXIT_CALL_OUT
+    cmp eax, EVENT_SOFTWARE
+    cmove ecx, edx
+    mov edx, EXIT_INTERRUPT
+    cmova ecx, edx
+    mov [rbp+EXIT], rcx
     jmp leave_spilled
+
+; Entered by Python: external interrupt EXIT_A.
+external:
+    pushfq
+    pop qword [rsp+FLAGS]
+    {spill(0)}
+    mov rbp, rsp
+    and qword [rbp+FLAGS], HOST_FLAGS
+    mov qword [rbp+EXIT_B], -1
+    mov qword [rbp+EVENT], EVENT_EXTERNAL
+    mov rax, [rbp+GUEST_RIP]
+    mov [rbp+EVENT_RIP], rax
+    jmp deliver_event
+
+; call [INTERRUPT]; dq rip; dd length: INT of vector r10
+interrupt:
+    pushfq
+    pop qword [rsp+8+FLAGS]
+    {spill(8)}
+    pop rbx
+    mov rbp, rsp
+    and qword [rbp+FLAGS], HOST_FLAGS
+    mov [rbp+EXIT_A], r10
+    mov qword [rbp+EXIT_B], -1
+    mov qword [rbp+EVENT], EVENT_SOFTWARE
+    mov rax, [rbx]
+    mov [rbp+GUEST_RIP], rax
+    mov ecx, [rbx+8]
+    add rax, rcx
+    mov [rbp+EVENT_RIP], rax
+    jmp deliver_event
 
 ; call [IRET]; dq rip; dd length
 iret:

@@ -27,6 +27,12 @@ flush_everything:
     mov [rdx+TLB_USER+{_LAST_ENTRY}+TLB_READ], rax
     mov [rdx+TLB_USER+{_LAST_ENTRY}+TLB_WRITE], rax
     mov [rdx+KERNEL_JUMPS_LOCAL], rax
+    lea rdi, [rdx+LARGE_PIECES]
+    mov ecx, 512
+    rep stosq
+    lea rdi, [rdx+HUGE_PIECES]
+    mov ecx, 32
+    rep stosq
     pop rdi
     ret
 
@@ -112,7 +118,23 @@ invalidate_jump_before:
     dec ecx
     jnz invalidate_jump_before
 invalidate_tlb:
-    ; pieces of a large page around the address go too, and with code in large pages there all jumps
+    ; pieces of a large page around the address go too
+    mov rdx, rsi
+    shr rdx, 21
+    and edx, 4095
+    cmp byte [rdi+rdx+LARGE_PIECES], 0
+    jne invalidate_large
+    mov rdx, rsi
+    shr rdx, 30
+    movzx edx, dl
+    cmp byte [rdi+rdx+HUGE_PIECES], 0
+    jne invalidate_large
+    call invalidate_entries
+    pop rsi
+    pop rdi
+    ret
+invalidate_large:
+    ; ... and with code in large pages there all jumps
     mov rdx, rsi
     shr rdx, 30
     movzx edx, dl
@@ -173,6 +195,40 @@ invalidate_exec_keep:
     pop rdi
     jmp flush_other_jumps
 invalidate_done:
+    ret
+
+; The one entry of each TLB that rsi, linear, can have.  Keeps all but rax, rcx, rdx.
+invalidate_entries:
+    mov rdx, rsi
+    and rdx, -4096
+    mov rcx, rdx
+    shr ecx, 7
+    and ecx, (TLB_ENTRIES-1)*32
+    mov rax, rdx
+    xor rax, 0x1000 ; an address of the neighbouring set never matches here
+    cmp [rdi+rcx+TLB_KERNEL+TLB_READ], rdx
+    jne invalidate_entries_user
+    mov [rdi+rcx+TLB_KERNEL+TLB_READ], rax
+    mov [rdi+rcx+TLB_KERNEL+TLB_WRITE], rax
+invalidate_entries_user:
+    cmp [rdi+rcx+TLB_USER+TLB_READ], rdx
+    jne invalidate_entries_exec
+    mov [rdi+rcx+TLB_USER+TLB_READ], rax
+    mov [rdi+rcx+TLB_USER+TLB_WRITE], rax
+invalidate_entries_exec:
+    mov rcx, rdx
+    shr rcx, 12
+    and ecx, EXEC_TLB_ENTRIES-1
+    shl ecx, 4
+    mov rax, -1
+    cmp [rdi+rcx+EXEC_TLB_KERNEL], rdx
+    jne invalidate_entries_exec_user
+    mov [rdi+rcx+EXEC_TLB_KERNEL], rax
+invalidate_entries_exec_user:
+    cmp [rdi+rcx+EXEC_TLB_USER], rdx
+    jne invalidate_entries_done
+    mov [rdi+rcx+EXEC_TLB_USER], rax
+invalidate_entries_done:
     ret
 
 ; void purge_writes(state, host page): code was translated from the page, so writes to it must miss.

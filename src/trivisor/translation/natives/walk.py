@@ -40,8 +40,8 @@ def _next_table() -> str:
 
 WALK = f"""
 ; walk 4-level paging: rax = linear, r12 = kind.
-; eax = 0: rdi = physical page, rdx = leaf entry (A and D now as they must be), esi = 2 for a piece of a large page
-;          or 0, plus bit 0 when global, r9 = all entries anded (W, U)
+; eax = 0: rdi = physical page, rdx = leaf entry (A and D now as they must be), esi = bits of TLB_INFO,
+;          r9 = all entries anded (W, U)
 ; eax = 1: page fault, edx = error code;  eax = 2: not for us.
 ; Keeps rbx, rbp, r12, r13, r15.  Accessed bits are set on the way, as the processor may.
 walk:
@@ -79,7 +79,7 @@ walk_huge:
     mov rcx, rax
     and ecx, 0x3ffff000
     or r8, rcx
-    mov esi, 2
+    mov esi, 6
     jmp walk_permission
 walk_large:
     test edx, 0x1fe000
@@ -128,6 +128,9 @@ walk_mark_accessed:
     or dword [rdi], 0x20
 walk_done:
     mov rdi, r8
+    test esi, esi
+    jnz walk_note_large
+walk_noted:
     cmp rdi, [rbp+RAM_LOW_END]
     jb walk_is_ram
     mov rcx, 0x100000000
@@ -144,6 +147,20 @@ walk_is_ram:
 walk_ok:
     xor eax, eax
     ret
+walk_note_large:
+    ; INVLPG must look for all pieces of a large page
+    mov rcx, rax
+    test esi, 4
+    jnz walk_note_huge
+    shr rcx, 21
+    and ecx, 4095
+    mov byte [rbp+rcx+LARGE_PIECES], 1
+    jmp walk_noted
+walk_note_huge:
+    shr rcx, 30
+    movzx ecx, cl
+    mov byte [rbp+rcx+HUGE_PIECES], 1
+    jmp walk_noted
 walk_absent:
     xor edx, edx
     jmp walk_error

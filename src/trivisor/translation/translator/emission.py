@@ -42,6 +42,7 @@ _DESCRIPTION = Struct("<IIIQII").pack
 _CALL_CROSSED = asm("call qword [rsp+CROSSED]")
 _CALL_CHAIN = asm("call qword [rsp+CHAIN]")
 _CALL_OUT = asm("call qword [rsp+CALL_OUT]")
+_CALL_RAISE = asm("call qword [rsp+RAISE]")
 _LEAVE = asm("jmp qword [rsp+LEAVE]")
 _JUMP_INDEXED = {
     name: asm(f"movzx r11d, r10w\n jmp qword [rsp+r11*8+JUMP_CACHE_{name}]") for name in ("KERNEL", "USER", "OTHER")
@@ -220,10 +221,9 @@ class Emission:
         self.out += compare + again + back + _rip_into_r10(after) + _STEPPED
 
     def _raise(self, ends: Raise, here: int) -> None:
-        self._rip_into_r10(here)
-        self.out += _STORE_RIP_R10
-        self.out += asm(f"mov qword [rsp+EXIT_A], {ends.vector}\n mov qword [rsp+EXIT_B], {ends.error}")
-        self.out += _set_exit("EXIT_EXCEPTION") + _LEAVE
+        self.out += _CALL_RAISE
+        self._address_64(here)
+        self.out += pack("<Ii", ends.vector, ends.error)
 
     def _branch(self, ends: Branch, after: int, target: int | None, here: int, parked: bool) -> None:
         out = self.out

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from iced_x86 import Instruction, Mnemonic
 
-from trivisor.translation.translator import control_flow, legacy_flow, sensitive, strings
+from trivisor.translation.translator import control_flow, division, legacy_flow, sensitive, strings
 from trivisor.translation.translator.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -35,12 +35,22 @@ def table(maker: InstructionMaker) -> dict[int, Make]:
         LODSB LODSW LODSD LODSQ SCASB SCASW SCASD SCASQ CMPSB CMPSW CMPSQ CMPSD
     """.split():
         out[getattr(Mnemonic, text)] = bind(strings.element_string)
+    if maker.mode.bits != 16:
+        out[Mnemonic.INVLPG] = bind(sensitive.invlpg)
+        out[Mnemonic.IN] = bind(sensitive.port)
+        out[Mnemonic.OUT] = bind(sensitive.port)
+        out[Mnemonic.RDMSR] = bind(sensitive.msr)
+        out[Mnemonic.WRMSR] = bind(sensitive.msr)
+        out[Mnemonic.DIV] = bind(division.divide)
+        out[Mnemonic.IDIV] = bind(division.divide)
     if maker.mode.bits != 64:
         out.update({mnemonic: bind(function) for mnemonic, function in legacy_flow.INLINE.items()})
     else:
         out[Mnemonic.PUSH] = bind(control_flow.push)
         out[Mnemonic.POP] = bind(control_flow.pop)
         out[Mnemonic.LEAVE] = bind(control_flow.leave)
+        out[Mnemonic.INT] = bind(sensitive.interrupt)
+        out[Mnemonic.INT3] = bind(sensitive.interrupt)
         out[Mnemonic.IRETQ] = bind(sensitive.iret)
         out[Mnemonic.SYSCALL] = bind(sensitive.syscall)
         out[Mnemonic.SYSRETQ] = bind(sensitive.sysret)

@@ -83,6 +83,9 @@ def _segment_check(segment: str, kind: str, size: int, number: int) -> str:
         lea r10d, [r10+r11]"""
 
 
+_HELPER_OF_LINE = {"escape": "ESCAPE", "fault": "FAULT_{0}", "assist": "{0}"}
+
+
 @lru_cache(maxsize=1 << 14)
 def fragment(source: str, user: bool, first: int, prepared: int) -> Fragment:
     """Assemble text in which these lines stand for more:
@@ -90,8 +93,9 @@ def fragment(source: str, user: bool, first: int, prepared: int) -> Fragment:
     `retry` - an access that misses starts again here;
     `check read|write SIZE [chunk]` - turn r10 from a linear into a host address, by way of the TLB;
     `escape` - have Python do the instruction instead;
+    `assist HELPER` - have the helper at this field of the state block do it, which goes on here or escapes;
     `segment NAME read|write SIZE` - turn r10 from an offset in a segment into a linear address, or raise #GP or #SS;
-    `fault gp|ss` - raise the exception, with error code 0.
+    `fault gp|ss|de` - raise the exception, with error code 0 if it has one.
 
     Checks are numbered from `first`; see `Recipe.prepared`.
     """
@@ -129,9 +133,12 @@ def fragment(source: str, user: bool, first: int, prepared: int) -> Fragment:
         elif words[:1] == ["segment"]:
             lines.append(_segment_check(words[1], words[2], int(words[3]), escapes))
             escapes += 1
-        elif words[:1] in (["escape"], ["fault"]):
-            helper = "ESCAPE" if words[0] == "escape" else f"FAULT_{words[1].upper()}"
-            lines.append(f"call qword [rsp+{helper}]\n escape_{escapes}: dq 0\n dd 0")
+        elif words[:1] in (["escape"], ["fault"], ["assist"]):
+            helper = _HELPER_OF_LINE[words[0]].format(*(word.upper() for word in words[1:]))
+            lines.append(f"call qword [rsp+{helper}]")
+            if words[0] == "assist":
+                lines.append(f"jmp assisted_{escapes}")
+            lines.append(f"escape_{escapes}: dq 0\n dd 0\n assisted_{escapes}:")
             escapes += 1
         else:
             lines.append(line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iced_x86 import Instruction, Mnemonic, OpKind, Register
+from iced_x86 import Code, Instruction, Mnemonic, OpKind, Register
 
 from trivisor.translation.layout import OFFSETS
 from trivisor.translation.modes import CallOut, Native
@@ -151,6 +151,45 @@ def syscall(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -
 def sysret(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
     """SYSRET to 64-bit code."""
     recipe.ends = CallOut() if maker.mode.user else Native("SYSRET")
+
+
+def interrupt(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """INT n and INT3."""
+    vector = 3 if instruction.mnemonic == Mnemonic.INT3 else instruction.immediate8
+    recipe.code(f"mov r10d, {vector}")
+    recipe.ends = Native("INTERRUPT")
+
+
+def invlpg(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """INVLPG at CPL 0."""
+    if maker.mode.user:
+        recipe.ends = CallOut()
+        return
+    maker.address(recipe, instruction)
+    recipe.clobber("assist INVALIDATE")
+
+
+def port(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """IN and OUT of AL at CPL 0; Python does the other sizes."""
+    reads = instruction.mnemonic == Mnemonic.IN
+    if maker.mode.user or instruction.code not in (Code.IN_AL_DX, Code.IN_AL_IMM8, Code.OUT_DX_AL, Code.OUT_IMM8_AL):
+        recipe.ends = CallOut()
+        return
+    by_register = instruction.code in (Code.IN_AL_DX, Code.OUT_DX_AL)
+    recipe.clobber(
+        f"""
+        {"movzx r10d, dx" if by_register else f"mov r10d, {instruction.immediate8}"}
+        assist {"PORT_IN" if reads else "PORT_OUT"}
+        """
+    )
+
+
+def msr(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """RDMSR and WRMSR of the few that matter, at CPL 0."""
+    if maker.mode.user:
+        recipe.ends = CallOut()
+        return
+    recipe.clobber(f"assist {'READ_MSR' if instruction.mnemonic == Mnemonic.RDMSR else 'WRITE_MSR'}")
 
 
 _READABLE_CONTROL = {Register.CR0: "CR0", Register.CR2: "CR2", Register.CR3: "CR3", Register.CR4: "CR4"}

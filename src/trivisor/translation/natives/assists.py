@@ -1,0 +1,187 @@
+"""Sensitive instructions that need no end of the block: helpers that translated code calls in the middle of it.
+
+`call [HELPER]; jmp on; dq rip; dd kind; on:` with r10 as the helper says; flags may be lost.  The rest
+of the guest's registers are in the host's.  What a helper leaves to Python goes to `escape`, with everything as it was.
+"""
+
+from __future__ import annotations
+
+from trivisor.translation.natives.common import spill
+
+ASSISTS = f"""
+; Python does it.
+assist_escape:
+    add qword [rsp], 2
+    jmp escape
+
+; INVLPG of r10, linear.
+invalidate:
+    cmp byte [rsp+8+CPL], 0
+    jne assist_escape
+    mov r11, [rsp]
+    mov r11, [r11+2]
+    xor r11, r10
+    shr r11, 30
+    jz assist_escape ; the code that runs may be what is invalidated
+    push rdi
+    push rsi
+    push rax
+    push rcx
+    push rdx
+    lea rdi, [rsp+48]
+    mov rsi, r10
+    inc qword [rdi+COUNT_INVALIDATION]
+    mov rdx, rsi
+    shr rdx, 12
+    movzx edx, dx
+    cmp byte [rdi+rdx+JUMP_PAGES], 0
+    jne invalidate_whole
+    mov rdx, rsi
+    shr rdx, 21
+    and edx, 4095
+    cmp byte [rdi+rdx+LARGE_PIECES], 0
+    jne invalidate_whole
+    mov rdx, rsi
+    shr rdx, 30
+    movzx edx, dl
+    cmp byte [rdi+rdx+HUGE_PIECES], 0
+    jne invalidate_whole
+    call invalidate_entries
+    pop rdx
+    pop rcx
+    pop rax
+    pop rsi
+    pop rdi
+    ret
+invalidate_whole:
+    push r8
+    push r9
+    call invalidate_page
+    pop r9
+    pop r8
+    pop rdx
+    pop rcx
+    pop rax
+    pop rsi
+    pop rdi
+    ret
+
+; IN AL from port r10.
+port_in:
+    cmp byte [rsp+8+CPL], 0
+    jne assist_escape
+    mov r11, [rsp+8+PORTS]
+    movzx r11d, word [r11+r10*2]
+    test r11d, PORT_READS
+    jz assist_escape
+    inc qword [rsp+8+COUNT_PORT_IN]
+    mov al, r11b
+    ret
+
+; OUT of AL to port r10.
+port_out:
+    cmp byte [rsp+8+CPL], 0
+    jne assist_escape
+    mov r11, [rsp+8+PORTS]
+    lea r11, [r11+r10*2]
+    test word [r11], PORT_LATCHES | PORT_DROPS | PORT_QUEUES
+    jz assist_escape
+    test word [r11], PORT_LATCHES
+    jz port_out_on
+    mov [r11], al
+port_out_done:
+    inc qword [rsp+8+COUNT_PORT_OUT]
+    ret
+port_out_on:
+    test word [r11], PORT_DROPS
+    jnz port_out_done
+    cmp r10, [rsp+8+QUEUE_PORT]
+    jne assist_escape
+    mov r11, [rsp+8+PORT_QUEUED]
+    cmp r11, PORT_QUEUE_SIZE
+    jae assist_escape
+    inc qword [rsp+8+PORT_QUEUED]
+    add r11, [rsp+8+PORT_QUEUE]
+    mov [r11], al
+    jmp port_out_done
+
+; RDMSR of the bases and the time-stamp counter.
+read_msr:
+    cmp qword [rsp+8+NATIVE_MSRS], 0
+    je assist_escape
+    cmp byte [rsp+8+CPL], 0
+    jne assist_escape
+    cmp ecx, 0x10
+    je read_tsc
+    lea r10d, [rcx+0x3fffff00]
+    cmp r10d, 2
+    ja assist_escape
+    inc qword [rsp+8+COUNT_READ_MSR]
+    lea r11, [rsp+8+FS_BASE]
+    cmp r10d, 1
+    jb read_msr_base
+    lea r11, [rsp+8+GS_BASE]
+    je read_msr_base
+    lea r11, [rsp+8+KERNEL_GS_BASE]
+read_msr_base:
+    mov eax, [r11]
+    mov edx, [r11+4]
+    ret
+read_tsc:
+    inc qword [rsp+8+COUNT_READ_MSR]
+    rdtsc
+    shl rdx, 32
+    or rax, rdx
+    add rax, [rsp+8+TSC_OFFSET]
+    mov rdx, rax
+    shr rdx, 32
+    mov eax, eax
+    ret
+
+; WRMSR of the bases.
+write_msr:
+    cmp qword [rsp+8+NATIVE_MSRS], 0
+    je assist_escape
+    cmp byte [rsp+8+CPL], 0
+    jne assist_escape
+    lea r11d, [rcx+0x3fffff00]
+    cmp r11d, 2
+    ja assist_escape
+    mov r10d, edx
+    shl r10, 32
+    mov r11d, eax
+    or r10, r11
+    mov r11, r10
+    sar r11, 47
+    inc r11
+    cmp r11, 1
+    ja assist_escape
+    inc qword [rsp+8+COUNT_WRITE_MSR]
+    cmp ecx, 0xc0000101
+    jb write_fs_base
+    je write_gs_base
+    mov [rsp+8+KERNEL_GS_BASE], r10
+    ret
+write_fs_base:
+    mov [rsp+8+FS_BASE], r10
+    ret
+write_gs_base:
+    mov [rsp+8+GS_BASE], r10
+    ret
+
+; call [RAISE]; dq rip; dd vector; dd error: an exception; error code -1 for none.
+raise:
+    pushfq
+    pop qword [rsp+8+FLAGS]
+    {spill(8)}
+    pop rbx
+    mov rbp, rsp
+    and qword [rbp+FLAGS], HOST_FLAGS
+    mov rax, [rbx]
+    mov [rbp+GUEST_RIP], rax
+    mov eax, [rbx+8]
+    mov [rbp+EXIT_A], rax
+    movsxd rax, dword [rbx+12]
+    mov [rbp+EXIT_B], rax
+    jmp deliver
+"""

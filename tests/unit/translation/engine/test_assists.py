@@ -1,0 +1,272 @@
+"""Sensitive instructions that helpers do in the middle of a block: as Python does them, without a trip there."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.unit.translation.engine.guest import DATA, HANDLERS, USER_CS, USER_STACK, Machine, Make
+from trivisor.machine.exits import Halt, MsrRead, PortIn, PortOut
+from trivisor.pc import COM1, POST
+from trivisor.x86.msr import IA32_GS_BASE
+
+RF = 0x10000
+NOT_CANONICAL = 0x8000_0000_0000
+
+
+def natively(m: Machine, name: str) -> int:
+    """How often a helper has done it."""
+    count: int = m.vcpu.statistics()["native helpers"][name]
+    return count
+
+
+# -- ports --------------------------------------------------------------------------------------------------
+
+
+def test_the_post_port_keeps_what_is_written_whoever_reads_it(machine: Make) -> None:
+    m = machine(
+        f"""
+        mov rax, -1
+        mov al, 0x5a
+        stc
+        out {POST}, al
+        mov al, 0
+        in al, {POST}
+        setc bl
+        mov dx, {POST}
+        in al, dx
+        hlt
+        """
+    )
+    m.halt(rbx=0)
+    assert m["rax"] == 0xFFFFFFFFFFFFFF5A
+    assert m["rbx"] == 1, "the carry flag is lost"
+    assert (natively(m, "port_in"), natively(m, "port_out")) == (2, 1)
+    assert m.board.ports.read(POST, 1) == 0x5A
+    m.board.ports.write(POST, 1, 0x77)
+    m.restart()
+    m.put(f"in al, {POST}\n hlt", m.origin)
+    m.halt()
+    assert m["rax"] & 0xFF == 0x77
+
+
+def test_ports_that_nobody_claims_read_as_ones(machine: Make) -> None:
+    m = machine("mov al, 3\n out 0xed, al\n in al, 0xed\n mov dx, 0x1234\n mov r10b, al\n in al, dx\n hlt")
+    m.halt(rax=0)
+    assert m["rax"] == 0xFF
+    assert m["r10"] & 0xFF == 0xFF
+    assert natively(m, "port_in") == 2
+
+
+def test_a_device_that_is_attached_later_is_asked(machine: Make) -> None:
+    m = machine("in al, 0xed\n out 0xed, al\n hlt")
+    device = m.record()
+    m.board.ports.attach(0xED, 1, device)
+    m.halt(rax=0)
+    assert m["rax"] == 0xA0
+    assert device.log == [("read", 0, 1, 0xA0), ("write", 0, 1, 0xA0)]
+
+
+def test_who_watches_ports_sees_every_access(machine: Make) -> None:
+    m = machine(f"mov al, 9\n out {POST}, al\n in al, {POST}\n hlt")
+    seen: list[object] = []
+    for kind in (PortIn, PortOut):
+        m.vcpu.observed.setdefault(kind, []).append(seen.append)
+    m.halt()
+    assert seen == [PortOut(POST, 1, 9), PortIn(POST, 1, 9)]
+    assert natively(m, "port_out") == 0
+
+
+def test_ring_3_needs_leave(machine: Make) -> None:
+    m = machine(f"in al, {POST}\n hlt", cpl=3)
+    frame = m.fault()
+    assert (frame.vector, frame.error) == (13, 0)
+
+
+def test_what_is_sent_comes_out_whole_and_in_order(machine: Make) -> None:
+    """Queued or not: around a change of registers, and at the end."""
+    m = machine(
+        f"""
+        mov dx, {COM1}
+        mov ecx, 6000
+        mov eax, 'a'
+        again:
+        out dx, al
+        add dx, 5
+        in al, dx
+        test al, 0x20
+        jz stuck
+        sub dx, 5
+        mov eax, ecx
+        loop again
+        mov al, '!'
+        mov ebx, eax
+        mov dx, {COM1 + 3}
+        mov al, 0x83
+        out dx, al       ; the divisor latch
+        mov dx, {COM1}
+        mov al, 1
+        out dx, al
+        mov dx, {COM1 + 3}
+        mov al, 3
+        out dx, al
+        mov dx, {COM1}
+        mov al, bl
+        out dx, al
+        stuck: hlt
+        """
+    )
+    sent = bytearray()
+    m.board.serial._output = sent.extend
+    m.board.serial.reveal(m.board.fast_ports, COM1)
+    m.halt()
+    assert bytes(sent) == b"a" + bytes(n & 0xFF for n in range(6000, 1, -1)) + b"!"
+    assert natively(m, "port_out") > 4000
+
+
+def test_what_waits_is_fetched_though_the_guest_goes_on(machine: Make) -> None:
+    m = machine(f"mov dx, {COM1}\n mov al, '1'\n out dx, al\n mov al, '2'\n out dx, al\n sti\n again: jmp again")
+    sent = bytearray()
+
+    def output(data: bytes) -> None:
+        sent.extend(data)
+        if sent == b"12":
+            m.vcpu.kick()
+
+    m.board.serial._output = output
+    m.board.serial.reveal(m.board.fast_ports, COM1)
+    m.run()
+    assert sent == b"12"
+
+
+# -- model-specific registers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("index", "field"), [(0xC0000100, "FS"), (0xC0000101, "GS"), (0xC0000102, "KERNEL_GS")])
+def test_the_bases(machine: Make, index: int, field: str) -> None:
+    m = machine("wrmsr\n mov rax, -1\n mov rdx, -1\n rdmsr\n hlt")
+    m.halt(rax=0x89ABCDEF_12345678, rdx=0x55555555_00007FFF, rcx=0xFFFFFFFF_00000000 | index)
+    assert (m["rax"], m["rdx"]) == (0x12345678, 0x7FFF)
+    assert m.vcpu.state.msrs.get(index, m.vcpu.state.fs.base if field == "FS" else m.vcpu.state.gs.base) == (
+        0x7FFF_12345678
+    )
+    assert (natively(m, "write_msr"), natively(m, "read_msr")) == (1, 1)
+
+
+def test_a_base_that_is_not_canonical(machine: Make) -> None:
+    m = machine("here: wrmsr\n hlt")
+    frame = m.fault(rcx=IA32_GS_BASE, rdx=NOT_CANONICAL >> 32, rax=0)
+    assert (frame.vector, frame.error, frame.rip) == (13, 0, m.labels["here"])
+    assert m.core.segments[5].base == 0
+
+
+def test_the_time_stamp_counter_as_a_register(machine: Make) -> None:
+    m = machine("rdtsc\n mov esi, eax\n mov edi, edx\n rdmsr\n mov r8d, eax\n mov r9d, edx\n rdtsc\n hlt")
+    m.core.tsc_offset = 1 << 60
+    m.halt(rcx=0x10)
+    first, second, third = (
+        m[high] << 32 | m[low] for high, low in (("rdi", "rsi"), ("r9", "r8"), ("rdx", "rax"))
+    )
+    assert first < second < third
+    assert first >= 1 << 60
+
+
+def test_who_watches_registers_sees_every_access(machine: Make) -> None:
+    m = machine("rdmsr\n hlt")
+    seen: list[MsrRead] = []
+    m.vcpu.observed[MsrRead] = [seen.append]
+    m.halt(rcx=IA32_GS_BASE)
+    assert seen == [MsrRead(IA32_GS_BASE, 0)]
+
+
+# -- events -------------------------------------------------------------------------------------------------
+
+
+def test_a_software_interrupt_from_ring_3_and_back(machine: Make) -> None:
+    """The second time around: the first has Python look at the segments."""
+    m = machine("again: stc\n int 0x80\n after: setc al\n dec ecx\n jnz again\n int 0x81", cpl=3)
+    m.put("mov rbx, [rsp]\n mov rsi, [rsp+16]\n iretq", m.origin + 0x800)
+    m.gate(0x80, m.origin + 0x800, dpl=3)
+    frame = m.fault(rcx=5)
+    assert (frame.vector, frame.error) == (13, 0x81 * 8 + 2)
+    assert frame.rip == m.labels["after"] + 7
+    assert (frame.cs, frame.rsp) == (USER_CS | 3, USER_STACK)
+    assert m["rbx"] == m.labels["after"]
+    assert m["rax"] == 1
+    assert m["rsi"] & RF == 0
+    assert natively(m, "software_interrupt") >= 3
+
+
+def test_an_undefined_instruction_is_delivered_natively(machine: Make) -> None:
+    m = machine("again: stc\n here: ud2\n dec ecx\n jnz again\n hlt")
+    m.put("mov rbx, [rsp+16]\n mov rsi, [rsp]\n add qword [rsp], 2\n iretq", m.origin + 0x800)
+    m.gate(6, m.origin + 0x800)
+    m.halt(rcx=3)
+    assert m["rbx"] & RF
+    assert m["rbx"] & 1
+    assert m["rsi"] == m.labels["here"]
+    assert natively(m, "exception") >= 2
+
+
+@pytest.mark.parametrize(
+    ("divide", "registers"),
+    [
+        ("div ecx", {"rdx": 7, "rcx": 7}),
+        ("div rcx", {"rdx": 8, "rcx": 7}),
+        ("div cx", {"rdx": 0xFFFF0007, "rcx": 7}),
+        ("div cl", {"rax": 0x700, "rcx": 7}),
+        ("div r10b", {"rax": 0x700, "r10": 7}),
+        ("div r11", {"rdx": 7, "r11": 7}),
+        ("div esp", {"rdx": 1 << 31}),
+        ("idiv r15d", {"r15": 1 << 32}),
+        ("idiv cl", {"rcx": 0xF00}),
+        ("div byte [rsi]", {"rax": 0x900, "rsi": DATA}),
+        ("div qword [rsi]", {"rdx": 9, "rsi": DATA}),
+        ("idiv word [rsi+8]", {"rsi": DATA}),
+    ],
+)  # fmt: skip
+def test_a_divide_error_takes_no_signal(machine: Make, divide: str, registers: dict[str, int]) -> None:
+    m = machine(f"here: {divide}\n hlt")
+    m.memory.write_u64(DATA, 9)
+    frame = m.fault(**registers)
+    assert (frame.vector, frame.error, frame.rip) == (0, None, m.labels["here"])
+    assert frame.rflags & RF
+    assert m["rax"] == registers.get("rax", 0)
+    assert "host_fault" not in m.vcpu.statistics()["exits"]
+
+
+@pytest.mark.parametrize(
+    ("divide", "registers", "result"),
+    [
+        ("div ecx", {"rdx": 6, "rax": 5, "rcx": 7}, ((6 << 32 | 5) // 7, (6 << 32 | 5) % 7)),
+        ("div r10b", {"rax": 0x6FF, "r10": 7}, (0x6FF // 7 | 0x6FF % 7 << 8, 0)),
+        ("div qword [rsi]", {"rdx": 8, "rsi": DATA}, ((8 << 64) // 9, (8 << 64) % 9)),
+        ("idiv dword [rsi+r10]", {"rax": 100, "rsi": DATA}, (11, 1)),
+    ],
+)
+def test_a_quotient_that_fits(
+    machine: Make, divide: str, registers: dict[str, int], result: tuple[int, int]
+) -> None:
+    m = machine(f"{divide}\n hlt")
+    m.memory.write_u64(DATA, 9)
+    m.halt(**registers)
+    assert (m["rax"], m["rdx"]) == result
+
+
+def test_an_interrupt_is_delivered_natively(machine: Make) -> None:
+    m = machine("again: sti\n nop\n cli\n dec ecx\n jnz again\n hlt")
+    m.put("inc ebx\n mov rsi, [rsp+16]\n iretq", m.origin + 0x800)
+    m.gate(0x50, m.origin + 0x800)
+    m.vcpu.interrupt(0x50)
+    m.halt(rcx=10)
+    assert m["rbx"] == 1
+    assert m["rsi"] & RF == 0
+    assert natively(m, "external_interrupt") == 1
+
+
+def test_an_interrupt_whose_handler_is_missing(machine: Make) -> None:
+    m = machine("sti\n here: nop\n jmp here")
+    m.memory.write_u64(0x7000 + 16 * 0x50, 0)
+    m.vcpu.interrupt(0x50)
+    assert isinstance(m.run(), Halt)
+    assert m.core.rip - HANDLERS >> 4 == 13
+    assert m.frame().error == 0x50 * 8 + 3

@@ -266,7 +266,7 @@ class TranslationVcpu:
         """What somebody watches is not done natively."""
         observed = self.observed
         self._words[_NATIVE_MSRS] = 0 if MsrRead in observed or MsrWrite in observed else 1
-        self._ports.mind_observers()
+        self._ports.look()
 
     def _claim_jumps(self, mode: Mode) -> None:
         """The mode's jump cache is for it alone from now on."""

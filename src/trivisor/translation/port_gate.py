@@ -31,6 +31,7 @@ class PortGate:
     """
 
     def __init__(self, core: Core, board: Surroundings, observed: dict[type, list[Callable[[Any], None]]]) -> None:
+        self._core = core
         self._words = core.words
         self._board = board
         self._observed = observed
@@ -43,11 +44,11 @@ class PortGate:
         self._words[_QUEUE] = ctypes.addressof(self._buffer)
         self._words[_QUEUE_PORT] = MASK64
         self._fast.on_queue = self._begin
-        self.mind_observers()
+        self.look()
 
-    def mind_observers(self) -> None:
-        """Close the way while somebody watches ports."""
-        watched = PortIn in self._observed or PortOut in self._observed
+    def look(self) -> None:
+        """Close the way while somebody watches ports, be it the guest."""
+        watched = PortIn in self._observed or PortOut in self._observed or self._core.debug.watches_ports
         self._words[_PORTS] = self._nothing if watched else self._fast.address
 
     def deliver(self) -> None:

@@ -6,7 +6,7 @@ import ctypes
 import time
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from iced_x86 import Decoder, DecoderError, Instruction
 
@@ -15,9 +15,11 @@ from trivisor.translation.block_tables import (
     ARCHIVED,
     BLOCK,
     BLOCK_SIZE,
+    LINK_TO_PLAIN,
     MAXIMUM_BLOCKS,
     MAXIMUM_LINKS,
     MAXIMUM_TEMPLATES,
+    PLAIN,
     TEMPLATE_SIZE,
     Block,
     BlockTables,
@@ -65,6 +67,9 @@ class BlockStore:
         lookup = native.address("lookup") - self.cache.base
         self.translator = Translator(self.cache, lookup, features, xsave_size)
         self.made = 0
+        self.tuned = 0
+        self.tunes_at_once = False
+        """Every new block is tuned, hot or not: for tests."""
         self.flushes = 0
         self.translating = 0
         """Nanoseconds spent translating."""
@@ -80,23 +85,29 @@ class BlockStore:
 
     # -- finding and making ---------------------------------------------------------------------------------
 
-    def block(self, mode: Mode, rip: int) -> Block:
-        """The block at linear `rip`, made if need be; raises GuestException for a fetch that faults."""
+    def block(self, mode: Mode, rip: int, plain: int = 0) -> Block:
+        """The block at linear `rip`, made if need be; raises GuestException for a fetch that faults.
+
+        With `plain` = PLAIN it is the one that stands in for a tuned block there.
+        """
         page, _ = self.mmu.fetch(rip, mode.user)
-        number = self.native.find_block(rip, page | mode.key)
+        number = self.native.find_block(rip, page | mode.key | plain)
         if number:
             found = Block(self.tables, number)
             if not found.second or self._has_second(found, mode):
                 return found
             self.native.forget_block(number)
-        return self._make(mode, rip, page)
+        made = self._make(mode, rip, page, plain)
+        if self.tunes_at_once and not plain and mode.bits == 64 and (tuned := self.tune(mode, made, ())) is not None:
+            return tuned[0]
+        return made
 
     def _has_second(self, block: Block, mode: Mode) -> bool:
         """Whether the page that the block's instruction runs into is still the same; raises GuestException."""
         second, _ = self.mmu.fetch((block.rip | 0xFFF) + 1 & mode.linear_mask, mode.user)
         return bool(second | 1 == block.second)
 
-    def _make(self, mode: Mode, rip: int, page: int) -> Block:
+    def _make(self, mode: Mode, rip: int, page: int, plain: int) -> Block:
         started = time.perf_counter_ns()
         code, second = self.code_at(mode, rip, page)
         made = self.translator.translate(mode, rip, code)
@@ -104,11 +115,31 @@ class BlockStore:
             self.flush()
             made = self.translator.translate(mode, rip, code)
         lasting = not (made.crosses or mode.debug) and self.mmu.memory.is_ram(page, 0x1000)
-        template, start = self._keep(made, mode, code, lasting=lasting)
-        number = self.native.take_up(template, rip, page | mode.key, start, second | 1 if made.crosses else 0)
+        template, start = self._keep(made, mode.key | plain, code, lasting=lasting)
+        key = page | mode.key | plain
+        number = self.native.take_up(template, rip, key, start, second | 1 if made.crosses else 0)
         self.made += 1
         self.translating += time.perf_counter_ns() - started
         return Block(self.tables, number)
+
+    def tune(self, mode: Mode, block: Block, scattered: Container[int]) -> tuple[Block, list[tuple[int, int]]] | None:
+        """A better block in place of this one, with its site caches (see `Translator.tune`); None if there is none."""
+        page = block.key & ~0xFFF
+        length = self.tables.template_sizes(block.template)[1]
+        if block.second or not self.mmu.memory.is_ram(page, 0x1000):
+            return None
+        started = time.perf_counter_ns()
+        rip, key = block.rip, block.key
+        code = bytes(self.mmu.memory.view[page | rip & 0xFFF : page + 0x1000])
+        made = self.translator.tune(mode, rip, length, code, scattered)
+        tuned = None
+        if made is not None and self._has_room(made, length):
+            template, start = self._keep(made, mode.key, code, lasting=False)
+            self.native.forget_block(block.number)
+            tuned = Block(self.tables, self.native.take_up(template, rip, key, start, 0)), made.sites
+            self.tuned += 1
+        self.translating += time.perf_counter_ns() - started
+        return tuned
 
     def _has_room(self, made: Translation, guest: int) -> bool:
         """Whether the code cache and the tables can take it (links are counted generously)."""
@@ -121,7 +152,7 @@ class BlockStore:
             and tables.template_count < MAXIMUM_TEMPLATES - 1
         )
 
-    def _keep(self, made: Translation, mode: Mode, code: bytes, *, lasting: bool) -> tuple[int, int]:
+    def _keep(self, made: Translation, mode: int, code: bytes, *, lasting: bool) -> tuple[int, int]:
         """Put it into the code cache; (number of its template, offset of its code).
 
         A `lasting` template can become other blocks later: those with the same bytes at the same place in a page.
@@ -133,9 +164,9 @@ class BlockStore:
         number = tables.template_count
         tables.template_count = number + 1
         at = number * TEMPLATE_SIZE
-        tables.templates[at : at + TEMPLATE_SIZE] = made.template(mode.key, start, len(image), guest)
+        tables.templates[at : at + TEMPLATE_SIZE] = made.template(mode, start, len(image), guest)
         if lasting:
-            tables.list_template(number, template_bucket(made.rip, mode.key, guest[0]))
+            tables.list_template(number, template_bucket(made.rip, mode, guest[0]))
         return number, start
 
     def code_at(self, mode: Mode, rip: int, page: int) -> tuple[bytes, int]:
@@ -192,7 +223,7 @@ class BlockStore:
         if not self._has_room(made, made.length) or len(self._steps) >= _MAXIMUM_REMEMBERED:
             self.flush()
             made = self.translator.translate_step(mode, rip, code, prepared)
-        template, start = self._keep(made, mode, code, lasting=False)
+        template, start = self._keep(made, mode.key, code, lasting=False)
         block = self.tables.add_step(rip, page | mode.key, template, start, len(made.code))
         self._steps[key] = (code[: made.length], block)
         return block
@@ -269,7 +300,8 @@ class BlockStore:
     def follow(self, mode: Mode, link: int) -> Block:
         """The block that a link's jump wants, made if need be, and the link led there; raises GuestException."""
         flushes = self.flushes
-        block = self.block(mode, self.core.linear_rip)
+        entry = self.tables.link_entry(link)
+        block = self.block(mode, self.core.linear_rip, PLAIN if entry & LINK_TO_PLAIN else 0)
         if flushes == self.flushes:  # else the link is gone
             self.native.connect_link(link, block.number)
         return block

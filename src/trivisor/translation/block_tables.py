@@ -22,6 +22,7 @@ from typing import Protocol
 from trivisor.machine.memory import host_map, host_unmap
 from trivisor.translation.core import Core
 from trivisor.translation.layout import OFFSETS
+from trivisor.translation.modes import SEGMENTED_KEYS
 
 MAXIMUM_BLOCKS = 1 << 18
 MAXIMUM_LINKS = 1 << 19
@@ -62,8 +63,15 @@ LINK = {
     "L_TO": 20,  # the block that it leads to, 0 while it leads to the stub
     "L_NEXT": 24,  # neighbours among the links that lead to the same block
     "L_PREVIOUS": 28,
-    "L_ENTRY": 32,  # which of the target's entries: offset of the field in its record
+    "L_ENTRY": 32,  # which of the target's entries: offset of the field in its record, and LINK_TO_PLAIN
 }
+LINK_TO_PLAIN = 0x100
+"""The link leads from a tuned block, a check of which has failed, to a plain one: `PLAIN` is part of its key."""
+PLAIN = 8
+"""Added to a flat mode in the key of a block that stands in for a tuned one when its checks fail (`tuned.py`).
+
+Nothing but links `LINK_TO_PLAIN` leads to it.
+"""
 
 TEMPLATE = {
     "T_PREFIX": 0,  # the first eight guest bytes, zeros beyond the end
@@ -103,6 +111,9 @@ TABLE_SYMBOLS: dict[str, int] = {
     **TEMPLATE,
     "DEAD": DEAD,
     "ALIAS": ALIAS,
+    "LINK_TO_PLAIN": LINK_TO_PLAIN,
+    "PLAIN": PLAIN,
+    "SEGMENTED_KEYS": SEGMENTED_KEYS,
     "BLOCK_SIZE": BLOCK_SIZE,
     "LINK_SIZE": LINK_SIZE,
     "TEMPLATE_SIZE": TEMPLATE_SIZE,
@@ -258,6 +269,11 @@ class BlockTables:
     @template_count.setter
     def template_count(self, count: int) -> None:
         self._words[_TEMPLATE_COUNT] = count
+
+    def link_entry(self, number: int) -> int:
+        """`L_ENTRY` of a link."""
+        entry: int = unpack_from("<I", self.links, number * LINK_SIZE + LINK["L_ENTRY"])[0]
+        return entry
 
     def list_template(self, number: int, bucket: int) -> None:
         """Have look-ups find a template."""

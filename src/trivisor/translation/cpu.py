@@ -33,6 +33,7 @@ from trivisor.translation.segmentation import segmentation, set_windows
 from trivisor.translation.state_transfer import get_state, set_state
 from trivisor.translation.translator.features import decoder_features
 from trivisor.translation.translator.instructions import XSAVE_FAMILY
+from trivisor.translation.tuner import Tuner
 from trivisor.x86.control import (
     CR0_EM,
     CR0_PG,
@@ -114,6 +115,7 @@ class TranslationVcpu:
             self.core, self.mmu, native, decoder_features(self._cpuid.features), self.xsave_size
         )
         self.mmu.on_code_write = self.blocks.written
+        self.tuner = Tuner(self.core, self.blocks, self._by_key)
         self._timer: HostTimer | None = None
         board.clock.on_earlier = self._arm_timer
         board.interrupts.on_pending = self._look
@@ -303,6 +305,7 @@ class TranslationVcpu:
         if self._timer is None:
             self._timer = HostTimer(self.core.address)
         self._mind_observers()
+        self.tuner.start()
         try:
             if self.halted and (exit_ := self._idle()) is not None:
                 return exit_
@@ -312,6 +315,7 @@ class TranslationVcpu:
         except UnsupportedFeature as missing:
             return Unsupported(str(missing), self.core.linear_rip)
         finally:
+            self.tuner.stop()
             self._total_ns += time.perf_counter_ns() - started
 
     def step(self) -> Exit:
@@ -394,6 +398,7 @@ class TranslationVcpu:
         words[_PENDING] = 0
         words[_ARMED] = words[_POLL] = words[_GOOD]
         self._waiting = False
+        self.tuner.look()
         board = self.board
         board.clock.run_due()
         deadline = board.clock.next_deadline()
@@ -479,6 +484,7 @@ class TranslationVcpu:
         started = time.perf_counter_ns()
         clock, words = self.board.clock, self._words
         self.halted = True
+        self.tuner.stop()
         try:
             while True:
                 words[_PENDING] = 0
@@ -499,6 +505,7 @@ class TranslationVcpu:
                 wait = None if deadline is None else max(0, deadline - clock.now()) / 1e9
                 self._wake.wait(wait)
         finally:
+            self.tuner.start()
             self._idle_ns += time.perf_counter_ns() - started
 
     def _single_step(self) -> Exit | None:
@@ -650,6 +657,7 @@ class TranslationVcpu:
             "translation": {
                 "instructions": blocks.translator.instructions,
                 "blocks": blocks.made,
+                "tuned blocks": blocks.tuned,
                 "recipes": blocks.translator.recipes_made,
                 "invalidated": blocks.invalidated,
                 "code cache flushes": blocks.flushes,

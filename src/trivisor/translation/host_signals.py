@@ -20,6 +20,8 @@ from trivisor.x86.assembler import assemble
 
 FAULTS = (signal.SIGSEGV, signal.SIGFPE, signal.SIGBUS, signal.SIGILL)
 TIMER_SIGNAL = signal.SIGRTMIN + 9
+SAMPLE_SIGNAL = signal.SIGRTMIN + 10
+SAMPLES_AT_ONCE = 8
 _MAXIMUM_REGIONS = 64
 
 _SA_SIGINFO = 4
@@ -90,6 +92,21 @@ ours:
 restorer:
     mov eax, 15
     syscall
+sample:
+    mov rax, [rsi+24]
+    cmp rax, [rdx+REGISTER_RSP]
+    jne sampled             ; in a helper, or in Python
+    mov r8, [rax+SAMPLE_COUNT]
+    cmp r8, SAMPLES_AT_ONCE
+    jae timer
+    mov rcx, [rdx+REGISTER_RIP]
+    mov [rax+r8*8+SAMPLES], rcx
+    inc r8
+    mov [rax+SAMPLE_COUNT], r8
+    cmp r8, SAMPLES_AT_ONCE
+    jae timer
+sampled:
+    ret
 timer:
     mov rax, [rsi+24]
     mov rcx, [rax+POLL_BAD]
@@ -138,6 +155,7 @@ class HostSignals:
                 **SYMBOLS,
                 "REGIONS": address,
                 "MAXIMUM_REGIONS": _MAXIMUM_REGIONS,
+                "SAMPLES_AT_ONCE": SAMPLES_AT_ONCE,
                 "PREVIOUS": address + 8 * self._previous_at,
                 "DEFAULT_ACTION": address + 8 * (self._previous_at + 128),
             },
@@ -148,6 +166,7 @@ class HostSignals:
             old = self._install(number, "fault", _SA_SIGINFO | _SA_NODEFER)
             self._words[self._previous_at + number] = old.handler
         self._install(TIMER_SIGNAL, "timer", _SA_SIGINFO | _SA_RESTART)
+        self._install(SAMPLE_SIGNAL, "sample", _SA_SIGINFO | _SA_RESTART)
 
     def _install(self, number: int, label: str, flags: int) -> SigAction:
         new = SigAction(self._labels[label], flags | _SA_RESTORER, self._labels["restorer"], 0)
@@ -186,17 +205,21 @@ class _SigEvent(ctypes.Structure):
     )
 
 
+def _create_timer(clock: int, state: int, number: int) -> ctypes.c_int:
+    """A timer of the host that sends signal `number`, with the state block's address, to the calling thread."""
+    HostSignals.instance()
+    event = _SigEvent(state, number, _SIGEV_THREAD_ID, _libc.syscall(_SYS_GETTID))
+    timer = ctypes.c_int()
+    if _libc.syscall(_SYS_TIMER_CREATE, clock, ctypes.byref(event), ctypes.byref(timer)):
+        raise OSError(ctypes.get_errno(), "cannot create a host timer")
+    return timer
+
+
 class HostTimer:
     """A host timer that asks translated code of one state block to come back to Python."""
 
     def __init__(self, state: int) -> None:
-        HostSignals.instance()
-        event = _SigEvent(state, TIMER_SIGNAL, _SIGEV_THREAD_ID, _libc.syscall(_SYS_GETTID))
-        self._timer = ctypes.c_int()
-        if _libc.syscall(
-            _SYS_TIMER_CREATE, _CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(self._timer)
-        ):
-            raise OSError(ctypes.get_errno(), "cannot create a host timer")
+        self._timer = _create_timer(_CLOCK_MONOTONIC, state, TIMER_SIGNAL)
         self._specification = (ctypes.c_int64 * 4)()
         self._pointer = ctypes.addressof(self._specification)
 
@@ -204,6 +227,26 @@ class HostTimer:
         """Fire once, `delay` nanoseconds from now (at least one)."""
         self._specification[2], self._specification[3] = divmod(max(delay, 1), 1_000_000_000)
         _libc.syscall(_SYS_TIMER_SETTIME, self._timer.value, 0, ctypes.c_void_p(self._pointer), None)
+
+    def close(self) -> None:
+        """Delete the host timer."""
+        _libc.syscall(_SYS_TIMER_DELETE, self._timer.value)
+
+
+class Sampler:
+    """Notes where translated code is found running, every so often, for the calling thread.
+
+    (By the host's clock: its timers for processor time go by its ticks alone.)
+    Host addresses go to `SAMPLES`; with `SAMPLES_AT_ONCE` of them Python is asked for.
+    """
+
+    def __init__(self, state: int) -> None:
+        self._timer = _create_timer(_CLOCK_MONOTONIC, state, SAMPLE_SIGNAL)
+
+    def every(self, period: int) -> None:
+        """Sample each `period` nanoseconds from now on; 0 stops it."""
+        specification = (ctypes.c_int64 * 4)(0, period, 0, period)
+        _libc.syscall(_SYS_TIMER_SETTIME, self._timer.value, 0, ctypes.byref(specification), None)
 
     def close(self) -> None:
         """Delete the host timer."""

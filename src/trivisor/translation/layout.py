@@ -32,6 +32,10 @@ JUMP_CACHE_ENTRIES = 65536
 BLOCK_TABLE_ENTRIES = 1 << 18
 BLOCK_TABLE_ENTRY_SIZE = 32  # linear address; physical page | mode key; host address of the checked entry; -
 FPU_AREA_SIZE = 4096
+SITES = 128
+"""Site caches of one view: what tuned code keeps of the TLB, for single places in it."""
+SITE_SIZE = 16  # tag; host address of the page
+SAMPLES = 64
 
 OFFSETS: dict[str, int] = {}
 """Offset in bytes from the state pointer of every named field."""
@@ -146,6 +150,7 @@ _FIELDS = (
     "SPILL",
     "SPILL_2",
     "WATCHING",  # 1 when there are data breakpoints: TLB misses go to Python
+    "SAMPLE_COUNT",  # of SAMPLES that have been taken
     "PAGING_NATIVE",  # 1 when the native walker may be used (long mode, 4-level)
     "PHYSICAL_LIMIT_MASK",  # reserved physical address bits of a page-table entry
     "KNOWN_CS",  # descriptor that IRET loaded last to user mode, raw; with its selector
@@ -218,6 +223,10 @@ _cursor.field("SLOT", 64, 64)  # an operand on its way
 _cursor.field("SLOT_ADDRESS")
 _cursor.field("VECTORS", 96, 32)  # data, indexes and mask of an instruction that goes by elements
 _cursor.field("MARKS", 8 * 64)  # free-running counters of inline events, by index
+_cursor.field("SAMPLES", 8 * SAMPLES)  # host addresses of code that the tuner's timer has found running
+_cursor.field("SITES_KERNEL", SITES * SITE_SIZE, 64)
+_cursor.field("SITES_USER", SITES * SITE_SIZE, 64)
+_cursor.field("SITE_MISSES", SITES * 4, 64)  # of both views; they go on to the TLB
 _cursor.field("BOUNCE", 4 * 8192, 4096)  # where single accesses to MMIO and across pages happen
 _cursor.field("CROSS", 128, 64)  # an access across pages
 _cursor.field("FPU", FPU_AREA_SIZE, 64)

@@ -54,7 +54,7 @@ class Mode:
     """The mode in twelve bits: part of every block's key."""
 
     def __post_init__(self) -> None:
-        # The native helpers look at the three lowest bits.
+        # The native helpers look at the three lowest bits; the fourth of a flat mode is `block_tables.PLAIN`.
         key = {16: 0, 32: 1, 64: 2}[self.bits] | (4 if self.user else 0)
         if self.segmentation is None:
             key |= (16 if self.no_fpu else 0) | {16: 0, 32: 32, 64: 64}[self.stack_bits] | self.other << 7

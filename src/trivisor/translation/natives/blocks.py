@@ -27,6 +27,13 @@ chain:
     test byte [rdx+B_FLAGS], DEAD
     jnz chain_dead
     mov rcx, [rdx+B_KEY]
+    test ecx, SEGMENTED_KEYS
+    jnz chain_find
+    and rcx, ~PLAIN
+    test dword [rbx+L_ENTRY], LINK_TO_PLAIN
+    jz chain_find
+    or rcx, PLAIN
+chain_find:
     push rbx
     call find
     pop rbx
@@ -462,7 +469,7 @@ connect:
     mov rcx, rax
     shl rcx, 6
     add rcx, [rbp+BLOCKS]
-    mov edx, [rbx+L_ENTRY]
+    movzx edx, byte [rbx+L_ENTRY]
     movzx edx, byte [rcx+rdx]
     add edx, [rcx+B_START]
     mov esi, [rbx+L_SITE]

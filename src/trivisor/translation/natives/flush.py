@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from trivisor.translation.layout import TLB_ENTRIES, TLB_ENTRY_SIZE
+from trivisor.translation.layout import SITE_SIZE, SITES, TLB_ENTRIES, TLB_ENTRY_SIZE
 
 _LAST_ENTRY = (TLB_ENTRIES - 1) * TLB_ENTRY_SIZE
 
 C_FUNCTIONS = f"""
+; void flush_sites(state): the site caches, which hold nothing that a TLB may not; keeps rdi, rsi, r8 to r11.
+; The page that an empty entry matches is not canonical, and leads to a host address that is not either.
+flush_sites:
+    cld
+    mov rdx, rdi
+    lea rdi, [rdx+SITES_KERNEL]
+    mov rax, 0x8000000000000000
+    mov ecx, {2 * SITES * SITE_SIZE // 8}
+    rep stosq
+    mov rdi, rdx
+    ret
+
 ; void flush_everything(state, lookup): both TLBs, fetch TLBs and all jump caches.
 flush_everything:
     push rdi
+    call flush_sites
     call flush_kernel_jumps
     mov rdi, [rsp]
     call flush_user_jumps
@@ -39,6 +52,7 @@ flush_everything:
 ; void flush_local(state): everything that is not global (a CR3 write).
 flush_local:
     push rdi
+    call flush_sites
     cmp qword [rdi+KERNEL_JUMPS_LOCAL], 0
     je flush_local_user
     mov qword [rdi+KERNEL_JUMPS_LOCAL], 0
@@ -83,6 +97,7 @@ flush_local_exec_keep:
 
 ; void invalidate_page(state, linear): INVLPG.
 invalidate_page:
+    call flush_sites
     push rdi
     push rsi
     mov r9, rdi
@@ -233,6 +248,7 @@ invalidate_entries_done:
 
 ; void purge_writes(state, host page): code was translated from the page, so writes to it must miss.
 purge_writes:
+    call flush_sites
     xor r8d, r8d
     lea rdx, [rdi+TLB_KERNEL]
     mov ecx, {2 * TLB_ENTRIES}

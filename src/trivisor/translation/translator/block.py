@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from struct import Struct
 
-from trivisor.translation.block_tables import BLOCK, LINK_DESCRIPTION, RELOCATIONS, TEMPLATE_FORMAT
+from trivisor.translation.block_tables import BLOCK, LINK_DESCRIPTION, LINK_TO_PLAIN, RELOCATIONS, TEMPLATE_FORMAT
 
 ADDRESS_64, ADDRESS_32, TO_HELPER, JUMP_SLOT = (
     RELOCATIONS[name] << 24 for name in ("ADDRESS_64", "ADDRESS_32", "TO_HELPER", "JUMP_SLOT")
@@ -23,9 +23,9 @@ class Link:
     parked to its entry for that.
     """
 
-    __slots__ = ("backward", "number", "parked", "site", "stub", "target")
+    __slots__ = ("backward", "number", "parked", "plain", "site", "stub", "target")
 
-    def __init__(self, site: int, target: int, backward: bool, parked: bool) -> None:
+    def __init__(self, site: int, target: int, backward: bool, parked: bool, plain: bool = False) -> None:
         self.site = site
         self.stub = 0
         self.number = 0
@@ -33,10 +33,13 @@ class Link:
         """Linear address, in the page of the block that jumps."""
         self.backward = backward
         self.parked = parked
+        self.plain = plain
+        """The target must be a plain block: a tuned one asks for it when a check of several accesses fails."""
 
     def described(self, rip: int) -> bytes:
         """The link of a block at `rip` as its image has it."""
         entry = BLOCK["B_PARKED" if self.parked else "B_POLLED" if self.backward else "B_BODY"]
+        entry |= LINK_TO_PLAIN if self.plain else 0
         return LINK_DESCRIPTION.pack(self.site, self.stub, self.number, self.target - rip, entry)
 
 
@@ -46,7 +49,7 @@ class Translation:
     Everything that depends on where it stands is noted: see `block_tables`.
     """
 
-    __slots__ = ("body", "code", "length", "links", "locations", "parked", "polled", "relocations", "rip")
+    __slots__ = ("body", "code", "length", "links", "locations", "parked", "polled", "relocations", "rip", "sites")
 
     def __init__(self, rip: int, length: int) -> None:
         self.rip = rip
@@ -66,6 +69,9 @@ class Translation:
         """Ascending or not: offset | kind (`ADDRESS_64` and its like)."""
         self.locations = array("I")
         """Of pieces of code, ascending: offset from the body | flags parked << 21 | offset of guest rip << 22."""
+
+        self.sites: list[tuple[int, int]] = []
+        """Of a tuned block: (offset of the guest instruction from `rip`, number of its site cache)."""
 
     @property
     def crosses(self) -> bool:

@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 
 def _stack_address(maker: InstructionMaker, recipe: Recipe, offset: int) -> None:
     """r10 = the linear address of the guest's stack pointer plus `offset`."""
-    recipe.code(f"lea r10, [r15+({offset})]")
+    if recipe.addressed:
+        return
+    recipe.code(f"lea r10, [r15+({offset - recipe.before})]")
+
+
+def _operand(recipe: Recipe) -> str:
+    """The operand that was checked last, as assembly has it."""
+    return f"[r10+{recipe.before}]"
 
 
 def _move_stack(maker: InstructionMaker, recipe: Recipe, by: int) -> None:
@@ -47,20 +54,20 @@ def push(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
         recipe.clobber(f"mov {register}, [r10]\n mov [rsp+{SLOT}], {register}\n retry")
     _stack_address(maker, recipe, -size)
     recipe.check(size, write=True)
-    width = WORD[size]
+    width, at = WORD[size], _operand(recipe)
     if kind == OpKind.REGISTER:
         number = GPR[instruction.op0_register][0]
         if number in DISPLACED:
             recipe.code(f"mov r11, [rsp+GPR_R{number}]")
             number = 11
-        recipe.code(f"mov {width} [r10], {name(STACK if number == RSP else number, size)}")
+        recipe.code(f"mov {width} {at}, {name(STACK if number == RSP else number, size)}")
     elif kind == OpKind.MEMORY:
         recipe.code(f"mov {name(11, size)}, [rsp+{SLOT}]\n mov [r10], {name(11, size)}")
     else:
         value = instruction.immediate(0) & ((1 << 8 * size) - 1)
         if value >> 63:
             value -= 1 << 64
-        recipe.code(f"mov {width} [r10], {value}")
+        recipe.code(f"mov {width} {at}, {value}")
     _move_stack(maker, recipe, -size)
 
 
@@ -73,20 +80,21 @@ def pop(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> No
             return
         _stack_address(maker, recipe, 0)
         recipe.check(size, write=False)
+        at = _operand(recipe)
         number = GPR[instruction.op0_register][0]
         if number == RSP:
             if size == 2:
-                recipe.code("lea r15, [r15+2]\n mov r15w, [r10]")
+                recipe.code(f"lea r15, [r15+2]\n mov r15w, {at}")
             else:
-                recipe.code("mov r15, [r10]" if size == 8 else "mov r15d, [r10]")
+                recipe.code(f"mov r15, {at}" if size == 8 else f"mov r15d, {at}")
             return
         if number in DISPLACED:
             if size == 2:
-                recipe.code(f"mov r11w, [r10]\n mov [rsp+GPR_R{number}], r11w")
+                recipe.code(f"mov r11w, {at}\n mov [rsp+GPR_R{number}], r11w")
             else:
-                recipe.code(f"mov {name(11, size)}, [r10]\n mov [rsp+GPR_R{number}], r11")
+                recipe.code(f"mov {name(11, size)}, {at}\n mov [rsp+GPR_R{number}], r11")
         else:
-            recipe.code(f"mov {name(number, size)}, [r10]")
+            recipe.code(f"mov {name(number, size)}, {at}")
         _move_stack(maker, recipe, size)
         return
     _stack_address(maker, recipe, 0)
@@ -124,7 +132,7 @@ def push_return(maker: InstructionMaker, recipe: Recipe) -> None:
     _stack_address(maker, recipe, -size)
     recipe.check(size, write=True)
     recipe.absolute("r11", 0)
-    recipe.code(f"mov [r10], {name(11, size)}")
+    recipe.code(f"mov {_operand(recipe)}, {name(11, size)}")
     _move_stack(maker, recipe, -size)
 
 
@@ -161,6 +169,6 @@ def near_return(maker: InstructionMaker, recipe: Recipe, instruction: Instructio
     drop = instruction.immediate16 if instruction.op_count else 0
     _stack_address(maker, recipe, 0)
     recipe.check(size, write=False)
-    recipe.code(f"mov {name(10, size)}, [r10]")
+    recipe.code(f"mov {name(10, size)}, {_operand(recipe)}")
     _move_stack(maker, recipe, size + drop)
     recipe.ends = Indirect()

@@ -22,6 +22,8 @@ from trivisor.translation.translator.block import ADDRESS_32, ADDRESS_64, JUMP_S
 from trivisor.translation.translator.recipe import (
     ARITHMETIC,
     CHECK_TAIL,
+    KIND_PARKED,
+    KIND_WRITE,
     PARK,
     POLL,
     RESTORE,
@@ -30,6 +32,7 @@ from trivisor.translation.translator.recipe import (
     Miss,
     Recipe,
     asm,
+    site_refill,
 )
 from trivisor.x86.exceptions import GENERAL_PROTECTION
 
@@ -306,13 +309,31 @@ class Emission:
                 self.relocations.append(offset | ADDRESS_64)
                 pack_into("<Q", self.out, offset, value)
 
+    def _link_plain(self, site: int, rip: int, kind: int) -> None:
+        """The jump at `site` leaves a group whose check has failed, for a block that does its instructions singly."""
+        self.links.append(Link(site, rip, False, bool(kind & KIND_PARKED), plain=True))
+
     def _out_of_line(self, body: int) -> None:
         """The ways out of TLB checks, and the jumps to code that is not there yet."""
         out = self.out
         for start, end, miss, rip, parked in self.misses:
-            jump_end, retry, kind, crossing = miss
+            jump_end, retry, kind, crossing, site, leads = miss
+            jump = start + jump_end
+            pack_into("<I", out, jump - 4, len(out) - jump)
+            if leads and site < 0:
+                self._link_plain(jump - 4, rip, kind)
+                continue
+            if site >= 0:
+                write, size = bool(kind & KIND_WRITE), kind >> 16
+                code, missed, back = site_refill(site, self.mode.user, write, size)
+                at = len(out)
+                out += code
+                pack_into("<i", out, at + back - 4, jump + CHECK_TAIL - (at + back))
+                if leads:
+                    self._link_plain(at + missed - 4, rip, kind)
+                    continue
+                pack_into("<i", out, at + missed - 4, len(out) - (at + missed))
             described = len(out) + 4
-            pack_into("<I", out, start + jump_end - 4, described - 4 - start - jump_end)
             resume = described - (start + jump_end + CHECK_TAIL)
             self.relocations.append(described + 8 | ADDRESS_64)
             out += _DESCRIPTION(

@@ -32,7 +32,7 @@ from iced_x86 import (
 
 from trivisor.translation.modes import CallOut, Jump, Missing, Mode, Raise
 from trivisor.translation.translator import branches, control_flow, inline, legacy_flow, memory_forms, vector_access
-from trivisor.translation.translator.recipe import ARITHMETIC, DISPLACEMENT, IMMEDIATE, Recipe, asm
+from trivisor.translation.translator.recipe import ARITHMETIC, DISPLACEMENT, IMMEDIATE, Form, Recipe, asm
 from trivisor.translation.translator.registers import (
     BY_SIZE,
     DISPLACED,
@@ -154,10 +154,16 @@ class InstructionMaker:
     # -- the way in -----------------------------------------------------------------------------------------
 
     def make(
-        self, instruction: Instruction, raw: bytes, offsets: ConstantOffsets, prepared: int = 0, single: bool = False
+        self,
+        instruction: Instruction,
+        raw: bytes,
+        offsets: ConstantOffsets,
+        prepared: int = 0,
+        single: bool = False,
+        form: Form | None = None,
     ) -> Recipe:
         """The recipe of one decoded instruction; `raw` are its bytes."""
-        recipe = Recipe(self.mode.user, self.near, length=len(raw), prepared=prepared, single=single)
+        recipe = Recipe(self.mode.user, self.near, length=len(raw), prepared=prepared, single=single, form=form)
         self._raw = raw
         self._offsets = offsets
         self._baked = False
@@ -236,6 +242,9 @@ class InstructionMaker:
 
         Where its segment is not flat that is the offset in it, which `Recipe.check` makes linear.
         """
+        if recipe.addressed:
+            return
+        adjust -= recipe.before
         base, index = instruction.memory_base, instruction.memory_index
         segment = SEGMENTS[instruction.memory_segment]
         if instruction.is_ip_rel_memory_operand:
@@ -293,6 +302,7 @@ class InstructionMaker:
         return BY_SIZE[8][number]
 
     def address_bits(self, instruction: Instruction) -> int:
+        """The width of the memory operand's address."""
         for register in (instruction.memory_base, instruction.memory_index):
             if register in GPR:
                 return GPR[register][1] * 8
@@ -371,7 +381,7 @@ class InstructionMaker:
             access = info.op_access(operand)
             self._with_memory(recipe, instruction, access, high)
         else:
-            self._op(recipe, instruction, self._substituted(instruction, reads, writes, (S1, S2)))
+            self._op(recipe, instruction, self._substituted(instruction, reads, writes, (S2, S1)))
 
     def _lea(self, recipe: Recipe, instruction: Instruction) -> None:
         number, size = GPR[instruction.op0_register]
@@ -427,7 +437,10 @@ class InstructionMaker:
             recipe.ends = Missing()
             return
         recipe.check(size, write=write)
-        self._op(recipe, instruction, self.on_host_address(instruction, high, write, access in _READS, size))
+        slotted = sum(number in DISPLACED for number in self._explicit_registers(instruction))
+        recipe.takes_form = slotted <= 1 and not high
+        body = self.on_host_address(instruction, high, write, access in _READS, size, offset=recipe.before)
+        self._op(recipe, instruction, body)
 
     def _op(self, recipe: Recipe, instruction: Instruction, code: bytes) -> None:
         """Add the instruction as it was encoded last, within `code`, and share the recipe if all constants allow."""
@@ -453,15 +466,23 @@ class InstructionMaker:
         return instruction.mnemonic in _SHIFTS and self._offsets.has_immediate
 
     def on_host_address(
-        self, instruction: Instruction, high: bool, write: bool, read: bool, size: int, *, displaced: bool = True
+        self,
+        instruction: Instruction,
+        high: bool,
+        write: bool,
+        read: bool,
+        size: int,
+        *,
+        displaced: bool = True,
+        offset: int = 0,
     ) -> bytes:
-        """The instruction with its memory operand at [r10]; other operands get r11 where they need it."""
+        """The instruction with its memory operand at [r10 + offset]; other operands get r11 where they need it."""
         host = instruction.copy()
         host.memory_base = Register.R10
         host.memory_index = Register.NONE
         host.memory_index_scale = 1
-        host.memory_displacement = 0
-        host.memory_displ_size = 0
+        host.memory_displacement = offset
+        host.memory_displ_size = 8 if offset else 0
         host.segment_prefix = Register.NONE
         if instruction.code in _MOFFS:
             host.code = _MOFFS[instruction.code]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
-from trivisor.translation.layout import SYMBOLS, TLB_ENTRIES
+from trivisor.translation.layout import SITE_SIZE, SYMBOLS, TLB_ENTRIES
 from trivisor.x86.assembler import assemble
 
 ARITHMETIC = 0x3F
@@ -41,6 +41,32 @@ CHECK_TAIL = 8
 """Bytes from the end of a check's jump to the end of the check."""
 
 
+class Form(NamedTuple):
+    """How a tuned instruction reaches memory (see `tuning.py`), where it is not by the TLB's plain check.
+
+    Its check goes by a site cache first.  One check may serve several
+    instructions: the first of such a group *leads*, with a check of the whole
+    range, and the others find r10 as it has left it.
+    """
+
+    sites: tuple[int, ...] = ()
+    """Number of the site cache of each check; none for a group's followers."""
+    before: int = 0
+    """Bytes from where the group's range begins, which is where r10 points, to this instruction's operand."""
+    span: int = 0
+    """Bytes of the group's range, for its leader."""
+    write: bool = False
+    """Whether the group writes."""
+
+    @property
+    def leads(self) -> bool:
+        return self.span > 0
+
+    @property
+    def follows(self) -> bool:
+        return not self.sites
+
+
 class Miss(NamedTuple):
     """A TLB check's way out: where its jump ends, where to try again, and the kind and size of the access.
 
@@ -52,6 +78,10 @@ class Miss(NamedTuple):
     kind_and_size: int
     crossing: bytes = b""
     """What follows the check, again, for a write across pages: it goes to a buffer first."""
+    site: int = -1
+    """The site cache that it went by, or -1."""
+    leads: bool = False
+    """The check is for a group: if it fails, its instructions go on one by one."""
 
 
 class Fragment(NamedTuple):
@@ -85,9 +115,52 @@ def _segment_check(segment: str, kind: str, size: int, number: int) -> str:
 
 _HELPER_OF_LINE = {"escape": "ESCAPE", "fault": "FAULT_{0}", "assist": "{0}"}
 
+_TLB_INDEX = f"""
+                mov r11d, r10d
+                shr r11d, 7
+                and r11d, {(TLB_ENTRIES - 1) * 32}"""
+
+
+def site_fields(site: int, user: bool) -> tuple[str, str]:
+    """The addresses of a site cache's tag and host page, as assembly has them."""
+    at = f"rsp+{'SITES_USER' if user else 'SITES_KERNEL'}+{site * SITE_SIZE}"
+    return at, at + "+8"
+
+
+@lru_cache(maxsize=1 << 16)
+def site_refill(site: int, user: bool, write: bool, size: int) -> tuple[bytes, int, int]:
+    """What follows a site cache's miss, with r10 = address xor tag: a look at the TLB, which fills it.
+
+    Returns the code and where its jumps for a miss there too, and back to after the check, end.
+    """
+    view = "TLB_USER" if user else "TLB_KERNEL"
+    tag, host = site_fields(site, user)
+    entry = f"rsp+r11+{view}+{'TLB_WRITE' if write else 'TLB_READ'}"
+    program = assemble(
+        f"""
+        xor r10, [{tag}]{_TLB_INDEX}
+        xor r10, [{entry}]
+        cmp r10, dword {4096 - size}
+        db 0x0f, 0x87, 0, 0, 0, 0
+    missed:
+        add r10, [rsp+r11+{view}+TLB_HOST]
+        inc dword [rsp+SITE_MISSES+{4 * site}]
+        mov r11, [{entry}]
+        mov [{tag}], r11
+        mov r11, r10
+        and r11, -4096
+        mov [{host}], r11
+        db 0xe9, 0, 0, 0, 0
+    back:
+        """,
+        bits=64,
+        symbols=SYMBOLS,
+    )
+    return program.code, program.labels["missed"], program.labels["back"]
+
 
 @lru_cache(maxsize=1 << 14)
-def fragment(source: str, user: bool, first: int, prepared: int) -> Fragment:
+def fragment(source: str, user: bool, first: int, prepared: int, form: Form | None = None) -> Fragment:
     """Assemble text in which these lines stand for more:
 
     `retry` - an access that misses starts again here;
@@ -101,7 +174,7 @@ def fragment(source: str, user: bool, first: int, prepared: int) -> Fragment:
     """
     view = "TLB_USER" if user else "TLB_KERNEL"
     lines: list[str] = []
-    kinds: list[tuple[int, int, int]] = []
+    kinds: list[tuple[int, int, int, int]] = []
     retries = escapes = checks = 0
     for line in source.splitlines():
         words = line.split()
@@ -114,21 +187,30 @@ def fragment(source: str, user: bool, first: int, prepared: int) -> Fragment:
             if prepared >> number & 1:
                 lines.append(f"mov r10, [rsp+PREPARED_{number}]")
                 continue
-            size = int(words[2])
-            write = words[1] == "write"
+            if form is not None and form.follows:
+                continue
+            size, write = int(words[2]), words[1] == "write"
+            leads = form is not None and form.leads
+            if form is not None and leads:
+                size, write = form.span, form.write
             kind = (KIND_WRITE if write else 0) | (KIND_USER if user else 0) | number << 4
             kind |= KIND_CHUNK if words[3:] == ["chunk"] else 0
-            kinds.append((kind, size, retries))
+            tag = f"rsp+r11+{view}+{'TLB_WRITE' if write else 'TLB_READ'}"
+            host = f"rsp+r11+{view}+TLB_HOST"
+            index = _TLB_INDEX
+            site = -1
+            if form is not None and words[3:] != ["chunk"]:
+                site = form.sites[min(number, len(form.sites) - 1)]
+                tag, host = site_fields(site, user)
+                index = ""
+            kinds.append((kind, size, retries, site))
             lines.append(
-                f"""
-                mov r11d, r10d
-                shr r11d, 7
-                and r11d, {(TLB_ENTRIES - 1) * 32}
-                xor r10, [rsp+r11+{view}+{"TLB_WRITE" if write else "TLB_READ"}]
+                f"""{index}
+                xor r10, [{tag}]
                 cmp r10, dword {4096 - size}
                 db 0x0f, 0x87, 0, 0, 0, 0
                 check_{len(kinds) - 1}:
-                add r10, [rsp+r11+{view}+TLB_HOST]"""
+                add r10, [{host}]"""
             )
         elif words[:1] == ["segment"]:
             lines.append(_segment_check(words[1], words[2], int(words[3]), escapes))
@@ -147,8 +229,14 @@ def fragment(source: str, user: bool, first: int, prepared: int) -> Fragment:
     return Fragment(
         program.code,
         tuple(
-            Miss(labels[f"check_{i}"], labels[f"retry_{retry}"] if retry else 0, kind | size << 16)
-            for i, (kind, size, retry) in enumerate(kinds)
+            Miss(
+                labels[f"check_{i}"],
+                labels[f"retry_{retry}"] if retry else 0,
+                kind | size << 16,
+                site=site,
+                leads=form is not None and form.leads,
+            )
+            for i, (kind, size, retry, site) in enumerate(kinds)
         ),
         tuple(labels[f"escape_{i}"] for i in range(escapes)),
         retries > (kinds[-1][2] if kinds else 0),
@@ -218,6 +306,8 @@ class Recipe:
     """A bit for each check, by number, whose access Python has prepared: it takes its host address from there."""
     single: bool = False
     """Of a repeated string instruction do one element only."""
+    form: Form | None = None
+    """How it reaches memory, if not by the TLB alone."""
     reads: int = 0
     """Flags (iced's bits) that the op needs."""
     writes: int = 0
@@ -239,7 +329,10 @@ class Recipe:
     simple: Variant | None = None
     """The bytes for flags that are not parked, where it does not matter who needs them."""
     _variants: dict[tuple[bool, int], Variant] = field(default_factory=dict)
-    _checks: int = 0
+    checks: int = 0
+    """TLB checks, prepared ones included."""
+    takes_form: bool = False
+    """It may share its one check with others: its operand is [r10] and it leaves r10 alone."""
 
     def code(self, source: str) -> None:
         """Add assembly that leaves the flags alone."""
@@ -254,8 +347,8 @@ class Recipe:
 
         `loops`: it jumps around its checks.
         """
-        made = fragment(source, self.user, self._checks, self.prepared)
-        self._checks += made.checks
+        made = fragment(source, self.user, self.checks, self.prepared, self.form)
+        self.checks += made.checks
         self.items.append(Item(False, made.code, made.misses, made.escapes, made.restart, loops))
         self.clobbers = True
 
@@ -268,9 +361,21 @@ class Recipe:
 
         A miss starts again at the first item since the last op or check.
         """
+        if self.form is not None and self.form.follows:
+            return
         access = f"{'write' if write else 'read'} {size}"
         self.clobber((f"segment {self.segment} {access}\n" if self.segment else "") + f"check {access}")
         self.segment = ""
+
+    @property
+    def before(self) -> int:
+        """What to add to r10 after a check for the operand's host address."""
+        return self.form.before if self.form is not None else 0
+
+    @property
+    def addressed(self) -> bool:
+        """Whether r10 has the host address already."""
+        return self.form is not None and self.form.follows
 
     def absolute(self, register: str, displacement: int | None) -> None:
         """Load r10 or r11 with the next instruction's address plus `displacement`; None: the constant's."""
@@ -332,7 +437,9 @@ class Recipe:
             out += item.code
             for miss in item.misses:
                 retry = at + miss.retry if miss.retry else again
-                misses.append(Miss(at + miss.jump_end, retry, miss.kind_and_size | kind))
+                misses.append(
+                    miss._replace(jump_end=at + miss.jump_end, retry=retry, kind_and_size=miss.kind_and_size | kind)
+                )
             for escape in item.escapes:
                 out[at + escape + 8 : at + escape + 12] = kind.to_bytes(4, "little")
                 absolutes.append((at + escape, 8, -self.length))
@@ -347,7 +454,7 @@ class Recipe:
         if parked and way == WANTED:
             out += RESTORE
             parked = False
-        if misses and misses[-1].kind_and_size & KIND_WRITE and not loops:
+        if misses and misses[-1].kind_and_size & KIND_WRITE and not loops and not misses[-1].leads:
             last = misses[-1]
             tail = last.jump_end + CHECK_TAIL
             if not any(offset > tail for offset, _, _ in absolutes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import NamedTuple
 
 from iced_x86 import ConstantOffsets, Decoder, Instruction, OpKind
@@ -12,6 +13,7 @@ from trivisor.translation.translator.block import Translation
 from trivisor.translation.translator.emission import Emission, FarTarget
 from trivisor.translation.translator.instructions import InstructionMaker
 from trivisor.translation.translator.recipe import Constants, Entry, Recipe
+from trivisor.translation.translator.tuned import FIRST_FREE_SITE, PLAIN_CHECK, Decoded, Tuning
 from trivisor.x86.exceptions import GENERAL_PROTECTION
 
 MAXIMUM_INSTRUCTIONS = 64
@@ -30,7 +32,7 @@ class _Known(NamedTuple):
     shapes: dict[bytes, Recipe]
 
 
-def _constants(instruction: Instruction, offsets: ConstantOffsets, raw: bytes) -> Constants:
+def _constants(instruction: Instruction, raw: bytes, offsets: ConstantOffsets) -> Constants:
     at, size = offsets.displacement_offset, offsets.displacement_size
     displacement = raw[at : at + size]
     at, size = offsets.immediate_offset, offsets.immediate_size
@@ -62,6 +64,7 @@ class Translator:
         self.recipes_made = 0
         self._known: dict[tuple[int, bool], _Known] = {}
         self._instruction = Instruction()
+        self._next_site = FIRST_FREE_SITE
 
     def translate(self, mode: Mode, rip: int, code: bytes) -> Translation:
         """Translate from linear `rip`.
@@ -76,12 +79,28 @@ class Translator:
             return self._translate(mode, False, rip, code)
 
     def _translate(self, mode: Mode, near: bool, rip: int, code: bytes) -> Translation:
-        mode_key = mode.key
-        known = self._known.get((mode_key, near))
+        if mode.debug and rip in self.breakpoints:
+            return self._only(mode, rip, Breakpoint(), single=False)
+        known = self._known_for(mode, near)
+        chosen, position, polls = self._choose(known, mode, rip, code)
+        if not chosen:
+            return self._beyond_limit(mode, rip, single=False)
+        self.instructions += len(chosen)
+        return self._emit(mode, near, Translation(rip, position), chosen, polls, single=False)
+
+    def _known_for(self, mode: Mode, near: bool) -> _Known:
+        known = self._known.get((mode.key, near))
         if known is None:
-            known = self._known[mode_key, near] = _Known(
+            known = self._known[mode.key, near] = _Known(
                 InstructionMaker(mode, near, self.features, self.xsave_size), {}, {}
             )
+        return known
+
+    def _choose(self, known: _Known, mode: Mode, rip: int, code: bytes) -> tuple[list[Entry], int, bool]:
+        """The instructions of the block at `rip`, the bytes that they are, and whether to look for interrupts after.
+
+        There are none if the first one lies beyond the code segment's limit.
+        """
         entries = known.entries
         decoder = Decoder(mode.bits, code, ip=rip)
         decode = decoder.decode_out
@@ -93,15 +112,11 @@ class Translator:
         wide, base = mode.bits == 64, mode.code_base
         breakpoints = self.breakpoints if mode.debug else ()
         while True:
-            if breakpoints and rip + position in breakpoints:
-                if not chosen:
-                    return self._only(mode, rip, Breakpoint(), single=False)
+            if chosen and rip + position in breakpoints:
                 break
             decode(instruction)
             end = decoder.position
             if not wide and (rip - base & 0xFFFFFFFF) + end - 1 > mode.code_limit:
-                if not chosen:
-                    return self._beyond_limit(mode, rip, single=False)
                 break
             if end >= room and chosen and (end > room or instruction.is_invalid):
                 break  # it runs into the next page (or seems invalid for the bytes missing here)
@@ -117,6 +132,8 @@ class Translator:
             if len(chosen) >= MAXIMUM_INSTRUCTIONS:
                 break
             shadow = recipe.shadow
+        if not chosen:
+            return chosen, 0, False
         if recipe.shadow and not (len(chosen) > 1 and chosen[-2][0].shadow):
             # Nothing that its shadow could cover follows here: Python knows shadows across blocks.
             shadow = False
@@ -128,16 +145,58 @@ class Translator:
                 decoder.decode_out(instruction)
                 offsets = decoder.get_constant_offsets(instruction)
                 chosen[0] = known.maker.make(instruction, raw, offsets, single=True).entry(Constants())
-        self.instructions += len(chosen)
-        polls = chosen[-1][0].polls or (shadow and chosen[-1][0].ends is None)
-        return self._emit(mode, near, Translation(rip, position), chosen, polls, single=False)
+        return chosen, position, chosen[-1][0].polls or (shadow and chosen[-1][0].ends is None)
+
+    def tune(self, mode: Mode, rip: int, length: int, code: bytes, scattered: Container[int]) -> Translation | None:
+        """A better translation of the `length` bytes of a block, or None if there is none.
+
+        `code` is the page's from there on; `scattered` has the linear addresses of
+        instructions whose accesses are all over the place.
+        """
+        near = fits(rip)
+        try:
+            return self._tune(mode, near, rip, length, code, scattered)
+        except FarTarget:
+            return self._tune(mode, False, rip, length, code, scattered)
+
+    def _tune(
+        self, mode: Mode, near: bool, rip: int, length: int, code: bytes, scattered: Container[int]
+    ) -> Translation | None:
+        known = self._known_for(mode, near)
+        chosen, position, polls = self._choose(known, mode, rip, code)
+        if position != length or any(recipe.shadow for recipe, _, _ in chosen):
+            return None
+        decoder = Decoder(mode.bits, code[:length], ip=rip)
+        decoded, starts = [], [0]
+        for instruction in decoder:
+            raw = code[starts[-1] : decoder.position]
+            decoded.append(Decoded(instruction, raw, decoder.get_constant_offsets(instruction)))
+            starts.append(decoder.position)
+        apart = {index for index, start in enumerate(starts) if rip + start in scattered}
+        tuning = Tuning(known.maker, decoded, self._next_site, apart)
+        if not tuning.pays and not apart:
+            return None
+        self._next_site = tuning.next_site
+        better = [
+            entry if form is None else tuning.recipe(index).entry(_constants(*decoded[index]))
+            for index, (entry, form) in enumerate(zip(chosen, tuning.forms, strict=True))
+        ]
+        made = self._emit(mode, near, Translation(rip, length), better, polls, single=False)
+        made.sites = [
+            (start, site)
+            for start, form in zip(starts, tuning.forms, strict=False)
+            if form is not None
+            for site in form.sites
+            if site != PLAIN_CHECK
+        ]
+        return made
 
     def _entry(
         self, known: _Known, decoder: Decoder, instruction: Instruction, raw: bytes
     ) -> Entry:
         """The recipe of an instruction seen for the first time: that of one like it, if there was one."""
         offsets = decoder.get_constant_offsets(instruction)
-        constants = _constants(instruction, offsets, raw)
+        constants = _constants(instruction, raw, offsets)
         shape = bytearray(raw)
         for at, size in (
             (offsets.displacement_offset, offsets.displacement_size),
@@ -177,7 +236,7 @@ class Translator:
         maker = InstructionMaker(mode, False, self.features, self.xsave_size)
         raw = code[: instruction.len]
         recipe = maker.make(instruction, raw, offsets, prepared, single=True)
-        chosen = [recipe.entry(_constants(instruction, offsets, raw))]
+        chosen = [recipe.entry(_constants(instruction, raw, offsets))]
         return self._emit(mode, False, Translation(rip, recipe.length), chosen, False, single=True)
 
     def _emit(

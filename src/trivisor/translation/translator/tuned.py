@@ -1,0 +1,270 @@
+"""Blocks that turned out to be hot, made anew: cheaper ways to memory for each of their instructions.
+
+Two things make a tuned block faster than the one that was made at first sight.
+
+A *site cache* is a TLB of one entry for one place in the code: the same page
+again and again is the rule there, and an entry at a fixed place in the state
+block is read long before the address is known, which takes the look-up off
+the critical path.  Where it is not the rule, the tuner sees the misses, and
+the instruction gets the TLB's plain check back.
+
+A *group* is a run of instructions that access memory off the same registers:
+pushes, pops and the return after them, fields of a structure.  The first of
+them checks the whole range, the others use the host address that it leaves in
+r10.  If the check fails, because the range runs into another page or has to
+be done by Python, the block is left for a plain one at the same place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from iced_x86 import (
+    ConstantOffsets,
+    Decoder,
+    Instruction,
+    InstructionInfoFactory,
+    MemorySizeExt,
+    Mnemonic,
+    OpAccess,
+    OpKind,
+    Register,
+    RegisterExt,
+)
+
+from trivisor.translation.layout import SITES
+from trivisor.translation.translator.instructions import InstructionMaker
+from trivisor.translation.translator.recipe import KIND_WRITE, Form, Recipe
+from trivisor.translation.translator.registers import GPR
+
+LARGEST_SPAN = 256
+"""Bytes of a group's range: a longer one would run into the next page too often."""
+_CACHED_CHECKS = ([False], [True], [False, True], [True, False])
+"""Which checks (whether they are for writing) an instruction may have that gets site caches.
+
+Gathers and their like, and those that read two places, keep to the TLB.
+"""
+
+PLAIN_CHECK = -1
+"""In `Form.sites`: this check does not go by a site cache."""
+_STACK_READ, _STACK_WRITE, FIRST_FREE_SITE = 0, 1, 2
+
+_WRITES = {OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE}
+
+Address = tuple[int, int, int, int]
+"""Segment (for FS and GS), base, index, scale."""
+_STACK: Address = (Register.NONE, Register.RSP, Register.NONE, 1)
+
+
+class Decoded(NamedTuple):
+    """An instruction of the block."""
+
+    instruction: Instruction
+    raw: bytes
+    offsets: ConstantOffsets
+
+
+class _Access(NamedTuple):
+    """What an instruction does to memory, if it may be in a group."""
+
+    address: Address
+    displacement: int
+    size: int
+    write: bool
+    moves: int
+    """What it adds to the base register afterwards."""
+
+
+@dataclass(slots=True)
+class _Group:
+    """Instructions that may share a check; distances are from what `address` was at the first."""
+
+    address: Address
+    members: list[tuple[int, int]] = field(default_factory=list)
+    """(index in the block, distance)."""
+    low: int = 0
+    high: int = 0
+    write: bool = False
+    shift: int = 0
+    """How far the base register has moved since."""
+
+    def take(self, index: int, access: _Access) -> bool:
+        """Add an instruction's access, unless the range would become too long."""
+        at = self.shift + access.displacement
+        low, high = (min(self.low, at), max(self.high, at + access.size)) if self.members else (at, at + access.size)
+        if high - low > LARGEST_SPAN:
+            return False
+        self.low, self.high, self.write = low, high, self.write or access.write
+        self.members.append((index, at))
+        self.shift += access.moves
+        return True
+
+
+class Tuning:
+    """Finds how the instructions of a block are to reach memory; `forms` has the outcome."""
+
+    def __init__(self, maker: InstructionMaker, decoded: list[Decoded], first_site: int, scattered: set[int]) -> None:
+        """`scattered`: indexes of the instructions whose site caches would miss."""
+        self._maker = maker
+        self._decoded = decoded
+        self._scattered = scattered
+        self._info = InstructionInfoFactory()
+        self._plain = [maker.make(*one) for one in decoded]
+        self.forms: list[Form | None] = [None] * len(decoded)
+        self.next_site = first_site
+        self._known_sites: dict[tuple[Address, bool, int], int] = {}
+        for group in self._groups():
+            self._form(group)
+
+    def recipe(self, index: int) -> Recipe:
+        """The instruction's recipe as it is to be now."""
+        form = self.forms[index]
+        return self._plain[index] if form is None else self._maker.make(*self._decoded[index], form=form)
+
+    @property
+    def pays(self) -> bool:
+        """Whether anything is different from a plain block."""
+        return any(form is not None for form in self.forms)
+
+    # -- groups ---------------------------------------------------------------------------------------------
+
+    def _groups(self) -> list[_Group]:
+        """All accesses, as groups of one or more."""
+        groups: list[_Group] = []
+        current: _Group | None = None
+        for index, (instruction, _, _) in enumerate(self._decoded):
+            recipe = self._plain[index]
+            access = self._access(instruction, recipe)
+            if access is not None:
+                if current is None or current.address != access.address or not current.take(index, access):
+                    current = _Group(access.address)
+                    current.take(index, access)
+                    groups.append(current)
+                if self._spoils(instruction, access.address, access.moves):
+                    current = None
+            elif recipe.checks:
+                single = _Group(_address(instruction), [(index, 0)], instruction.memory_displacement)
+                groups.append(single)
+                current = None
+            elif current is not None:
+                moved = _moves(instruction, current.address)
+                if _touches_r10(recipe):
+                    current = None
+                elif moved is not None:
+                    current.shift += moved
+                elif self._spoils(instruction, current.address, 0):
+                    current = None
+        return groups
+
+    def _access(self, instruction: Instruction, recipe: Recipe) -> _Access | None:
+        """The instruction's one access, if others may share its check and it may share theirs."""
+        if recipe.checks != 1 or any(item.escapes or item.loops for item in recipe.items):
+            return None
+        size = abs(instruction.stack_pointer_increment)
+        mnemonic = instruction.mnemonic
+        if instruction.is_call_near:
+            return _Access(_STACK, -size, size, True, -size)
+        if mnemonic == Mnemonic.RET:
+            return _Access(_STACK, 0, 8, False, size)
+        if mnemonic in (Mnemonic.PUSH, Mnemonic.POP) and instruction.op0_kind != OpKind.MEMORY:
+            if mnemonic == Mnemonic.PUSH:
+                return _Access(_STACK, -size, size, True, -size)
+            return None if instruction.op0_register == Register.RSP else _Access(_STACK, 0, size, False, size)
+        if recipe.ends is not None or not recipe.takes_form:
+            return None
+        operands = [i for i in range(instruction.op_count) if instruction.op_kind(i) == OpKind.MEMORY]
+        size = MemorySizeExt.size(instruction.memory_size)
+        if len(operands) != 1 or not 0 < size <= 64 or instruction.memory_base == Register.EIP:
+            return None
+        if self._maker.address_bits(instruction) != 64:
+            return None
+        write = self._info.info(instruction).op_access(operands[0]) in _WRITES
+        displacement = instruction.memory_displacement
+        displacement -= (displacement >> 63) << 64
+        return _Access(_address(instruction), displacement, size, write, 0)
+
+    def _spoils(self, instruction: Instruction, address: Address, moves: int) -> bool:
+        """Whether the instruction changes a register of the address by more than is known."""
+        for used in self._info.info(instruction).used_registers():
+            if used.access in _WRITES:
+                full = RegisterExt.full_register(used.register)
+                if full in address[1:3] and not (full == Register.RSP and moves):
+                    return True
+        return False
+
+    # -- forms ----------------------------------------------------------------------------------------------
+
+    def _form(self, group: _Group) -> None:
+        """Give the group's instructions their forms."""
+        first = group.members[0][0]
+        if len(group.members) == 1:
+            write = [bool(miss.kind_and_size & KIND_WRITE) for item in self._plain[first].items for miss in item.misses]
+            if write in _CACHED_CHECKS and first not in self._scattered:
+                self.forms[first] = Form(tuple(self._site(group, kind) for kind in write))
+            return
+        scattered = first in self._scattered
+        site = PLAIN_CHECK if scattered else self._site(group, group.write)
+        for index, at in group.members:
+            leads = index == first
+            self.forms[index] = Form(
+                (site,) if leads else (), at - group.low, group.high - group.low if leads else 0, group.write
+            )
+
+    def _site(self, group: _Group, write: bool) -> int:
+        """The number of the site cache for a group: that of others off the same registers and close by, if any."""
+        if group.address == _STACK:
+            return _STACK_WRITE if write else _STACK_READ
+        key = group.address, write, group.low // LARGEST_SPAN
+        site = self._known_sites.get(key)
+        if site is None:
+            site = self._known_sites[key] = self.next_site
+            self.next_site += 1
+            if self.next_site == SITES:
+                self.next_site = FIRST_FREE_SITE
+        return site
+
+
+def _address(instruction: Instruction) -> Address:
+    """What the memory operand's address is made of, but for its displacement; the stack's without an operand."""
+    if all(instruction.op_kind(i) != OpKind.MEMORY for i in range(instruction.op_count)):
+        return _STACK
+    segment = instruction.memory_segment
+    return (
+        segment if segment in (Register.FS, Register.GS) else Register.NONE,
+        instruction.memory_base,
+        instruction.memory_index,
+        instruction.memory_index_scale if instruction.memory_index != Register.NONE else 1,
+    )
+
+
+def _moves(instruction: Instruction, address: Address) -> int | None:
+    """What an instruction adds to the address's base register, if that is a constant and all that it does."""
+    base = address[1]
+    if instruction.op_count != 2 or instruction.op0_kind != OpKind.REGISTER or instruction.op0_register != base:
+        return None
+    if address[2] == base or GPR.get(base, (0, 0))[1] != 8:
+        return None
+    mnemonic = instruction.mnemonic
+    if mnemonic in (Mnemonic.ADD, Mnemonic.SUB) and instruction.op1_kind in _IMMEDIATES:
+        value: int = instruction.immediate(1)
+        value -= (value >> 63) << 64
+        return value if mnemonic == Mnemonic.ADD else -value
+    if mnemonic == Mnemonic.LEA and instruction.memory_base == base and instruction.memory_index == Register.NONE:
+        value = instruction.memory_displacement
+        return value - ((value >> 63) << 64)
+    return None
+
+
+_IMMEDIATES = {OpKind.IMMEDIATE8TO64, OpKind.IMMEDIATE32TO64}
+
+
+def _touches_r10(recipe: Recipe) -> bool:
+    """Whether the host code of an instruction without memory operands uses r10."""
+    info = InstructionInfoFactory()
+    code = b"".join(item.code for item in recipe.items)
+    return any(
+        RegisterExt.full_register(used.register) == Register.R10
+        for instruction in Decoder(64, code)
+        for used in info.info(instruction).used_registers()
+    )

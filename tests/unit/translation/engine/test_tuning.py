@@ -1,0 +1,179 @@
+"""Tuned blocks (translator/tuned.py): site caches and one check for several accesses change nothing but the time."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.unit.translation.engine.guest import DATA, STACK, Machine, Make, P, U, W
+from trivisor.machine.exits import Kicked
+
+ONE, TWO = 0x400000, 0x500000
+"""Physical pages."""
+PAGE = 0x10_0000_0000
+"""A linear page that leads to one or the other."""
+
+
+def tuned(machine: Make, source: str, **options: object) -> Machine:
+    made = machine(source, **options)
+    made.vcpu.blocks.tunes_at_once = True
+    return made
+
+
+def made(m: Machine) -> int:
+    return m.vcpu.blocks.tuned
+
+
+def run_until_made(m: Machine, count: int) -> None:
+    """Run an endless guest until so many blocks were tuned."""
+
+    def look() -> None:
+        if made(m) >= count:
+            m.vcpu.kick()
+        m.board.clock.at(m.board.clock.now() + 20_000_000, look)
+
+    look()
+    assert isinstance(m.run(), Kicked)
+    assert made(m) == count
+
+
+def test_a_block_that_runs_for_long_is_tuned(machine: Make) -> None:
+    m = machine("again: add rax, [rbx]\n mov [rbx+8], rax\n jmp again")
+    m.set(rbx=DATA)
+    m.memory.write_u64(DATA, 1)
+    run_until_made(m, 1)
+    assert m["rax"] - 1 <= m.memory.read_u64(DATA + 8) <= m["rax"]
+
+
+def test_accesses_all_over_memory_go_back_to_the_tlb(machine: Make) -> None:
+    m = machine("again: add rax, [rbx+rcx]\n add rcx, 4096\n and rcx, 0x1fffff\n jmp again")
+    m.set(rbx=DATA, rcx=0)
+    run_until_made(m, 2)  # once with a site cache, once without
+
+
+def test_one_check_serves_pushes_and_pops(machine: Make) -> None:
+    m = tuned(machine, "push rax\n push rbx\n sub rsp, 32\n mov [rsp+8], rcx\n add rsp, 32\n pop rdx\n pop rsi\n hlt")
+    m.halt(rax=1, rbx=2, rcx=3)
+    assert made(m) == 1
+    assert (m["rdx"], m["rsi"], m["rsp"], m.memory.read_u64(STACK - 40)) == (2, 1, STACK, 3)
+
+
+@pytest.mark.parametrize("above", range(0, 48, 8))
+def test_a_group_across_pages_goes_one_by_one(machine: Make, above: int) -> None:
+    m = tuned(machine, "push rax\n push rbx\n push rcx\n push rdx\n pop r8\n pop r9\n pop r10\n pop r11\n hlt")
+    m.map(PAGE, TWO)
+    m.map(PAGE - 0x1000, ONE)
+    m.halt(rax=1, rbx=2, rcx=3, rdx=4, rsp=PAGE + above)
+    assert [m[r] for r in ("r8", "r9", "r10", "r11", "rsp")] == [4, 3, 2, 1, PAGE + above]
+
+
+@pytest.mark.parametrize("pushed", range(4))
+def test_a_fault_in_a_group_is_where_it_happens(machine: Make, pushed: int) -> None:
+    m = tuned(machine, "push rax\n push rbx\n push rcx\n push rdx\n hlt")
+    m.map(PAGE, ONE)
+    m.map(PAGE - 0x1000, 0, 0)
+    m.gate(14, 0x9000 + 14 * 16, ist=1)
+    frame = m.fault(rsp=PAGE + 8 * pushed, rax=7)
+    assert (frame.vector, frame.rip, frame.rsp) == (14, m.origin + pushed, PAGE)
+    assert m.core.cr2 == PAGE - 8
+    assert all(m.memory.read_u64(ONE + 8 * i) != 7 for i in range(pushed - 1))
+
+
+def test_flags_live_across_a_group_that_fails(machine: Make) -> None:
+    m = tuned(machine, "cmp rax, rbx\n push rax\n push rbx\n pop rcx\n pop rdx\n setb sil\n seto dil\n hlt")
+    m.map(PAGE, TWO)
+    m.map(PAGE - 0x1000, ONE)
+    for rax, rbx, below, overflow in ((1, 2, 1, 0), (2, 1, 0, 0), (1 << 63, 1, 0, 1)):
+        m.restart()
+        m.halt(rax=rax, rbx=rbx, rsp=PAGE + 8, rsi=0, rdi=0)
+        assert (m["rsi"], m["rdi"], m["rcx"], m["rdx"]) == (below, overflow, rbx, rax)
+
+
+@pytest.mark.parametrize(
+    ("flush", "effect"),
+    [("invlpg [r8]", True), ("mov rax, cr3\n mov cr3, rax", True), ("nop", False)],
+)
+def test_site_caches_go_with_the_tlb(machine: Make, flush: str, effect: bool) -> None:
+    m = tuned(machine, f"mov rbx, [r8]\n out 0x80, al\n jmp on\n on: {flush}\n mov rcx, [r8]\n hlt")
+    at = m.map(PAGE, ONE)
+    m.memory.write_u64(ONE, 1)
+    m.memory.write_u64(TWO, 2)
+    m.on_port(lambda _: m.memory.write_u64(at, TWO | P | W | U))
+    m.halt(r8=PAGE)
+    assert (m["rbx"], m["rcx"]) == (1, 2 if effect else 1)
+
+
+def test_a_site_cache_of_the_kernel_is_not_the_user_s(machine: Make) -> None:
+    m = tuned(machine, "read: mov rax, [r8]\n hlt\n user: mov rax, [r8]\n hlt")
+    m.map(PAGE, ONE, P | W)
+    m.halt("read", r8=PAGE)
+    m.restart_at("user", cpl=3, r8=PAGE)
+    assert m.fault("user").error == 5
+
+
+def test_a_write_to_code_through_a_site_cache(machine: Make) -> None:
+    m = tuned(machine, "again: mov [r8], rbx\n call r8\n add rbx, 0x100\n loop again\n hlt")
+    # mov al, imm8; ret
+    m.halt(r8=DATA, rbx=0x00C3_05B0, rcx=1)
+    assert m["rax"] & 0xFF == 5
+    m.restart()
+    m.halt(r8=DATA, rbx=0x00C3_06B0, rcx=3)
+    assert m["rax"] & 0xFF == 8
+
+
+_REGISTERS = ("rax", "rcx", "rbx", "rsi", "rdi", "r9", "r10", "r11", "r12", "r15")
+
+
+def _program(rng: random.Random) -> str:
+    """Code with many accesses off few registers, which move a little."""
+    base, data = rng.sample(("rbx", "rbp", "r11", "r13", "r15"), 2)
+    others = [r for r in _REGISTERS if r not in (base, data)]
+    lines = []
+    depth = 0
+    for _ in range(rng.randrange(6, 20)):
+        register, displacement = rng.choice(others), 8 * rng.randrange(-9, 9) + rng.randrange(2)
+        off = rng.choice((base, base, data, "rsp"))
+        kinds = [
+            f"push {register}", f"mov {register}, [{off}+{displacement}]", f"mov [{off}+{displacement}], {register}",
+            f"add {register}, [{off}+{displacement}]", f"add dword [{off}+{displacement}], 5", "cmp rax, rcx",
+            f"movzx ecx, byte [{off}+{displacement}]", f"lea {base}, [{base}+{displacement & ~7}]",
+            f"add {base}, {displacement & ~7}", f"sub {data}, 8", f"adc {register}, rcx", f"mov {register}, {base}",
+            "bt rax, rcx", f"xchg [{off}+{displacement}], {register}", "sub rsp, 16", f"movq xmm1, [{off}+{displacement}]",
+            f"movdqu [{off}+{displacement}], xmm1", f"lock xadd [{off}+{displacement}], {register}",
+        ]  # fmt: skip
+        if depth:
+            kinds += [f"pop {register}"] * 4
+        line = rng.choice(kinds)
+        depth += line.startswith("push") - line.startswith("pop") + 2 * line.startswith("sub rsp")
+        lines.append(line)
+    return "\n".join([*lines, "hlt"])
+
+
+def test_random_groups_do_what_single_accesses_do(machine: Make) -> None:
+    """Around a page's end, where groups fail, and within."""
+    m = machine("hlt")
+    m.map(PAGE - 0x1000, ONE)
+    m.map(PAGE, TWO)
+    tuned_blocks = 0
+    for seed in range(150):
+        rng = random.Random(seed)
+        m.put(_program(rng), m.origin)
+        near = PAGE + rng.choice((-0x800, -0x20, 0, 0x28, 0x800))
+        registers = {name: rng.getrandbits(64) for name in _REGISTERS}
+        registers |= {name: near + 8 * rng.randrange(-8, 8) for name in ("rbx", "rbp", "r11", "r13", "r15", "rsp")}
+        contents = rng.randbytes(0x1000), rng.randbytes(0x1000)
+        outcomes = []
+        for at_once in (False, True):
+            m.vcpu.memory_written(m.origin, 0x1000)
+            m.vcpu.blocks.flush()
+            m.vcpu.blocks.tunes_at_once = at_once
+            before = made(m)
+            m.memory.write(ONE, contents[0])
+            m.memory.write(TWO, contents[1])
+            m.restart()
+            m.halt(**registers)
+            outcomes.append((list(m.core.regs), m.core.rflags, m.memory.read(ONE, 0x1000), m.memory.read(TWO, 0x1000)))
+            tuned_blocks += made(m) - before
+        assert outcomes[0] == outcomes[1], f"seed {seed}"
+    assert tuned_blocks > 100

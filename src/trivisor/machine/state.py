@@ -80,6 +80,11 @@ class CpuState:
     """Interrupts are held off for one instruction (after STI, MOV SS)."""
     halted: bool = False
     nmi_blocked: bool = False
+    nmi_pending: bool = False
+    interrupts_pending: list[int] = field(default_factory=list)
+    """Vectors of external interrupts that were acknowledged, or injected by hand, and not delivered yet."""
+    exception_pending: tuple[int, int | None] | None = None
+    """(vector, error code) of an exception to deliver before the next instruction; CR2 and DR6 are set already."""
 
     def segments(self) -> dict[str, Segment]:
         """The six segment registers by name, in encoding order."""

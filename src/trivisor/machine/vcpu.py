@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from trivisor.machine.bus import Bus
 from trivisor.machine.clock import Clock
+from trivisor.machine.cpuid import GuestCpuid
 from trivisor.machine.exits import Exit
 from trivisor.machine.fast_ports import FastPorts
 from trivisor.machine.interrupts import InterruptController
@@ -61,6 +62,13 @@ class Vcpu(Protocol):
     """Subscribers by exit type, called with each exit of that type as it happens."""
     technique: str
     engine: str
+    guest_cpuid: GuestCpuid
+    """The processor that the guest sees."""
+    tsc_offset: int
+    """What the guest's time-stamp counter is ahead of the host's, modulo 2^64; ValueError where it cannot be set."""
+
+    def attach(self) -> None:
+        """Be the processor that the board's wires lead to: its timers, interrupts and TSC."""
 
     def run(self) -> Exit:
         """Run until something needs the monitor: Halt for good, Shutdown, Kicked, DebugStop, Unsupported."""

@@ -105,10 +105,14 @@ def _load(plan: BootPlan, memory: GuestMemory, board: Pc) -> CpuState:
 
 
 def _vcpu(technique: str, board: Pc, hardware: Hardware) -> Vcpu:
-    assert technique == "translation"
     from trivisor.translation.cpu import TranslationVcpu
 
-    return TranslationVcpu(board, hardware.cpu)
+    if technique == "translation":
+        return TranslationVcpu(board, hardware.cpu)
+    assert technique == "hardware"
+    from trivisor.hardware.kvm.cpu import KvmVcpu
+
+    return KvmVcpu(board, hardware.cpu, substitute=lambda cpuid: TranslationVcpu(board, cpuid=cpuid))
 
 
 def _keeper(vcpu: Vcpu, kernel: Path) -> Keeper | None:

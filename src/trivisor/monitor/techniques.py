@@ -22,7 +22,7 @@ TECHNIQUES = {
     technique.name: technique
     for technique in (
         Technique("translation", "full virtualization by binary translation"),
-        Technique("hardware", "hardware-assisted virtualization", "not in this version"),
+        Technique("hardware", "hardware-assisted virtualization"),
         Technique("paravirt", "paravirtualization (Xen PV guests)", "not in this version"),
     )
 }

@@ -310,10 +310,19 @@ class BlockStore:
 
     def written(self, address: int, length: int) -> None:
         """Physical [address, address + length) is about to change: forget what was made from it."""
-        for page in range(address & ~0xFFF, address + length, 0x1000):
+        first, end = address & ~0xFFF, address + length
+        far = length >> 12 > self.tables.block_count
+        for page in self._pages_with_blocks() if far else range(first, end, 0x1000):
+            if not first <= page < end:
+                continue
             if self.mmu.memory.is_ram(page, 0x1000) and self.tables.page_blocks[page >> 12]:
-                start, end = max(address - page, 0), min(address + length - page, 0x1000)
-                self.native.forget_bytes(page >> 12, start, end)
+                self.native.forget_bytes(page >> 12, max(address - page, 0), min(end - page, 0x1000))
+
+    def _pages_with_blocks(self) -> set[int]:
+        """The physical pages that any block stands on."""
+        quads, step = self.tables.block_quads, BLOCK_SIZE // 8
+        rows = range(step, self.tables.block_count * step, step)
+        return {quads[at + BLOCK[field] // 8] & ~0xFFF for at in rows for field in ("B_KEY", "B_SECOND")}
 
     def forget_page(self, page: int) -> None:
         """The whole page is about to be overwritten."""
@@ -324,10 +333,9 @@ class BlockStore:
         self.flushes += 1
         tables, lines = self.tables, self.mmu.code_lines
         memory = self.mmu.memory
-        for at in range(BLOCK_SIZE // 8, tables.block_count * (BLOCK_SIZE // 8), BLOCK_SIZE // 8):
-            for page in (tables.block_quads[at + BLOCK["B_KEY"] // 8], tables.block_quads[at + BLOCK["B_SECOND"] // 8]):
-                if memory.is_ram(page & ~0xFFF, 0x1000):
-                    lines[page >> 12] = tables.page_blocks[page >> 12] = 0
+        for page in self._pages_with_blocks():
+            if memory.is_ram(page, 0x1000):
+                lines[page >> 12] = tables.page_blocks[page >> 12] = 0
         tables.clear()
         self._steps.clear()
         self.cache.used = self._helpers_end

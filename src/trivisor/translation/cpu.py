@@ -11,22 +11,23 @@ from typing import Any
 from iced_x86 import Instruction, Mnemonic
 
 from trivisor.machine import tsc
+from trivisor.machine.cpuid import GuestCpuid, guest_cpuid
 from trivisor.machine.exits import DebugStop, ExceptionExit, Exit, Halt, Kicked, MsrRead, MsrWrite, Unsupported
+from trivisor.machine.host_timer import HostTimer
+from trivisor.machine.msrs import MsrFile
 from trivisor.machine.state import CpuState
 from trivisor.machine.vcpu import Surroundings
 from trivisor.translation import slow_access
 from trivisor.translation.block_store import BlockStore
 from trivisor.translation.block_tables import Block
 from trivisor.translation.core import CS, MASK64, SS, Core
-from trivisor.translation.cpuid import guest_cpuid
 from trivisor.translation.emulator import events, system
 from trivisor.translation.emulator.contract import UnsupportedFeature
 from trivisor.translation.emulator.debug_exceptions import debug_exception
-from trivisor.translation.host_signals import HostTimer
+from trivisor.translation.host_signals import poll_timer
 from trivisor.translation.layout import EXITS, OFFSETS
 from trivisor.translation.mmu import Mmu
 from trivisor.translation.modes import MAXIMUM_SEGMENTED, OTHER_DEBUG, OTHER_TSD, Mode
-from trivisor.translation.msrs import MsrFile
 from trivisor.translation.native_code import NativeCode
 from trivisor.translation.port_gate import PortGate
 from trivisor.translation.segmentation import segmentation, set_windows
@@ -45,7 +46,7 @@ from trivisor.x86.control import (
     DR6_BS,
     EFER_LMA,
 )
-from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, host_cpuid, host_xgetbv
+from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, host_cpuid, host_xgetbv, xsave_area
 from trivisor.x86.descriptors import DB, LONG
 from trivisor.x86.exceptions import NMI, GuestException
 from trivisor.x86.flags import RF, TF
@@ -73,12 +74,17 @@ class TranslationVcpu:
     technique = "translation"
     engine = "binary translation, x86-64 on x86-64"
 
-    def __init__(self, board: Surroundings, choice: CpuChoice = USUAL_CPU) -> None:
-        """Raises ValueError for features that cannot be switched so; see `cpuid.guest_cpuid`."""
+    def __init__(
+        self, board: Surroundings, choice: CpuChoice = USUAL_CPU, cpuid: GuestCpuid | None = None
+    ) -> None:
+        """The guest sees the processor `cpuid`; without one the best that this host allows, changed by `choice`.
+
+        Raises ValueError for features that cannot be switched so; see `machine.cpuid.guest_cpuid`.
+        """
         self.board = board
         self.observed: dict[type, list[Callable[[Any], None]]] = {}
         self.core = Core(board.memory)
-        self._cpuid = guest_cpuid(
+        self.guest_cpuid = cpuid or guest_cpuid(
             host_cpuid,
             tsc_frequency=board.tsc_frequency,
             crystal_frequency=board.crystal_frequency,
@@ -87,15 +93,18 @@ class TranslationVcpu:
             without=choice.removed,
             vendor=choice.vendor,
         )
-        self.msrs = MsrFile(self._cpuid, tsc_frequency=board.tsc_frequency)
-        self.mmu = Mmu(self.core, board.memory, board.mmio, self._cpuid.physical_bits)
+        self.msrs = MsrFile(self.guest_cpuid, tsc_frequency=board.tsc_frequency)
+        self.mmu = Mmu(self.core, board.memory, board.mmio, self.guest_cpuid.physical_bits)
         self.mmu.observed = self.observed
         self._words = self.core.words
         self._kicked = False
         self._waiting = False  # an interrupt waits for IF
-        self._nmi_waiting = False
+        self.nmi_waiting = False
         self._natively = 0  # what NATIVE_EVENTS is but for single steps
-        self._injected: list[int] = []  # vectors that `interrupt` was given and that wait for IF
+        self.injected: list[int] = []
+        """Vectors that `interrupt` was given and that wait for IF."""
+        self.exception: GuestException | None = None
+        """One whose delivery another processor had begun: it comes before anything else."""
         self.halted = False
         self._closed = False
         self._wake = threading.Event()
@@ -105,22 +114,19 @@ class TranslationVcpu:
         self._cache_keys = [-1, -1, -1]
         self._counts: dict[str | int, int] = {}
         self._translated_ns = self._idle_ns = self._total_ns = 0
-        host_xcr0 = host_xgetbv() if "xsave" in self._cpuid.features else 0
-        self.xcr0_supported = self._cpuid.xcr0_supported & host_xcr0
-        self.xsave_size = 576 + 256 if self.xcr0_supported & 4 else 576
+        host_xcr0 = host_xgetbv() if "xsave" in self.guest_cpuid.features else 0
+        self.xcr0_supported = self.guest_cpuid.xcr0_supported & host_xcr0
+        self.xsave_size = xsave_area(self.xcr0_supported)
         self._native = native = NativeCode(self.core, self.xcr0_supported, CODE_CACHE_SIZE)
         self.mmu.native_walker = native.walk
         self._deliver_interrupt = native.address("external")
         self.blocks = BlockStore(
-            self.core, self.mmu, native, decoder_features(self._cpuid.features), self.xsave_size
+            self.core, self.mmu, native, decoder_features(self.guest_cpuid.features), self.xsave_size
         )
         self.mmu.on_code_write = self.blocks.written
         self.tuner = Tuner(self.core, self.blocks, self._by_key)
         self._timer: HostTimer | None = None
-        board.clock.on_earlier = self._arm_timer
-        board.interrupts.on_pending = self._look
-        board.interrupts.on_nmi = self._nmi
-        board.tsc = self.tsc
+        self.attach()
         self._handlers: dict[int, Callable[[], Exit | None]] = {
             EXITS["EXIT_LOOKUP"]: lambda: None,
             EXITS["EXIT_POLL"]: lambda: None,
@@ -138,12 +144,21 @@ class TranslationVcpu:
         self._next: int | None = None  # host address to go on at, instead of looking rip up
         self.state = CpuState()
 
+    def attach(self) -> None:
+        board = self.board
+        board.clock.on_earlier = self._arm_timer
+        board.interrupts.on_pending = self._look
+        board.interrupts.on_nmi = self._nmi
+        board.tsc = self.tsc
+        self._look()
+
     def close(self) -> None:
         """Give host resources back; the processor must not be used afterwards."""
         if self._closed:
             return
         self._closed = True
-        self.board.clock.on_earlier = None
+        if self.board.clock.on_earlier == self._arm_timer:  # else another processor has the board by now
+            self.board.clock.on_earlier = None
         if self._timer is not None:
             self._timer.close()
         self._ports.close()
@@ -173,7 +188,7 @@ class TranslationVcpu:
         enabled = True
         if 0x1B in self.board.msrs:
             enabled = bool(self.board.msrs[0x1B][0]() & 0x800)
-        return self._cpuid.query(leaf, subleaf, cr4=core.cr4, xcr0=core.xcr0, apic_enabled=enabled)
+        return self.guest_cpuid.query(leaf, subleaf, cr4=core.cr4, xcr0=core.xcr0, apic_enabled=enabled)
 
     def load(self, linear: int, size: int, *, system: bool = False) -> int:
         value = self.mmu.load(linear, size, self.core.cpl == 3 and not system)
@@ -201,6 +216,15 @@ class TranslationVcpu:
     def tsc(self) -> int:
         value: int = (tsc.read() + self.core.tsc_offset) & ((1 << 64) - 1)
         return value
+
+    @property
+    def tsc_offset(self) -> int:
+        return int(self.core.tsc_offset)
+
+    @tsc_offset.setter
+    def tsc_offset(self, offset: int) -> None:
+        self.core.tsc_offset = offset
+        self.board.tsc_changed()
 
     def mode_changed(self) -> None:
         core = self.core
@@ -250,7 +274,7 @@ class TranslationVcpu:
                 self._by_key[sibling.key] = sibling
                 self._claim_jumps(sibling)
             self._note_segments()
-        reserved = ((1 << 52) - 1) & ~((1 << self._cpuid.physical_bits) - 1)
+        reserved = ((1 << 52) - 1) & ~((1 << self.guest_cpuid.physical_bits) - 1)
         words[OFFSETS["PHYSICAL_LIMIT_MASK"] // 8] = reserved | (0 if core.efer & 0x800 else 1 << 63)
 
     def _segmented_number(self) -> int:
@@ -303,7 +327,7 @@ class TranslationVcpu:
     def run(self) -> Exit:
         started = time.perf_counter_ns()
         if self._timer is None:
-            self._timer = HostTimer(self.core.address)
+            self._timer = poll_timer(self.core.address)
         self._mind_observers()
         self.tuner.start()
         try:
@@ -339,7 +363,7 @@ class TranslationVcpu:
     def _turn(self, single: bool) -> Exit | None:
         """Serve what waits, then run translated code until it comes back, or one instruction."""
         words, core = self._words, self.core
-        if words[_PENDING] or (self._waiting and core.interrupt_flag) or self._nmi_waiting:
+        if words[_PENDING] or (self._waiting and core.interrupt_flag) or self.nmi_waiting:
             if core.debug.pending and not core.debug.blocked:
                 self._next = None
                 raise debug_exception(core, core.debug.take())
@@ -395,6 +419,9 @@ class TranslationVcpu:
     def _serve(self, single: bool) -> Exit | None:
         """Timers, kicks and interrupts; `single` if one instruction is to follow."""
         words = self._words
+        if self.exception is not None:
+            fault, self.exception = self.exception, None
+            raise fault
         words[_PENDING] = 0
         words[_ARMED] = words[_POLL] = words[_GOOD]
         self._waiting = False
@@ -408,12 +435,12 @@ class TranslationVcpu:
             self._kicked = False
             words[_PENDING] = 1
             return Kicked()
-        if self._nmi_waiting and not self.core.nmi_blocked:
-            self._nmi_waiting = False
+        if self.nmi_waiting and not self.core.nmi_blocked:
+            self.nmi_waiting = False
             self.count("nmi")
             if (shutdown := self._deliver(NMI)) is not None:
                 return shutdown
-        interrupts, injected = board.interrupts, self._injected
+        interrupts, injected = board.interrupts, self.injected
         if not injected and not interrupts.pending():
             return None
         if self.core.interrupt_flag:
@@ -429,7 +456,7 @@ class TranslationVcpu:
         return None
 
     def interrupt(self, vector: int) -> None:
-        self._injected.append(vector)
+        self.injected.append(vector)
         self._look()
 
     def _take(self, vector: int) -> Exit | None:
@@ -468,7 +495,7 @@ class TranslationVcpu:
 
     def _nmi(self) -> None:
         """A non-maskable interrupt has come; from the run loop's own thread."""
-        self._nmi_waiting = True
+        self.nmi_waiting = True
         self._look()
 
     def attention(self) -> None:
@@ -489,8 +516,8 @@ class TranslationVcpu:
             while True:
                 words[_PENDING] = 0
                 clock.run_due()
-                wanted = self._injected or self.board.interrupts.pending()
-                if wanted or (self._nmi_waiting and not self.core.nmi_blocked):
+                wanted = self.injected or self.board.interrupts.pending()
+                if wanted or (self.nmi_waiting and not self.core.nmi_blocked):
                     self.halted = False
                     words[_PENDING] = 1
                     return None

@@ -14,6 +14,7 @@ import mmap
 import signal
 import threading
 
+from trivisor.machine.host_timer import HostTimer
 from trivisor.translation.code_cache import CodeCache
 from trivisor.translation.layout import SYMBOLS
 from trivisor.x86.assembler import assemble
@@ -29,12 +30,6 @@ _SA_RESTORER = 0x04000000
 _SA_NODEFER = 0x40000000
 _SA_RESTART = 0x10000000
 _SYS_RT_SIGACTION = 13
-_SYS_GETTID = 186
-_SYS_TIMER_CREATE = 222
-_SYS_TIMER_SETTIME = 223
-_SYS_TIMER_DELETE = 226
-_CLOCK_MONOTONIC = 1
-_SIGEV_THREAD_ID = 4
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -193,44 +188,10 @@ class HostSignals:
         self._words[slot * 4] = 0
 
 
-class _SigEvent(ctypes.Structure):
-    """struct sigevent."""
-
-    _fields_ = (
-        ("value", ctypes.c_uint64),
-        ("signo", ctypes.c_int),
-        ("notify", ctypes.c_int),
-        ("thread", ctypes.c_int),
-        ("padding", ctypes.c_int * 11),
-    )
-
-
-def _create_timer(clock: int, state: int, number: int) -> ctypes.c_int:
-    """A timer of the host that sends signal `number`, with the state block's address, to the calling thread."""
-    HostSignals.instance()
-    event = _SigEvent(state, number, _SIGEV_THREAD_ID, _libc.syscall(_SYS_GETTID))
-    timer = ctypes.c_int()
-    if _libc.syscall(_SYS_TIMER_CREATE, clock, ctypes.byref(event), ctypes.byref(timer)):
-        raise OSError(ctypes.get_errno(), "cannot create a host timer")
-    return timer
-
-
-class HostTimer:
+def poll_timer(state: int) -> HostTimer:
     """A host timer that asks translated code of one state block to come back to Python."""
-
-    def __init__(self, state: int) -> None:
-        self._timer = _create_timer(_CLOCK_MONOTONIC, state, TIMER_SIGNAL)
-        self._specification = (ctypes.c_int64 * 4)()
-        self._pointer = ctypes.addressof(self._specification)
-
-    def arm(self, delay: int) -> None:
-        """Fire once, `delay` nanoseconds from now (at least one)."""
-        self._specification[2], self._specification[3] = divmod(max(delay, 1), 1_000_000_000)
-        _libc.syscall(_SYS_TIMER_SETTIME, self._timer.value, 0, ctypes.c_void_p(self._pointer), None)
-
-    def close(self) -> None:
-        """Delete the host timer."""
-        _libc.syscall(_SYS_TIMER_DELETE, self._timer.value)
+    HostSignals.instance()
+    return HostTimer(TIMER_SIGNAL, state)
 
 
 class Sampler:
@@ -241,13 +202,13 @@ class Sampler:
     """
 
     def __init__(self, state: int) -> None:
-        self._timer = _create_timer(_CLOCK_MONOTONIC, state, SAMPLE_SIGNAL)
+        HostSignals.instance()
+        self._timer = HostTimer(SAMPLE_SIGNAL, state)
 
     def every(self, period: int) -> None:
         """Sample each `period` nanoseconds from now on; 0 stops it."""
-        specification = (ctypes.c_int64 * 4)(0, period, 0, period)
-        _libc.syscall(_SYS_TIMER_SETTIME, self._timer.value, 0, ctypes.byref(specification), None)
+        self._timer.every(period)
 
     def close(self) -> None:
         """Delete the host timer."""
-        _libc.syscall(_SYS_TIMER_DELETE, self._timer.value)
+        self._timer.close()

@@ -8,6 +8,7 @@ from trivisor.machine.state import SEGMENT_NAMES, CpuState, Segment, Table
 from trivisor.machine.vcpu import GeneralProtection
 from trivisor.translation.layout import OFFSETS
 from trivisor.x86 import msr
+from trivisor.x86.exceptions import GuestException
 
 if TYPE_CHECKING:
     from trivisor.translation.cpu import TranslationVcpu
@@ -52,6 +53,9 @@ def get_state(cpu: TranslationVcpu) -> CpuState:
         interrupt_shadow=core.interrupt_shadow,
         halted=cpu.halted,
         nmi_blocked=core.nmi_blocked,
+        nmi_pending=cpu.nmi_waiting,
+        interrupts_pending=list(cpu.injected),
+        exception_pending=None if cpu.exception is None else (cpu.exception.vector, cpu.exception.error_code),
     )
     state.msrs[msr.IA32_TIME_STAMP_COUNTER] = cpu.tsc()
     for name, view in zip((*SEGMENT_NAMES, "ldtr", "tr"), core.segments, strict=True):
@@ -81,6 +85,8 @@ def set_state(cpu: TranslationVcpu, state: CpuState) -> None:
     core.debug.pending, core.debug.blocked = 0, False
     core.interrupt_shadow = state.interrupt_shadow
     core.nmi_blocked = state.nmi_blocked
+    cpu.nmi_waiting, cpu.injected[:] = state.nmi_pending, state.interrupts_pending
+    cpu.exception = None if state.exception_pending is None else GuestException(*state.exception_pending)
     cpu.halted = state.halted
     for index, value in state.msrs.items():
         if index in _FIELDS:

@@ -176,6 +176,16 @@ def host_xgetbv() -> int:
     return int(_host_code().xgetbv())
 
 
+def xsave_area(xcr0: int, query: Query = host_cpuid) -> int:
+    """Bytes of the XSAVE area in standard format for the components of `xcr0`, as the processor lays it out."""
+    size = 576  # legacy region and header (SDM 1, 13.4)
+    for component in range(2, 63):
+        if xcr0 >> component & 1:
+            length, offset, _, _ = query(0xD, component)
+            size = max(size, offset + length)
+    return size
+
+
 def features(query: Query) -> frozenset[str]:
     """The names in `FEATURES` that `query` reports; leaves beyond its maximum count as zero."""
     limits = {0: query(0, 0)[EAX], 0x80000000: query(0x80000000, 0)[EAX]}

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from trivisor.machine import tsc
 from trivisor.machine.clock import Clock
@@ -79,7 +80,16 @@ class Recorder:
 class Machine:
     """A guest on its processor."""
 
-    def __init__(self, source: str, bits: int = 64, *, origin: int = CODE, cpl: int = 0, memory: int = 64 << 20) -> None:
+    def __init__(
+        self,
+        source: str,
+        bits: int = 64,
+        *,
+        origin: int = CODE,
+        cpl: int = 0,
+        memory: int = 64 << 20,
+        processor: Callable[[Pc], Any] = TranslationVcpu,
+    ) -> None:
         self.bits = bits
         self.origin = origin
         self.memory = GuestMemory(memory)
@@ -102,8 +112,8 @@ class Machine:
             _images[bits] = self.memory.read(PML4, HANDLERS + 0x1000 - PML4)
         else:
             self.memory.write(PML4, image)
-        self.vcpu = TranslationVcpu(self.board)
-        self.core = self.vcpu.core
+        self.vcpu = processor(self.board)
+        self.core = getattr(self.vcpu, "core", None)
         self.vcpu.state = self.initial_state(cpl)
         self.labels: dict[str, int] = {}
         self.put(source, origin)
@@ -294,9 +304,13 @@ class Machine:
 
     def frame(self) -> Frame:
         """The frame of the handler that has halted."""
-        vector = self.core.linear_rip - HANDLERS >> 4
+        return self.frame_of(self.vcpu.state)
+
+    def frame_of(self, state: CpuState) -> Frame:
+        """The same, of a processor in `state`."""
+        vector = (state.cs.base if self.bits != 64 else 0) + state.rip - HANDLERS >> 4
         size = self.bits // 8
-        at = self["rsp"]
+        at = state.gpr[4]
         error = None
         if vector in exceptions.PUSHES_ERROR_CODE:
             error = self.word(at)

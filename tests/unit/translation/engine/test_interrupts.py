@@ -352,3 +352,31 @@ def test_a_triple_fault_while_an_interrupt_is_delivered(machine: Make) -> None:
     pending_at_out(m)
     m.core.idtr_limit = 0
     assert isinstance(m.run(), Shutdown)
+
+
+# -- events that another processor left to be delivered -----------------------------------------------------
+
+
+def test_an_exception_that_waits_in_the_state_comes_first(machine: Make) -> None:
+    m = machine("inc eax\n hlt")
+    state = m.initial_state()
+    state.exception_pending = (13, 0x18)
+    m.vcpu.state = state
+    assert m.vcpu.state.exception_pending == (13, 0x18)
+    frame = m.fault()
+    assert (frame.vector, frame.error, frame.rip, m["rax"]) == (13, 0x18, m.origin, 0)
+    assert m.vcpu.state.exception_pending is None
+
+
+def test_interrupts_and_nmi_that_wait_travel_with_the_state(machine: Make) -> None:
+    m = machine("cli\n nop\n sti\n nop\n hlt")
+    state = m.initial_state()
+    state.interrupts_pending, state.nmi_pending = [0x55], True
+    m.vcpu.state = state
+    again = m.vcpu.state
+    assert (again.interrupts_pending, again.nmi_pending) == ([0x55], True)
+    assert m.fault().vector == 2
+    m.vcpu.state = state = m.initial_state()
+    state.interrupts_pending = [0x55]
+    m.vcpu.state = state
+    assert m.fault().vector == 0x55

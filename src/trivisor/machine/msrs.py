@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from trivisor.machine.cpuid import AMD, ARCH_CAPABILITIES, LINEAR_BITS, GuestCpuid
 from trivisor.machine.vcpu import GeneralProtection
-from trivisor.translation.cpuid import AMD, ARCH_CAPABILITIES, LINEAR_BITS, GuestCpuid
 from trivisor.x86 import msr, mtrr
 from trivisor.x86.paging import is_canonical
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trivisor.translation.cpuid import (
+from trivisor.machine.cpuid import (
     ARCH_CAPABILITIES,
     COPIED,
     EMULATED,

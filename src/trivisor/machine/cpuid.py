@@ -79,7 +79,7 @@ ARCH_CAPABILITIES: Final = (
 _MAXIMUM_BASIC = 0x16
 _MAXIMUM_HYPERVISOR = 0x40000010
 _MAXIMUM_EXTENDED = 0x80000008
-_HAS_SUBLEAVES = frozenset({4, 7, 0xB, 0xD})
+HAS_SUBLEAVES: Final = frozenset({4, 7, 0xB, 0xD})
 _NOTHING: Registers = (0, 0, 0, 0)
 
 _LEGACY_AREA = 576
@@ -107,6 +107,8 @@ class GuestCpuid:
     table: dict[tuple[int, int], Registers]
     physical_bits: int = PHYSICAL_ADDRESS_BITS
     vendor: str = VENDOR
+    hidden_xcr0: int = 0
+    """XCR0 bits that a guest may set though nothing here tells it so: a KVM may show it more than it was told."""
 
     @property
     def cr4_mask(self) -> int:
@@ -119,14 +121,14 @@ class GuestCpuid:
         if "xsave" not in self.features:
             return 0
         avx = control.XCR0_AVX if "avx" in self.features else 0
-        return control.XCR0_X87 | control.XCR0_SSE | avx
+        return control.XCR0_X87 | control.XCR0_SSE | avx | self.hidden_xcr0
 
     def query(
         self, leaf: int, subleaf: int, *, cr4: int = 0, xcr0: int = 1, apic_enabled: bool = True
     ) -> Registers:
         """CPUID with EAX = `leaf`, ECX = `subleaf`, given what it depends on: (eax, ebx, ecx, edx)."""
         leaf = _in_range(leaf)
-        if leaf not in _HAS_SUBLEAVES:
+        if leaf not in HAS_SUBLEAVES:
             subleaf = 0
         answer = self.table.get((leaf, subleaf), _NOTHING)
         if leaf == 1:

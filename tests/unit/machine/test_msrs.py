@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from trivisor.machine.cpuid import ARCH_CAPABILITIES, COPIED, EMULATED, GuestCpuid
+from trivisor.machine.msrs import MACHINE_CHECK_BANKS, MsrFile
 from trivisor.machine.vcpu import GeneralProtection
-from trivisor.translation.cpuid import ARCH_CAPABILITIES, COPIED, EMULATED, GuestCpuid
-from trivisor.translation.msrs import MACHINE_CHECK_BANKS, MsrFile
 from trivisor.x86 import msr, mtrr
 
 

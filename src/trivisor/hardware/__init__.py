@@ -1,0 +1,1 @@
+"""Technique 2: hardware-assisted virtualization, where the processor itself traps what is sensitive."""

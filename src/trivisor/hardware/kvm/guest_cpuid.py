@@ -1,0 +1,52 @@
+"""The processor that a guest under KVM sees: the one of all techniques, without what this KVM does not have."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from trivisor.hardware.kvm.system import System
+from trivisor.machine.cpuid import COPIED, EMULATED, GuestCpuid, guest_cpuid
+from trivisor.machine.vcpu import Surroundings
+from trivisor.x86.control import XCR0_AVX512
+from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, Query, features, host_cpuid, host_xgetbv
+
+BOARDS_OWN: Final = frozenset({"hypervisor", "apic", "x2apic", "tsc_deadline", "arat", "mtrr", "mca", "mce"})
+"""Features of our own devices and MSRs, which are there whatever KVM says."""
+_EVERY_PROCESSOR_HAS: Final = frozenset({"sse3", "ssse3"})
+_DEAR: Final = frozenset({"cx16"})
+"""What a guest does often in ring 0 and an emulator of ring 0 lacks; guests do without rather than wait."""
+
+
+def ring_0_is_emulated(system: System) -> bool:
+    """Whether this KVM has no VT-x or AMD-V under it but emulates ring 0 (kvm-pvm).
+
+    Such a one hides what its emulator lacks, which every processor with VT-x or AMD-V has.
+    """
+    return not features(system.supported_cpuid()) >= _EVERY_PROCESSOR_HAS
+
+
+def kvm_cpuid(system: System, board: Surroundings, choice: CpuChoice = USUAL_CPU) -> GuestCpuid:
+    """The best processor that this KVM can give to a guest on `board`, changed by `choice`; raises ValueError.
+
+    kvm-pvm runs ring 3 on the host's processor and lets guests see its
+    features whatever it is told, so there a guest is told of them all, as under
+    translation, which is then what does them in ring 0.
+    """
+    emulated = ring_0_is_emulated(system)
+    if emulated:
+        host: Query = host_cpuid
+        missing = _DEAR
+    else:
+        host = system.supported_cpuid()
+        missing = (COPIED | EMULATED) - features(host) - BOARDS_OWN
+    cpuid = guest_cpuid(
+        host,
+        tsc_frequency=board.tsc_frequency,
+        crystal_frequency=board.crystal_frequency,
+        apic_id=board.apic_id,
+        extra=choice.added,
+        without=(missing - choice.added) | choice.removed,
+        vendor=choice.vendor,
+    )
+    return replace(cpuid, hidden_xcr0=host_xgetbv() & XCR0_AVX512) if emulated else cpuid

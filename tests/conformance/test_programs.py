@@ -1,0 +1,70 @@
+"""Every program does what the architecture says under every technique present, and the same under each."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conformance.machine import EMULATED, TECHNIQUES, UNAVAILABLE, Observation, Program, observe, prepare
+from tests.conformance.programs import PROGRAMS
+from trivisor.machine.exits import Halt, Unsupported
+
+NOT_YET = ("16-bit code", "a code segment with a base")
+"""What the translator says of modes that it does not have; a program joins by itself once it is there."""
+
+
+def run(technique: str, program: Program) -> tuple[Observation, dict[str, int]]:
+    """(What is to be seen, the program's labels)."""
+    if technique in UNAVAILABLE:
+        pytest.skip(f"{technique}: {UNAVAILABLE[technique]}")
+    if technique == "hardware" and EMULATED and program.unless_emulated:
+        pytest.skip(f"this host's KVM emulates ring 0: {program.unless_emulated}")
+    guest = prepare(technique, program)
+    try:
+        exit_ = guest.watched_run()
+        if isinstance(exit_, Unsupported) and exit_.what in NOT_YET:
+            pytest.skip(f"{technique} does not have {exit_.what} yet")
+        for address, value in program.memory.items():
+            assert guest.memory.read_u32(address) == value, hex(address)
+        return observe(guest, exit_), guest.labels
+    finally:
+        guest.close()
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
+def test_the_architecture(program: Program, technique: str) -> None:
+    if technique in program.pending:
+        with pytest.raises(AssertionError):
+            check(technique, program)
+        pytest.skip(f"{technique} has {program.pending[technique]} yet")
+    check(technique, program)
+
+
+def check(technique: str, program: Program) -> None:
+    """The program's own expectations."""
+    seen, labels = run(technique, program)
+    assert seen.exit == Halt(False), seen
+    if program.vector is None:
+        assert seen.frame is None, seen.frame
+    else:
+        assert seen.frame is not None, hex(seen.rip)
+        assert (seen.frame.vector, seen.frame.error) == (program.vector, program.error)
+        if program.at:
+            assert hex(seen.frame.rip) == hex(labels[program.at])
+    assert {name: hex(seen.registers[name]) for name in program.registers} == {
+        name: hex(value) for name, value in program.registers.items()
+    }
+    if program.ports is not None:
+        assert seen.ports == program.ports
+    if program.device is not None:
+        assert seen.device == program.device
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
+def test_equal_results(program: Program) -> None:
+    if program.pending:
+        pytest.skip(f"known to differ: {program.pending}")
+    first, _ = run(TECHNIQUES[0], program)
+    for technique in TECHNIQUES[1:]:
+        other, _ = run(technique, program)
+        assert other == first, technique

@@ -48,7 +48,7 @@ class HostTimer:
 
     def every(self, period: int) -> None:
         """Fire each `period` nanoseconds from now on; 0 stops it."""
-        self._specification[:] = divmod(period, 1_000_000_000) * 2
+        self._specification[:] = [*divmod(period, 1_000_000_000)] * 2
         self._set()
 
     def _set(self) -> None:

@@ -384,7 +384,7 @@ def test_a_closed_machine_does_nothing_more(build: Factory) -> None:
     [
         ({"memory": "1M"}, ValueError),
         ({"technique": "magic"}, ValueError),
-        ({"technique": "hardware"}, TechniqueUnavailable),
+        ({"technique": "paravirt"}, TechniqueUnavailable),
         ({"technique": "paravirt"}, TechniqueUnavailable),
     ],
 )

@@ -125,7 +125,7 @@ class BlockStore:
     def tune(self, mode: Mode, block: Block, scattered: Container[int]) -> tuple[Block, list[tuple[int, int]]] | None:
         """A better block in place of this one, with its site caches (see `Translator.tune`); None if there is none."""
         page = block.key & ~0xFFF
-        length = self.tables.template_sizes(block.template)[1]
+        length = self.tables.template_length(block.template)
         if block.second or not self.mmu.memory.is_ram(page, 0x1000):
             return None
         started = time.perf_counter_ns()
@@ -144,7 +144,8 @@ class BlockStore:
     def _has_room(self, made: Translation, guest: int) -> bool:
         """Whether the code cache and the tables can take it (links are counted generously)."""
         tables = self.tables
-        size = len(made.code) + 4 * (len(made.relocations) + len(made.locations)) + 20 * len(made.links) + guest + 32
+        words = len(made.relocations) + len(made.locations) + 5 * len(made.links) + 2 * len(made.constants)
+        size = len(made.code) + 4 * words + 2 * guest + 32
         return (
             self.cache.used + size <= self.cache.size
             and tables.block_count < MAXIMUM_BLOCKS - 2
@@ -158,13 +159,13 @@ class BlockStore:
         A `lasting` template can become other blocks later: those with the same bytes at the same place in a page.
         """
         guest = code[: made.length]
-        image = made.image(guest)
-        start = self.cache.append(image)
+        start = (self.cache.used + 15) & ~15
+        record, image = made.keep(mode, start, guest)
+        self.cache.append(image)
         tables = self.tables
         number = tables.template_count
         tables.template_count = number + 1
-        at = number * TEMPLATE_SIZE
-        tables.templates[at : at + TEMPLATE_SIZE] = made.template(mode, start, len(image), guest)
+        tables.templates[number * TEMPLATE_SIZE : (number + 1) * TEMPLATE_SIZE] = record
         if lasting:
             tables.list_template(number, template_bucket(made.rip, mode, guest[0]))
         return number, start
@@ -205,7 +206,7 @@ class BlockStore:
         while number:
             block = Block(self.tables, number)
             if not block.flags and block.key == page | mode.key:
-                length = self.tables.template_sizes(block.template)[1]
+                length = self.tables.template_length(block.template)
                 if block.rip <= rip <= block.rip + length:
                     found.append((block.rip, length))
             number = block.next

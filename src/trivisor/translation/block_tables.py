@@ -9,7 +9,10 @@ earlier run (`kept.py`), wait for the same guest bytes to turn up again.  A
 Records are numbered from 1; 0 is none.  A template's image lies in the code
 cache or in the archive of an earlier run:
 
-    code, padded to 4 bytes | relocations | link descriptions | locations | guest bytes
+    code, padded to 4 bytes | relocations | link descriptions | locations | mask | guest bytes
+
+The mask is there only if some of the guest's bytes may be others: constants that the code takes over as they are.
+Its bytes are 0 there and 0xFF elsewhere, and those guest bytes are 0.
 """
 
 from __future__ import annotations
@@ -74,7 +77,7 @@ Nothing but links `LINK_TO_PLAIN` leads to it.
 """
 
 TEMPLATE = {
-    "T_PREFIX": 0,  # the first eight guest bytes, zeros beyond the end
+    "T_PREFIX": 0,  # the first eight guest bytes, zeros beyond the end; T_MASK has the bits that count
     "T_RIP": 8,
     "T_NEXT": 16,  # the next template with the same hash
     "T_IMAGE": 20,  # offset in the code cache, or in the archive with bit 31
@@ -91,16 +94,21 @@ TEMPLATE = {
     "T_USES": 44,  # blocks made of it in this run
     "T_SIZE": 48,  # of the image
     "T_LASTING": 52,  # 1 when look-ups find it
+    "T_MASKED": 54,  # 1 when the image has a mask
+    "T_MASK": 56,
 }
-TEMPLATE_FORMAT = "<QQIIIIHHHHBBBBIII8x"
+TEMPLATE_FORMAT = "<QQIIIIHHHHBBBBIIHHQ"
 ARCHIVED = 1 << 31
 
-RELOCATIONS = {"ADDRESS_64": 0, "ADDRESS_32": 1, "TO_HELPER": 2, "JUMP_SLOT": 3}
-"""What depends on where the block stands, in the guest and on the host; a relocation is offset | kind << 24.
-
-A guest address in 64 bits, or sign-extended in 32; a relative jump to a helper; the displacement of the jump
-cache's entry of a guest address.
-"""
+RELOCATIONS = {
+    "ADDRESS_64": 0,  # a guest address
+    "ADDRESS_32": 1,  # ... in 32 bits, to be sign-extended
+    "TO_HELPER": 2,  # a relative jump to a helper
+    "JUMP_SLOT": 3,  # the displacement of the jump cache's entry of a guest address
+    "CONSTANT_32": 4,  # bytes of the guest's code, which may be any; a second word has their offset there
+    "CONSTANT_64": 5,
+}
+"""What depends on where the block stands, in the guest and on the host; a relocation is offset | kind << 24."""
 
 LINK_DESCRIPTION = Struct("<IIIiI")
 """Offsets in the code of the jump's displacement, of its stub and of the link's number; target - rip; `L_ENTRY`."""
@@ -124,6 +132,7 @@ TABLE_SYMBOLS: dict[str, int] = {
     "RELOCATE_ADDRESS_64": RELOCATIONS["ADDRESS_64"],
     "RELOCATE_ADDRESS_32": RELOCATIONS["ADDRESS_32"],
     "RELOCATE_TO_HELPER": RELOCATIONS["TO_HELPER"],
+    "RELOCATE_CONSTANT_32": RELOCATIONS["CONSTANT_32"],
 }
 
 _BLOCK_COUNT, _LINK_COUNT, _TEMPLATE_COUNT = (
@@ -279,21 +288,26 @@ class BlockTables:
         """Have look-ups find a template."""
         at = number * TEMPLATE_SIZE
         self.template_words[(at + TEMPLATE["T_NEXT"]) // 4] = self.heads[bucket]
-        self.template_words[(at + TEMPLATE["T_LASTING"]) // 4] = 1
+        self.templates[at + TEMPLATE["T_LASTING"]] = 1
         self.heads[bucket] = number
+
+    def template_length(self, number: int) -> int:
+        """Guest bytes of a template."""
+        (length,) = unpack_from("<H", self.templates, number * TEMPLATE_SIZE + TEMPLATE["T_LENGTH"])
+        return int(length)
 
     def template_image(self, number: int) -> int:
         """`T_IMAGE` of a template."""
         return self.template_words[(number * TEMPLATE_SIZE + TEMPLATE["T_IMAGE"]) // 4]
 
     def template_sizes(self, number: int) -> tuple[int, int, int]:
-        """(bytes of the image, guest bytes, locations) of a template."""
+        """(bytes of the image, those of them for guest bytes and mask, locations) of a template."""
         at = number * TEMPLATE_SIZE
         record = self.templates[at : at + TEMPLATE_SIZE]
         (size,) = unpack_from("<I", record, TEMPLATE["T_SIZE"])
         (length,) = unpack_from("<H", record, TEMPLATE["T_LENGTH"])
         (locations,) = unpack_from("<H", record, TEMPLATE["T_LOCATIONS"])
-        return size, length, locations
+        return size, length << record[TEMPLATE["T_MASKED"]], locations
 
     def add_step(self, rip: int, key: int, template: int, start: int, size: int) -> Block:
         """A block of one instruction, which no look-up finds."""

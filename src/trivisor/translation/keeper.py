@@ -31,7 +31,7 @@ class Keeper:
             self._archive = kept.load(self._file, self._identity)
             self.state = "none yet" if self._archive is None else f"{self._archive.count - 1} blocks"
         except kept.Ignored as reason:
-            self.state = f"file ignored: {reason}"
+            self.state = f"ignored: {reason}"
         if self._archive is not None:
             blocks.adopt(self._archive)
 

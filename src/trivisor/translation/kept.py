@@ -17,13 +17,11 @@ import hashlib
 import mmap
 import os
 import stat
-import tempfile
 import time
 from array import array
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import version
 from io import FileIO
 from pathlib import Path
 from struct import Struct, iter_unpack
@@ -60,6 +58,8 @@ class Ignored(Exception):
 @cache
 def translator_version() -> bytes:
     """A digest of all that translated code depends on besides the guest and the host: the translator's sources."""
+    from importlib.metadata import version  # slow to import
+
     digest = hashlib.sha256(version("iced-x86").encode())
     package = Path(__file__).parent
     for room in (package, package.parent / "x86"):
@@ -134,7 +134,7 @@ def _load(path: Path, wanted: bytes) -> Archive:
             raise Ignored("damaged")
         _, made_by, count, images, digest = _HEADER.unpack(header)
         if made_by != wanted:
-            raise Ignored("of another version, host or guest")
+            raise Ignored("another version, host or guest")
         length = count * TEMPLATE_SIZE + _HEADS_SIZE + images
         if not 0 < count <= MAXIMUM_TEMPLATES // 2 or found.st_size != _HEADER.size + length:
             raise Ignored("damaged")
@@ -161,6 +161,8 @@ def _read_whole(file: FileIO, into: memoryview) -> bool:
 
 def save(path: Path, made_by: bytes, records: array[int], heads: array[int], images: Iterable[bytes]) -> None:
     """Write a file, whole or not at all, and remove what is too much beside it; raises OSError."""
+    import tempfile
+
     parts = [records.tobytes(), heads.tobytes(), *images]
     payload = b"".join(parts)
     count = len(parts[0]) // TEMPLATE_SIZE
@@ -212,7 +214,7 @@ def collect(
     number = 0
     at = 0
     record = bytearray(TEMPLATE_SIZE)
-    for old, (prefix, rip, _, _, code, base, mode, length, *counts, uses, size, lasting) in enumerate(
+    for old, (prefix, rip, _, _, code, base, mode, length, *counts, uses, size, lasting, masked, mask) in enumerate(
         iter_unpack(TEMPLATE_FORMAT, templates)
     ):
         if not lasting or mode >= SEGMENTED_KEYS or (used_only and not uses):
@@ -221,6 +223,7 @@ def collect(
         bucket = template_bucket(rip, mode, prefix & 0xFF)
         _record(
             record, 0, prefix, rip, heads[bucket], ARCHIVED | at, code, base, mode, length, *counts, 0, size, 1,
+            masked, mask,
         )  # fmt: skip
         records += record
         heads[bucket] = number

@@ -121,12 +121,12 @@ def test_translations_are_not_kept_when_that_is_not_wanted(guest) -> None:
 
 
 def test_what_was_kept_is_said_when_asked_for(guest, capfd, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeMachine, "kept", "file ignored: damaged")
+    monkeypatch.setattr(FakeMachine, "kept", "ignored: damaged")
     guest(prints())
     assert main(["run", "vmlinuz"]) == 0
     assert "ignored" not in capfd.readouterr().err
     assert main(["run", "vmlinuz", "-v"]) == 0
-    assert "trivisor: translations of earlier runs: file ignored: damaged" in capfd.readouterr().err
+    assert "trivisor: translations of earlier runs: ignored: damaged" in capfd.readouterr().err
 
 
 def test_kernel_option_is_the_same_as_image(guest) -> None:

@@ -183,14 +183,7 @@ adopt_next:
     jne adopt_next
     movzx r9d, word [rbx+T_LENGTH]
     mov rax, [r14]
-    cmp r9d, 8
-    jae adopt_prefix
-    mov ecx, 8
-    sub ecx, r9d
-    shl ecx, 3
-    shl rax, cl
-    shr rax, cl
-adopt_prefix:
+    and rax, [rbx+T_MASK]
     cmp rax, [rbx+T_PREFIX]
     jne adopt_next
     cmp r9d, 8
@@ -201,8 +194,25 @@ adopt_prefix:
     sub rdi, r9
     mov rsi, r14
     mov ecx, r9d
+    cmp word [rbx+T_MASKED], 0
+    jne adopt_masked
     repe cmpsb
     jne adopt_next
+    jmp adopt_same
+adopt_masked:
+    ; the mask stands before the guest bytes
+    mov r10, rdi
+    sub r10, r9
+adopt_masked_next:
+    mov al, [rsi]
+    and al, [r10]
+    cmp al, [rdi]
+    jne adopt_next
+    inc rsi
+    inc rdi
+    inc r10
+    dec ecx
+    jnz adopt_masked_next
 adopt_same:
     mov r9, r12
     sub r9, [rbx+T_RIP]
@@ -245,6 +255,8 @@ adopt_relocation:
     shr eax, 24
     cmp eax, RELOCATE_TO_HELPER
     je adopt_to_helper
+    cmp eax, RELOCATE_CONSTANT_32
+    jae adopt_constant
     test r9, r9
     jz adopt_relocated
     cmp eax, RELOCATE_ADDRESS_32
@@ -273,6 +285,21 @@ adopt_slot_kernel:
     and r15d, 0xffff
     lea eax, [rax+r15*8]
     mov [r11+rdx], eax
+    jmp adopt_relocated
+adopt_constant:
+    mov r15d, [rsi]
+    lea rsi, [rsi+4]
+    lea rdx, [r11+rdx]
+    lea r15, [r14+r15]
+    mov eax, [r15]
+    je adopt_constant_half
+    mov rax, [r15]
+    mov [rdx], rax
+    jmp adopt_constant_done
+adopt_constant_half:
+    mov [rdx], eax
+adopt_constant_done:
+    dec ecx
     jmp adopt_relocated
 adopt_to_helper:
     sub [r11+rdx], edi

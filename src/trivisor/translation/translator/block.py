@@ -7,8 +7,8 @@ from struct import Struct
 
 from trivisor.translation.block_tables import BLOCK, LINK_DESCRIPTION, LINK_TO_PLAIN, RELOCATIONS, TEMPLATE_FORMAT
 
-ADDRESS_64, ADDRESS_32, TO_HELPER, JUMP_SLOT = (
-    RELOCATIONS[name] << 24 for name in ("ADDRESS_64", "ADDRESS_32", "TO_HELPER", "JUMP_SLOT")
+ADDRESS_64, ADDRESS_32, TO_HELPER, JUMP_SLOT, CONSTANT_32, CONSTANT_64 = (
+    number << 24 for number in RELOCATIONS.values()
 )
 
 _TEMPLATE = Struct(TEMPLATE_FORMAT).pack
@@ -49,7 +49,9 @@ class Translation:
     Everything that depends on where it stands is noted: see `block_tables`.
     """
 
-    __slots__ = ("body", "code", "length", "links", "locations", "parked", "polled", "relocations", "rip", "sites")
+    __slots__ = (
+        "body", "code", "constants", "length", "links", "locations", "parked", "polled", "relocations", "rip", "sites",
+    )  # fmt: skip
 
     def __init__(self, rip: int, length: int) -> None:
         self.rip = rip
@@ -67,6 +69,8 @@ class Translation:
         self.links: list[Link] = []
         self.relocations = array("I")
         """Ascending or not: offset | kind (`ADDRESS_64` and its like)."""
+        self.constants: list[tuple[int, int, int]] = []
+        """(offset in the code, offset in the guest's code, width) of constants that may have any value."""
         self.locations = array("I")
         """Of pieces of code, ascending: offset from the body | flags parked << 21 | offset of guest rip << 22."""
 
@@ -78,18 +82,36 @@ class Translation:
         """Whether it is an instruction that runs into the next page."""
         return (self.rip & 0xFFF) + self.length > 0x1000
 
-    def image(self, guest: bytes) -> bytes:
-        """Everything that a template needs, as block_tables.py describes it; `guest` is what it was translated from."""
-        links = b"".join([link.described(self.rip) for link in self.links])
-        code = self.code
-        return b"".join(
-            (code, bytes(-len(code) & 3), self.relocations.tobytes(), links, self.locations.tobytes(), guest)
-        )
+    def copy_constants(self, start: int, end: int, distance: int) -> None:
+        """The code in [start, end) stands a second time, `distance` on."""
+        for at, guest, width in self.constants.copy():
+            if start <= at < end:
+                self.constants.append((at + distance, guest, width))
 
-    def template(self, mode: int, base: int, size: int, guest: bytes) -> bytes:
-        """The record of a template whose image of `size` bytes stands at offset `base` of the code cache."""
-        counts = len(self.relocations), len(self.locations), len(self.links)
-        return _TEMPLATE(
-            int.from_bytes(guest[:8], "little"), self.rip, 0, base, len(self.code), base, mode, self.length,
-            *counts, self.parked, self.polled, self.body, 0, size, 0,
+    def keep(self, mode: int, base: int, guest: bytes) -> tuple[bytes, bytes]:
+        """(record, image) of a template, as block_tables.py describes them, whose image will stand at `base`.
+
+        `base` is an offset in the code cache, and `guest` what it was translated from.
+        """
+        relocations, mask = self.relocations, b""
+        if self.constants:
+            relocations = relocations[:]
+            masked, kept = bytearray(guest), bytearray(b"\xff" * len(guest))
+            for at, where, width in self.constants:
+                relocations.append(at | (CONSTANT_64 if width == 8 else CONSTANT_32))
+                relocations.append(where)
+                masked[where : where + width] = kept[where : where + width] = bytes(width)
+            guest, mask = bytes(masked), bytes(kept)
+        code = self.code
+        image = b"".join(
+            (
+                code, bytes(-len(code) & 3), relocations.tobytes(),
+                b"".join([link.described(self.rip) for link in self.links]), self.locations.tobytes(), mask, guest,
+            )
         )  # fmt: skip
+        record = _TEMPLATE(
+            int.from_bytes(guest[:8], "little"), self.rip, 0, base, len(code), base, mode, self.length,
+            len(relocations), len(self.locations), len(self.links), self.parked, self.polled, self.body, 0, len(image),
+            0, bool(mask), int.from_bytes(mask[:8], "little") if mask else (1 << 8 * min(len(guest), 8)) - 1,
+        )  # fmt: skip
+        return record, image

@@ -32,6 +32,7 @@ from trivisor.translation.translator.recipe import (
     Miss,
     Recipe,
     asm,
+    may_be_address,
     site_refill,
 )
 from trivisor.x86.exceptions import GENERAL_PROTECTION
@@ -108,6 +109,9 @@ class Emission:
             if finished is not None and not (parked and recipe.reads | recipe.writes):
                 locations.append((start - body) | parked << 21 | (at - rip) << 22)
                 out += finished
+                if constants.has_address and recipe.shared:
+                    assert recipe.simple is not None
+                    self._note_constants(start, at, recipe.simple.patches, constants)
                 at += recipe.length
                 continue
             code, misses, absolutes, patches, parked, fault_parked = recipe.variant(parked, needed)
@@ -115,6 +119,8 @@ class Emission:
             out += code
             for offset, width, which in patches:
                 out[start + offset : start + offset + width] = constants[which]  # type: ignore[assignment]
+            if constants.has_address and recipe.shared:
+                self._note_constants(start, at, patches, constants)
             if misses:
                 end = len(out)
                 for miss in misses:
@@ -129,6 +135,14 @@ class Emission:
             out += POLL
         self._ending(*chosen[-1][:2], at, parked)
         self._out_of_line(body)
+
+    def _note_constants(
+        self, start: int, rip: int, patches: tuple[tuple[int, int, int], ...], constants: Constants
+    ) -> None:
+        """Note where a shared recipe's code has constants that may be addresses: it is as good for others."""
+        for offset, width, which in patches:
+            if may_be_address(constants[which]):  # type: ignore[arg-type]
+                self.block.constants.append((start + offset, rip - self.block.rip + constants.places[which], width))
 
     def _prologue(self, flags_live: bool) -> None:
         """The checked entry: on with the block if r10 is its address, else to the look-up.
@@ -342,6 +356,7 @@ class Emission:
             if crossing:
                 self.locations.append((len(out) - body) | parked << 21 | (rip - self.block.rip) << 22)
                 tail = start + jump_end + CHECK_TAIL
+                self.block.copy_constants(tail, tail + len(crossing), len(out) - tail)
                 out += out[tail : tail + len(crossing)] + _CALL_CROSSED
                 out += b"\xe9" + pack("<i", end - (len(out) + 5))
         for link in self.links:

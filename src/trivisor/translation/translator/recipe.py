@@ -267,6 +267,18 @@ class Constants(NamedTuple):
     immediate: bytes = b""
     relative: int = 0
     """Distance from the next instruction to the branch's target or the rip-relative operand."""
+    places: tuple[int, int] = (0, 0)
+    """Where in the instruction displacement and immediate stand."""
+    has_address: bool = False
+    """One of them may be an address that a loader has relocated: see `may_be_address`."""
+
+
+def may_be_address(constant: bytes) -> bool:
+    """Whether it may be an address in the top 2 GiB, where kernels put themselves, in 4 or 8 bytes.
+
+    So near the top are masks and small negative numbers instead.
+    """
+    return len(constant) >= 4 and 0x80 <= constant[3] < 0xFF and constant[4:] in (b"", b"\xff\xff\xff\xff")
 
 
 Entry = tuple["Recipe", Constants, bytes | None]

@@ -12,7 +12,7 @@ from trivisor.translation.modes import Breakpoint, Mode, Raise
 from trivisor.translation.translator.block import Translation
 from trivisor.translation.translator.emission import Emission, FarTarget
 from trivisor.translation.translator.instructions import InstructionMaker
-from trivisor.translation.translator.recipe import Constants, Entry, Recipe
+from trivisor.translation.translator.recipe import Constants, Entry, Recipe, may_be_address
 from trivisor.translation.translator.tuned import FIRST_FREE_SITE, PLAIN_CHECK, Decoded, Tuning
 from trivisor.x86.exceptions import GENERAL_PROTECTION
 
@@ -35,7 +35,9 @@ class _Known(NamedTuple):
 def _constants(instruction: Instruction, raw: bytes, offsets: ConstantOffsets) -> Constants:
     at, size = offsets.displacement_offset, offsets.displacement_size
     displacement = raw[at : at + size]
+    places = at, offsets.immediate_offset
     at, size = offsets.immediate_offset, offsets.immediate_size
+    immediate = raw[at : at + size]
     relative = 0
     if instruction.is_ip_rel_memory_operand:
         relative = instruction.ip_rel_memory_address - instruction.next_ip
@@ -43,7 +45,8 @@ def _constants(instruction: Instruction, raw: bytes, offsets: ConstantOffsets) -
         relative = instruction.near_branch_target - instruction.next_ip
         if instruction.op0_kind == OpKind.NEAR_BRANCH16:
             relative = (relative + 0x8000 & 0xFFFF) - 0x8000
-    return Constants(displacement, raw[at : at + size], relative)
+    has_address = may_be_address(displacement) or may_be_address(immediate)
+    return Constants(displacement, immediate, relative, places, has_address)
 
 
 _NEAR_BRANCHES = {OpKind.NEAR_BRANCH16, OpKind.NEAR_BRANCH32, OpKind.NEAR_BRANCH64}

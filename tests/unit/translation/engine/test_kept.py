@@ -246,7 +246,7 @@ def test_a_file_that_is_not_as_it_should_be(
     file = first_run(keep, tmp_path)
     spoil(file)
     m, keeper = keep()
-    assert keeper.state.startswith("file ignored: ")
+    assert keeper.state.startswith("ignored: ")
     assert reason in keeper.state
     m.halt()
     assert m["rbx"] == 80
@@ -265,7 +265,7 @@ def test_a_file_of_another_owner(keep: Kept, tmp_path: Path) -> None:
         pytest.skip("only root can give files away")
     os.chown(first_run(keep, tmp_path), 1, -1)
     _, keeper = keep()
-    assert keeper.state == "file ignored: others may write to it"
+    assert keeper.state == "ignored: others may write to it"
 
 
 def test_a_file_of_another_version_of_the_translator(
@@ -274,7 +274,7 @@ def test_a_file_of_another_version_of_the_translator(
     first_run(keep, tmp_path)
     monkeypatch.setattr(kept, "translator_version", lambda: b"other")
     m, keeper = keep()
-    assert keeper.state == "file ignored: of another version, host or guest"
+    assert keeper.state == "ignored: another version, host or guest"
     m.halt()
     keeper.save()
     m, keeper = keep()
@@ -291,7 +291,7 @@ def test_a_file_of_another_guest(keep: Kept, tmp_path: Path) -> None:
     (other,) = set(file.parent.iterdir()) - {file}
     other.write_bytes(file.read_bytes())
     _, keeper = keep(guest=b"another")
-    assert keeper.state == "file ignored: of another version, host or guest"
+    assert keeper.state == "ignored: another version, host or guest"
 
 
 def test_the_version_changes_with_any_source_of_the_translator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

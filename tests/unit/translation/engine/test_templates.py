@@ -140,6 +140,45 @@ def test_a_block_that_jumps_to_one_that_was_forgotten_and_taken_up_again(machine
     assert taken_up(m) == 28
 
 
+CONSTANTS = """
+    mov rax, {0}
+    add rax, [rax+8]
+    mov rbx, [{0}+rcx*8+16]
+    mov dword [rax+rdx+4088], {1}
+    add dword [DATA], {0}
+    movabs rdi, {0}
+    cmp rbx, {0}
+    lea rsi, [r10+{1}]
+    mov r11d, {0}
+    test [{1}+rcx], al
+    sete dl
+"""
+
+
+def test_code_with_other_addresses_in_it(machine: Make) -> None:
+    """Kernels relocate themselves: the same code with other constants, byte for byte as translated there."""
+    m = machine("hlt")
+    m.map(NEAR_ALIAS, FAR)
+    m.flush()
+    store, mode = m.vcpu.blocks, m.vcpu.mode
+    for offset in (0, 0x400):
+        for first, second in ((-0x7F000000, -0x7E123456), (-0x7C000000, -0x70000010), (-0x41234567, -0x7F000000)):
+            m.put(CONSTANTS.format(first, second).replace("movabs", "mov"), FAR + offset)
+            before = taken_up(m), translated(m)
+            block = store.block(mode, FAR + offset)
+            if (first, second) != (-0x7F000000, -0x7E123456):
+                assert (taken_up(m), translated(m)) == (before[0] + 1, before[1])
+                used, store.cache.used = store.cache.used, block.start
+                made = store.translator.translate(mode, FAR + offset, m.memory.read(FAR + offset, 0x400))
+                store.cache.used = used
+                assert made.constants
+                assert code_of(m, block, [link.number for link in made.links]) == bytes(made.code)
+    m.put(CONSTANTS.format(-0x7F000000, -2).replace("movabs", "mov"), FAR)
+    before = taken_up(m), translated(m)
+    store.block(mode, FAR)
+    assert (taken_up(m), translated(m)) == (before[0], before[1] + 1)
+
+
 def test_the_last_page_of_ram(machine: Make) -> None:
     last = (64 << 20) - 0x1000
     m = machine(f"mov edi, {last}\n call rdi\n mov rdi, {HIGH_ALIAS}\n call rdi\n hlt")

@@ -136,6 +136,7 @@ class TranslationVcpu:
             EXITS["EXIT_CALL_OUT"]: self._on_call_out,
             EXITS["EXIT_HOST_FAULT"]: self._on_host_fault,
             EXITS["EXIT_UNDEFINED"]: self._on_undefined,
+            EXITS["EXIT_SEGMENT_FAULT"]: self._on_segment_fault,
             EXITS["EXIT_BREAKPOINT"]: self._on_breakpoint,
             EXITS["EXIT_INTERRUPT"]: self._on_interrupt,
         }
@@ -584,6 +585,9 @@ class TranslationVcpu:
         words = self._words
         vector, error = words[_EXIT_A], words[_EXIT_B]
         raise GuestException(vector, None if error >> 63 else error, self.core.cr2 if vector == 14 else None)
+
+    def _on_segment_fault(self) -> Exit | None:
+        raise slow_access.first_fault(self, GuestException(self._words[_EXIT_A], 0))
 
     def _on_call_out(self) -> Exit | None:
         instruction = self.blocks.instruction(self.mode, self.core.linear_rip)

@@ -267,6 +267,7 @@ EXITS: dict[str, int] = {
         "EXIT_POLL",  # interrupt window check wanted at RIP
         "EXIT_HOST_FAULT",  # a host signal struck translated code at HOST_FAULT_IP
         "EXIT_UNDEFINED",
+        "EXIT_SEGMENT_FAULT",  # EXIT_A (#GP or #SS) of an access, error code 0
         "EXIT_BREAKPOINT",  # an instruction breakpoint at RIP
         "EXIT_INTERRUPT",  # Python is to deliver the external interrupt with vector EXIT_A
     )

@@ -16,10 +16,11 @@ from trivisor.machine.exits import Exit
 from trivisor.translation.emulator.contract import UnsupportedFeature
 from trivisor.translation.emulator.operands import next_rip
 from trivisor.translation.layout import EXITS, OFFSETS
-from trivisor.translation.translator.recipe import KIND_CHUNK
+from trivisor.translation.translator import priority
+from trivisor.translation.translator.recipe import KIND_CHUNK, KIND_JUDGED
 from trivisor.translation.translator.registers import GPR
 from trivisor.translation.translator.vector_access import BYTE_MOVES
-from trivisor.x86.exceptions import GENERAL_PROTECTION, STACK_FAULT, GuestException
+from trivisor.x86.exceptions import GENERAL_PROTECTION, STACK_FAULT, X87_ERROR, GuestException
 from trivisor.x86.paging import Access
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ _EXIT_A, _EXIT_B, _EXIT_C, _RESUME, _HOST_R10, _PENDING = (
 _STEPPED = EXITS["EXIT_STEPPED"]
 _SLOW_ACCESS = EXITS["EXIT_SLOW_ACCESS"]
 _PREPARED = OFFSETS["PREPARED_0"] // 8
+_STATUS_WORD = OFFSETS["FPU"] + 2
+_EXCEPTION_SUMMARY = 0x80
 _BOUNCE_SLOT = 8192
 _MAXIMUM_PREPARED = 4
 _READ_AND_WRITTEN = {OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE}
@@ -93,6 +96,24 @@ def _access(cpu: TranslationVcpu) -> Prepared | None:
 
     Raises GuestException for an access that faults.
     """
+    try:
+        return _described(cpu)
+    except GuestException as fault:
+        words = cpu.core.words
+        raise first_fault(cpu, fault, words[_EXIT_A] if words[_EXIT_B] & KIND_JUDGED else 0) from None
+
+
+def first_fault(cpu: TranslationVcpu, fault: GuestException, linear: int = 0) -> GuestException:
+    """What the instruction at rip raises first, given the fault of its access at `linear`."""
+    instruction = cpu.blocks.instruction(cpu.mode, cpu.core.linear_rip)
+    if priority.waits(instruction) and cpu.core.bytes[_STATUS_WORD] & _EXCEPTION_SUMMARY:
+        return GuestException(X87_ERROR)
+    if linear % priority.alignment(instruction):
+        return GuestException(GENERAL_PROTECTION, 0)
+    return fault
+
+
+def _described(cpu: TranslationVcpu) -> Prepared | None:
     words, mmu = cpu.core.words, cpu.mmu
     linear, description, retry = words[_EXIT_A], words[_EXIT_B], words[_EXIT_C]
     write, user = bool(description & 1), bool(description & 2)

@@ -16,7 +16,7 @@ def main() -> int:
         description="Compare translated code with the host processor, on random instructions.",
     )
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--bits", type=int, choices=(32, 64), default=64)
+    parser.add_argument("--bits", type=int, choices=(16, 32, 64), default=64)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--count", type=int, default=None, help="cases (default 3000, or as the minutes allow)")
     parser.add_argument("--minutes", type=float, default=None)

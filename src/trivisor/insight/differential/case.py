@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from iced_x86 import Code, Encoder, Instruction, OpKind
+
+if TYPE_CHECKING:
+    from trivisor.insight.differential.segments import Descriptor
 
 PAGE = 4096
 DATA = 0x20000000
@@ -66,12 +69,15 @@ class Case:
     """The code, and the states that it is run from, one after the other."""
 
     bits: int
-    """Of the code: 32 or 64."""
+    """Of the code: 16, 32 or 64."""
     items: list[Item]
     states: list[State]
     """They agree in the registers that addresses depend on.  All but the first find the code translated."""
+    segments: dict[str, Descriptor]
+    """What the segment registers hold in 16- and 32-bit code; empty in 64-bit code."""
     fs_base: int
     gs_base: int
+    """In 64-bit code."""
     code_page: int
     code_offset: int
     user: bool
@@ -82,7 +88,8 @@ class Case:
 
     @property
     def rip(self) -> int:
-        return self.code_page + self.code_offset
+        """Of the first instruction: an offset in the code segment."""
+        return self.code_page + self.code_offset - (self.segments["cs"].base if self.segments else 0)
 
     def layout(self) -> Layout:
         """The code's bytes and the address of every item and of the end."""
@@ -140,6 +147,10 @@ def _aim(instruction: Instruction, address: int) -> None:
         instruction.immediate32to64 = address
     elif code == Code.PUSHD_IMM32:
         instruction.immediate32 = address
+    elif code == Code.PUSH_IMM16:
+        instruction.immediate16 = address & 0xFFFF
+    elif instruction.op0_kind == OpKind.NEAR_BRANCH16:
+        instruction.near_branch16 = address & 0xFFFF
     elif code == Code.MOV_RM32_IMM32:
         # The immediate of a MOV, after two bytes with REX and one without.
         instruction.memory_displacement = address + (2 if instruction.memory_displ_size == 8 else 1)
@@ -162,6 +173,8 @@ class Result:
     vector: int = -1
     error: int = 0
     cr2: int = 0
+    selectors: tuple[int, ...] = ()
+    """ES, SS, DS, FS and GS, after 16- and 32-bit code."""
 
 
 class Skipped(Exception):

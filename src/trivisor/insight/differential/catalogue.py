@@ -45,7 +45,11 @@ def _numbers(enumeration: object, names: str) -> set[int]:
 def _wanted(info: OpCodeInfo, needs: Iterable[int], features: frozenset[int], bits: int) -> bool:
     if not info.is_instruction or info.is_privileged or info.is_input_output or info.fwait:
         return False
-    if not (info.mode64 and info.intel_decoder64 if bits == 64 else info.mode32 and info.intel_decoder32):
+    modes = {
+        16: info.mode16 and info.intel_decoder16, 32: info.mode32 and info.intel_decoder32,
+        64: info.mode64 and info.intel_decoder64,
+    }  # fmt: skip
+    if not modes[bits]:
         return False
     if info.mnemonic in _numbers_excluded() or info.encoding not in (EncodingKind.LEGACY, EncodingKind.VEX):
         return False
@@ -75,7 +79,9 @@ def catalogue(features: frozenset[int], bits: int) -> Groups:
             continue
         if name.startswith("RESERVEDNOP_") and name.endswith("0F0D"):
             continue  # with a register: a NOP on Intel's processors, #UD on AMD's
-        if bits == 32 and name.startswith("PUSHD_") and name.endswith("S"):
+        if name == "MOVSXD_R16_RM16":
+            continue  # AMD's processors read 32 bits
+        if bits != 64 and name.startswith("PUSHD_") and name.endswith("S"):
             continue  # processors differ in what they write to the upper half
         instruction = Instruction()
         instruction.code = getattr(Code, name)

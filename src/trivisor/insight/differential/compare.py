@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from iced_x86 import Decoder, Formatter, FormatterSyntax, Instruction, MemorySizeExt, Mnemonic, OpKind, RegisterExt
 from iced_x86 import RflagsBits as Flag
 
@@ -11,7 +13,9 @@ from trivisor.machine.state import GPR_NAMES
 from trivisor.translation.translator.vector_access import BYTE_MOVES
 
 END = -1
-_GENERAL_PROTECTION, _PAGE_FAULT, _FLOATING_POINT = 13, 14, 19
+_STACK_FAULT, _GENERAL_PROTECTION, _PAGE_FAULT, _FLOATING_POINT = 12, 13, 14, 19
+_OPERAND_FAULTS = (_STACK_FAULT, _GENERAL_PROTECTION, _PAGE_FAULT)
+_WITH_ERROR_CODE = (10, 11, 12, 13, 17)
 _FPU_IGNORED = (slice(6, 24), slice(28, 32), slice(416, 576))
 """x87 operation and its addresses, MXCSR_MASK, unused bytes and XSAVE's header."""
 _FPU_COMPARED = (slice(0, 6), slice(24, 28), slice(32, 416), slice(576, 832))
@@ -58,26 +62,21 @@ class _Comparison:
 
     def _may_have_written(self) -> bool:
         """Whether an instruction has faulted that stores in several steps, some of which may have been done."""
-        return self._is(Mnemonic.ENTER) or self._operand_size() >= 10
+        return self._is(Mnemonic.ENTER, Mnemonic.PUSHA, Mnemonic.PUSHAD) or self._operand_size() >= 10
 
     def _operand_size(self) -> int:
         return MemorySizeExt.size(self.faulting.memory_size) if self.faulting is not None else 0
 
     def _has_two_faults(self) -> bool:
-        """Whether an instruction has two reasons to fault: the translator looks for memory first.
+        """Whether an instruction has two reasons to fault of which processors differ in what is first.
 
-        The others are misaligned vector operands, pending x87 exceptions, and floating-point exceptions of
-        stores.
+        That is an operand that is misaligned and beyond its segment's limit, or a floating-point exception and
+        a store's fault.
         """
-        if self.found.vector != _PAGE_FAULT or self.expected.vector == _PAGE_FAULT:
-            return False
-        instruction = self._instruction_at(self.found)
-        if instruction is not None and _uses_x87(instruction):
-            return True
-        if self.expected.rip != self.found.rip:
+        if self.found.vector not in _OPERAND_FAULTS or self.expected.rip != self.found.rip:
             return False
         misaligned = self.expected.vector == _GENERAL_PROTECTION and self._operand_size() >= 16
-        return misaligned or self.expected.vector == _FLOATING_POINT
+        return (misaligned and self.found.vector == _STACK_FAULT) or self.expected.vector == _FLOATING_POINT
 
     # -- the parts ------------------------------------------------------------------------------------------
 
@@ -89,7 +88,11 @@ class _Comparison:
         if (expected.vector, expected.rip) != (found.vector, found.rip):
             self._differ("end", self._end(expected), self._end(found))
             return
-        if expected.vector != _PAGE_FAULT or self._is(*BYTE_MOVES):
+        if expected.vector != _PAGE_FAULT:
+            if expected.vector in _WITH_ERROR_CODE and expected.error != found.error:
+                self._differ("error code", f"{expected.error:#x}", f"{found.error:#x}")
+            return
+        if self._is(*BYTE_MOVES):
             return
         mask = ~0 if self.case.user else ~4
         if expected.cr2 >> 63:
@@ -113,9 +116,13 @@ class _Comparison:
     def _compare_registers(self) -> None:
         case, expected, found = self.case, self.expected, self.found
         count, mask = (16, (1 << 64) - 1) if case.bits == 64 else (8, (1 << 32) - 1)
+        if self._is(Mnemonic.POPA, Mnemonic.POPAD):
+            count = 0  # it may have got some of its registers
         for name, native, translated in zip(GPR_NAMES, expected.gpr[:count], found.gpr[:count], strict=False):
             if (native ^ translated) & mask:
                 self._differ(name, f"{native & mask:#x}", f"{translated & mask:#x}")
+        if expected.selectors != found.selectors:
+            self._differ("es, ss, ds, fs, gs", _hexadecimal(expected.selectors), _hexadecimal(found.selectors))
         compared = _COMPARED_FLAGS & ~self._uncertain_flags()
         if (expected.rflags ^ found.rflags) & compared:
             self._differ("flags", flag_text(expected.rflags & compared), flag_text(found.rflags & compared))
@@ -144,7 +151,7 @@ class _Comparison:
             return  # it may have got some of its elements; the translator commits all or none
         if self.faulting is not None and _uses_mmx(self.faulting):
             ignored.append(_X87_STATE)  # the top of stack and the tags may have been set already
-        if self.case.bits == 32:
+        if self.case.bits != 64:
             ignored += _UPPER_VECTORS
         for part in ignored:
             one[part] = other[part] = bytes(part.stop - part.start)
@@ -184,6 +191,10 @@ def _uses_mmx(instruction: Instruction) -> bool:
     )
 
 
+def _hexadecimal(values: Iterable[int]) -> str:
+    return " ".join(f"{value:#x}" for value in values)
+
+
 def flag_text(value: int) -> str:
     """RFLAGS in hexadecimal and by names."""
     return f"{value:#x} " + " ".join(name for bit, name in _FLAG_NAMES.items() if value & bit)
@@ -196,7 +207,13 @@ def describe(case: Case, number: int = 0) -> list[str]:
     lines = [f"  {case.bits}-bit code at CPL {3 if case.user else 0}, flags {flag_text(state.rflags)} {case.manner}"]
     if len(case.states) > 1:
         lines.append(f"  run {number + 1} of {len(case.states)} from different states")
-    lines.append(f"  fs base {case.fs_base:#x}, gs base {case.gs_base:#x}")
+    if case.segments:
+        lines += [
+            f"  {name} {one.selector:#x}: base {one.base:#x}, limit {one.limit:#x}, {one.attributes:#x}"
+            for name, one in case.segments.items()
+        ]
+    else:
+        lines.append(f"  fs base {case.fs_base:#x}, gs base {case.gs_base:#x}")
     lines += _describe_registers(state)
     for instruction in Decoder(case.bits, code, ip=case.rip):
         start = instruction.ip - case.rip

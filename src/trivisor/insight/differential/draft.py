@@ -27,6 +27,7 @@ from trivisor.insight.differential.case import (
     CODE_DATA_SIZE,
     DATA,
     DATA_END,
+    DATA_PAGES,
     PAGE,
     READ_ONLY,
     Item,
@@ -40,6 +41,8 @@ RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 _ATTEMPTS = 12
 _LARGEST = 1100
 """Bytes that an instruction without REP may write."""
+_FORMS16 = ((RBX, RSI), (RBX, RDI), (RBP, RSI), (RBP, RDI), (RSI, None), (RDI, None), (RBP, None), (RBX, None))
+"""Base and index of 16-bit addresses."""
 _DISPLACED = (4, 5, 10, 11, 13, 15)
 """Registers that the translator or the encoding treats in a way of their own."""
 
@@ -53,12 +56,16 @@ class Impossible(Exception):
 class Draft:
     """The items of a case so far, and what is known of the state after them."""
 
-    def __init__(self, random: Random, bits: int, rip: int, gpr: list[int], fs_base: int, gs_base: int) -> None:
+    def __init__(self, random: Random, bits: int, linear: int, gpr: list[int], bases: dict[str, int]) -> None:
+        """`linear`: address of the code; `bases`: of the segments that are there, by name."""
         self.random = random
         self.bits = bits
-        self.rip = rip
-        self.segment_bases = {Register.FS: fs_base, Register.GS: gs_base}
-        self.mask = (1 << bits) - 1
+        self.linear = linear
+        self.rip = linear - bases["cs"]
+        self.bases = {getattr(Register, name.upper()): base for name, base in bases.items()}
+        self.width = 64 if bits == 64 else 32
+        """Bits of a register."""
+        self.mask = (1 << self.width) - 1
         self.registers = tables.R64 if bits == 64 else tables.R32[:8]
         """By number, at the width of addresses."""
         self.items: list[Item] = []
@@ -73,10 +80,12 @@ class Draft:
         """Registers that the innermost loop relies on from before it."""
         self.nests: list[tuple[int, int]] = []
         """(first item, end) of what must not be jumped into."""
+        self.depth = 0
+        """Nests that are being made."""
         self.guards: list[int] = []
         """Stack slots with return addresses, which nothing else may write to."""
         self.used_x87 = False
-        """The x87's instruction and operand pointers are not the same on both sides."""
+        """The x87's instruction and operand pointers are not the same on both sides: they cannot be stored then."""
         self.skipped_to = 0
         """Items before this one may be jumped over."""
         self._encoder = Encoder(bits)
@@ -84,13 +93,18 @@ class Draft:
     def snapshot(self) -> tuple[Any, ...]:
         """What `restore` needs to take back all that is added from now on."""
         return (len(self.items), len(self.pokes), dict(self.known), set(self.settled), set(self.relied),
-                list(self.nests), list(self.guards), self.used_x87, self.skipped_to)  # fmt: skip
+                list(self.nests), self.depth, list(self.guards), self.used_x87, self.skipped_to)  # fmt: skip
 
     def restore(self, snapshot: tuple[Any, ...]) -> None:
         """Be as it was at the snapshot."""
         items, pokes, self.known, self.settled, self.relied, *rest = snapshot
-        self.nests, self.guards, self.used_x87, self.skipped_to = rest
+        self.nests, self.depth, self.guards, self.used_x87, self.skipped_to = rest
         del self.items[items:], self.pokes[pokes:]
+
+    @property
+    def may_store_x87(self) -> bool:
+        """Whether an instruction can be had that stores all of the x87's state."""
+        return not self.used_x87 and not self.depth
 
     def value(self, number: int) -> int:
         """The known value of a register, which the case relies on from now on."""
@@ -122,6 +136,8 @@ class Draft:
             popped = instruction.op_count and instruction.op0_kind == OpKind.REGISTER and moves > 0
             if not popped or tables.NUMBER.get(instruction.op0_register) != RSP:
                 self.known[RSP] = (stack + moves) & self.mask
+                if self.guards and self.known[RSP] + self.bases[Register.SS] > self.guards[-1]:
+                    raise Impossible
         self.used_x87 |= not tables.X87.isdisjoint(instruction.cpuid_features())
         decorated = target is None and self.random.random() < 0.08
         self.items.append(
@@ -148,7 +164,7 @@ class Draft:
         if self.known.get(number) == value:
             return self.value(number)
         register = self.registers[number]
-        if self.bits == 32:
+        if self.bits != 64:
             instruction = Instruction.create_reg_u32(Code.MOV_RM32_IMM32, register, value)
         elif fits(value) and self.random.random() < 0.7:
             signed = value - (1 << 64) if value >> 63 else value
@@ -188,61 +204,65 @@ class Draft:
             return DATA + random.randrange(0, 2 * PAGE)
         if kind < 0.88:
             return DATA + random.choice((1, 2)) * PAGE - random.randrange(0, size + 2)
+        if self.bits == 16:
+            return DATA + random.randrange(-size, DATA_PAGES * PAGE)
         if kind < 0.92:
             return READ_ONLY + random.randrange(-size, PAGE)
         if kind < 0.98:
-            code_page = self.rip & ~0xFFF
+            code_page = self.linear & ~0xFFF
             return code_page + CODE_DATA + random.randrange(0, CODE_DATA_SIZE - min(size, 512), 4)
-        if kind < 0.995 or self.bits == 32:
+        if kind < 0.995 or self.bits != 64:
             before, after = DATA - random.randrange(0, size + 1), DATA_END - random.randrange(0, size + 4)
             return random.choice((before, after))
         return 1 << 47 | random.getrandbits(40)
 
-    def based_segment(self) -> tuple[RegisterNumber, int]:
-        """A segment override now and then, and the segment's base."""
+    def override(self) -> RegisterNumber:
+        """A segment override now and then."""
         random = self.random
         kind = random.random()
-        if kind < 0.2 and self.bits == 64:
-            segment = random.choice((Register.FS, Register.GS))
-            return segment, self.segment_bases[segment]
-        if kind < 0.25:
-            return random.choice((Register.DS, Register.ES, Register.SS, Register.CS)), 0
-        return Register.NONE, 0
+        choice: tuple[RegisterNumber, ...]
+        if kind < 0.2:
+            choice = Register.FS, Register.GS
+        elif kind < 0.25:
+            choice = Register.DS, Register.ES, Register.SS, Register.CS
+        else:
+            return Register.NONE
+        return random.choice([segment for segment in choice if segment in self.bases] or [Register.NONE])
 
-    def point(self, instruction: Instruction, linear: int) -> None:
-        """Have the memory operand lie at `linear`, by some addressing form."""
-        segment, base = self.based_segment()
-        if segment == Register.CS and self.bits == 32:
-            segment = Register.DS  # CS cannot be written through
-        instruction.segment_prefix = segment
-        self.address(instruction, self.offset(linear, base))
-
-    def offset(self, linear: int, base: int) -> int:
+    def offset(self, linear: int, segment: RegisterNumber) -> int:
         """The offset of a linear address in a segment.
 
         With a base it is canonical here: AMD's processors want that of the offset too, Intel's of the linear
         address alone.
         """
+        base = self.bases[segment]
         offset = linear - base & self.mask
         if base and self.bits == 64 and 1 << 47 <= offset < (1 << 64) - (1 << 47):
             raise Impossible
         return offset
 
-    def address(self, instruction: Instruction, offset: int) -> None:
-        """Choose base, index and displacement so that the effective address is `offset`."""
+    def point(self, instruction: Instruction, linear: int) -> None:
+        """Have the memory operand lie at `linear`, by some segment and addressing form."""
         random = self.random
+        segment = self.override()
+        instruction.segment_prefix = segment
         for _ in range(_ATTEMPTS):
             kind = random.random()
             if kind < 0.12 and self.bits == 64:
-                done = self._relative(instruction, offset)
+                done = self._relative(instruction, self.offset(linear, segment or Register.DS))
             elif kind < 0.2:
-                done = self._absolute(instruction, offset)
+                done = self._absolute(instruction, self.offset(linear, segment or Register.DS))
             else:
-                narrow = self.bits == 64 and random.random() < 0.15
-                done = not (narrow and offset >> 32) and self._based(instruction, offset, narrow)
+                done = self._based(instruction, linear, segment, self._address_bits())
             if done:
                 return
         raise Impossible
+
+    def _address_bits(self) -> int:
+        """The mode's own address size, or the other."""
+        if self.random.random() < 0.85:
+            return self.bits
+        return 16 if self.bits == 32 else 32
 
     def _relative(self, instruction: Instruction, offset: int) -> bool:
         wide = self.random.random() < 0.8
@@ -255,29 +275,40 @@ class Draft:
         return True
 
     def _absolute(self, instruction: Instruction, offset: int) -> bool:
-        if self.bits == 64 and not fits(offset):
+        if (self.bits == 64 and not fits(offset)) or (self.bits == 16 and offset >> 16):
             return False
         instruction.memory_base = instruction.memory_index = Register.NONE
         instruction.memory_displacement = offset
         instruction.memory_displ_size = self.bits // 8
         return True
 
-    def _based(self, instruction: Instruction, offset: int, narrow: bool) -> bool:
+    def _based(self, instruction: Instruction, linear: int, segment: RegisterNumber, bits: int) -> bool:
+        """Base and index registers of `bits` bits, as far as they are known."""
         random = self.random
-        names = tables.R32 if narrow else self.registers
-        bits = 32 if narrow else self.bits
-        candidates = list(self.known)
-        if random.random() < 0.4:
-            candidates = [n for n in _DISPLACED if n in self.known] or candidates
-        if not candidates:
+        base: int | None
+        index: int | None
+        if bits == 16:
+            base, index = random.choice(_FORMS16)
+            names = tables.R16
+        else:
+            names = self.registers if bits == self.bits else tables.R32
+            candidates = list(self.known)
+            if random.random() < 0.4:
+                candidates = [n for n in _DISPLACED if n in self.known] or candidates
+            if not candidates:
+                return False
+            base = random.choice(candidates) if random.random() < 0.92 else None
+            index = random.choice(candidates) if base is None or random.random() < 0.45 else None
+            if index == RSP:
+                index = None
+        if (base is None and index is None) or any(n is not None and n not in self.known for n in (base, index)):
             return False
-        base = random.choice(candidates) if random.random() < 0.92 else None
-        index = random.choice(candidates) if base is None or random.random() < 0.45 else None
-        if index == RSP:
-            index = None
-        if base is None and index is None:
+        if segment == Register.NONE:
+            segment = Register.SS if base in (RSP, RBP) else Register.DS
+        offset = self.offset(linear, segment)
+        if offset >> bits:
             return False
-        scale = random.choice((1, 2, 4, 8)) if index is not None else 1
+        scale = random.choice((1, 2, 4, 8)) if index is not None and bits != 16 else 1
         total = (0 if base is None else self.known[base]) + (0 if index is None else self.known[index] * scale)
         displacement = (offset - total) & ((1 << bits) - 1)
         if bits == 64 and not fits(displacement):
@@ -295,6 +326,8 @@ class Draft:
     def _displacement_size(self, base: int | None, displacement: int, bits: int) -> int:
         if not displacement and base not in (None, RBP, 13):
             return 0
+        if bits == 16 and base is None:
+            return 2
         short = displacement < 0x80 or displacement >= (1 << bits) - 0x80
         return 1 if short and base is not None and self.random.random() < 0.8 else bits // 8
 

@@ -29,7 +29,7 @@ def add_branch(draft: Draft) -> None:
     elif kind < 0.7:
         _skip(draft, draft.random.choice(tables.JUMPS[draft.bits]))
     elif kind < 0.8:
-        draft.add(Instruction.create_branch(_call(draft), 0), len(draft.items) + 1)
+        draft.add(Instruction.create_branch(tables.CALL[draft.bits], 0), len(draft.items) + 1)
     elif kind < 0.9:
         _indirect(draft)
     else:
@@ -56,7 +56,9 @@ def _body(draft: Draft, fill: Callable[[int], None], length: int) -> int:
     start, before = len(draft.items), dict(draft.known)
     settled, relied = draft.settled, draft.relied
     draft.settled, draft.relied = set(), set()
+    draft.depth += 1
     fill(length)
+    draft.depth -= 1
     end = len(draft.items)
     changed = {number for number in before if draft.known.get(number) != before[number]}
     if end == start or changed & draft.relied:
@@ -66,10 +68,6 @@ def _body(draft: Draft, fill: Callable[[int], None], length: int) -> int:
             item.target = min(item.target, end)
     draft.settled, draft.relied = settled, relied | (draft.relied - settled)
     return start
-
-
-def _call(draft: Draft) -> CodeNumber:
-    return Code.CALL_REL32_64 if draft.bits == 64 else Code.CALL_REL32_32
 
 
 def _skip(draft: Draft, code: CodeNumber) -> None:
@@ -118,8 +116,9 @@ def _count_down(draft: Draft, counter: int, start: int) -> None:
         down = Instruction.create_reg_i32(code, register, 1)
     draft.append(down, keep=True)
     back = random.choice(("JNE", "JNE", "JG", "JNS" if kind > 0.9 else "JNE"))
-    size = random.choice((8, 32))
-    draft.append(Instruction.create_branch(getattr(Code, f"{back}_REL{size}_{draft.bits}"), 0), start)
+    kind16 = random.choice(("8_16", "16"))
+    size = kind16 if draft.bits == 16 else f"{random.choice((8, 32))}_{draft.bits}"
+    draft.append(Instruction.create_branch(getattr(Code, f"{back}_REL{size}"), 0), start)
 
 
 def _procedure(draft: Draft, fill: Callable[[int], None]) -> None:
@@ -129,24 +128,25 @@ def _procedure(draft: Draft, fill: Callable[[int], None]) -> None:
         raise Impossible
     stack = draft.value(RSP)
     slot = stack - draft.bits // 8
-    if not DATA + 64 <= slot < DATA + 3 * PAGE - 8:
+    linear = slot + draft.bases[Register.SS]
+    if not DATA + 64 <= linear < DATA + 3 * PAGE - 8:
         raise Impossible
     jump = len(draft.items)
     draft.append(Instruction.create_branch(random.choice(tables.JUMPS[draft.bits]), 0), jump)
     before = dict(draft.known)
     draft.known[RSP] = slot
-    draft.guards.append(slot)
+    draft.guards.append(linear)
     start = _body(draft, fill, random.choice((1, 2, 3, 4)))
     draft.guards.pop()
     if draft.known.get(RSP) != slot:
         raise Impossible
     end = len(draft.items)
     back = Instruction()
-    back.code = Code.RETNQ if draft.bits == 64 else Code.RETND
+    back.code = tables.RETURN[draft.bits]
     draft.append(back)
     draft.items[jump].target = end + 1
     for _ in range(random.choice((1, 1, 2))):
-        draft.append(Instruction.create_branch(_call(draft), 0), start)
+        draft.append(Instruction.create_branch(tables.CALL[draft.bits], 0), start)
     _tie(draft, [jump, *range(end, len(draft.items))])
     draft.known[RSP] = stack
     draft.known = {n: value for n, value in before.items() if draft.known.get(n) == value}
@@ -154,6 +154,8 @@ def _procedure(draft: Draft, fill: Callable[[int], None]) -> None:
 
 def _modify_code(draft: Draft) -> None:
     """A store into the immediate of the instruction after it."""
+    if draft.bits != 64 and (draft.bases[Register.DS] or draft.bases[Register.CS]):
+        raise Impossible
     random = draft.random
     store = Instruction()
     store.code = Code.MOV_RM32_IMM32
@@ -175,25 +177,21 @@ def _modify_code(draft: Draft) -> None:
 def _indirect(draft: Draft) -> None:
     """JMP or CALL to the next instruction through a register or memory."""
     random = draft.random
-    call = random.random() < 0.5
-    wide = draft.bits == 64
     jump = Instruction()
-    if call:
-        jump.code = Code.CALL_RM64 if wide else Code.CALL_RM32
-    else:
-        jump.code = Code.JMP_RM64 if wide else Code.JMP_RM32
+    jump.code = random.choice((tables.CALL_INDIRECT, tables.JUMP_INDIRECT))[draft.bits]
     if random.random() < 0.5:
         number = random.choice([n for n in range(len(draft.registers)) if n != RSP])
         _address_of(draft, number, len(draft.items) + 2)
         jump.set_op_kind(0, OpKind.REGISTER)
-        jump.set_op_register(0, draft.registers[number])
+        jump.set_op_register(0, (tables.R16 if draft.bits == 16 else draft.registers)[number])
         draft.add(jump)
         return
     jump.set_op_kind(0, OpKind.MEMORY)
     place = DATA + random.randrange(0, 2 * PAGE, 4)
-    if draft.guards or len(draft.items) > 2 or (RSP in draft.known and abs(place - draft.known[RSP]) < 64):
+    stack = draft.known.get(RSP, 0) + draft.bases[Register.SS]
+    if draft.guards or len(draft.items) > 2 or abs(place - stack) < 64:
         raise Impossible  # what runs before might write there
-    draft.address(jump, place)
+    draft.point(jump, place)
     draft.add(jump)
     draft.pokes.append((place, len(draft.items)))
 
@@ -220,35 +218,31 @@ def _return(draft: Draft) -> None:
     if RSP not in draft.known or draft.rip >> 31:
         raise Impossible
     random = draft.random
-    wide = draft.bits == 64
-    push = Instruction.create_i32(Code.PUSHQ_IMM32 if wide else Code.PUSHD_IMM32, 0)
-    draft.add(push, len(draft.items) + 2, keep=True)
+    draft.add(Instruction.create_i32(tables.PUSH_CONSTANT[draft.bits], 0), len(draft.items) + 2, keep=True)
     if random.random() < 0.4:
-        code = Code.RETNQ_IMM16 if wide else Code.RETND_IMM16
-        draft.add(Instruction.create_i32(code, random.randrange(0, 64)))
+        draft.add(Instruction.create_i32(tables.RETURN_AND_DROP[draft.bits], random.randrange(0, 64)))
     else:
         back = Instruction()
-        back.code = Code.RETNQ if wide else Code.RETND
+        back.code = tables.RETURN[draft.bits]
         draft.add(back)
 
 
 def add_special(draft: Draft) -> None:
     """POPF and PUSHF, DF and other flags, the XSAVE family."""
     random = draft.random
-    wide = draft.bits == 64
     kind = random.random()
     instruction = Instruction()
     if kind < 0.1:
         _save_state(draft)
         return
     if kind < 0.3:
-        instruction.code = random.choice((Code.PUSHFQ if wide else Code.PUSHFD, Code.PUSHFW))
+        instruction.code = random.choice(tables.PUSH_FLAGS[draft.bits])
     elif kind < 0.6:
         value = random.getrandbits(12) & 0x8D5 | 0x200
         value |= random.choice((0, 0, 0, 0x400, 0x200000))
-        push = Instruction.create_i32(Code.PUSHQ_IMM32 if wide else Code.PUSHD_IMM32, value)
+        push = Instruction.create_i32(tables.PUSH_CONSTANT[draft.bits], value & 0xFFFF if draft.bits == 16 else value)
         draft.add(push, keep=True)
-        instruction.code = Code.POPFQ if wide else Code.POPFD
+        instruction.code = tables.POP_FLAGS[draft.bits]
     elif kind < 0.75:
         instruction.code = random.choice((Code.STD, Code.CLD))
     else:
@@ -259,7 +253,7 @@ def add_special(draft: Draft) -> None:
 def _save_state(draft: Draft) -> None:
     """An instruction of the XSAVE family; one that restores mostly faults, on what is no such image."""
     random = draft.random
-    if draft.used_x87 or draft.bits == 32:
+    if not draft.may_store_x87 or draft.bits != 64:
         raise Impossible
     draft.ensure(RAX, random.choice((7, 7, 3, 1, 2, 4, 0, 6)))
     draft.ensure(RDX, 0)
@@ -270,5 +264,5 @@ def _save_state(draft: Draft) -> None:
     place = DATA + random.randrange(0, 2 * PAGE, 64)
     if random.random() < 0.1:
         place += random.choice((8, 1))
-    draft.address(instruction, place)
+    draft.point(instruction, place)
     draft.add(instruction)

@@ -24,6 +24,7 @@ from trivisor.insight.differential.catalogue import SCALAR, VECTOR, X87, Groups,
 from trivisor.insight.differential.draft import RSP, Draft, Impossible
 from trivisor.insight.differential.flow import add_branch, add_nest, add_special
 from trivisor.insight.differential.operands import add_ordinary
+from trivisor.insight.differential.segments import Segments, choose, flat
 from trivisor.insight.differential.tables import SAVE_X87, XSAVE_FAMILY
 from trivisor.insight.differential.values import fpu_image, integer, pool_slice
 
@@ -36,6 +37,7 @@ class Generator:
 
     def __init__(self, features: frozenset[int], bits: int) -> None:
         self.bits = bits
+        self.width = 64 if bits == 64 else 32
         self.groups: Groups = catalogue(features, bits)
         """Codes in play, by group and mnemonic."""
 
@@ -47,22 +49,29 @@ class Generator:
     def case(self, seed: str) -> Case:
         """The case that belongs to `seed`."""
         random = Random(seed)
+        segments = self._segments(random)
         fs_base, gs_base = self._segment_base(random), self._segment_base(random)
-        gpr = [self._register(random) for _ in range(16)]
-        gpr[RSP] = DATA + random.choice((*_STACKS, random.randrange(64, 0x2FC0)))
-        page = CODE_NEAR if self.bits == 32 or random.random() < 0.7 else CODE_FAR
+        if segments:
+            bases = {name: one.base for name, one in segments.items() if one.selector}
+        else:
+            bases = {"es": 0, "cs": 0, "ss": 0, "ds": 0, "fs": fs_base, "gs": gs_base}
+        gpr = [self._register(random, bases["ds"]) for _ in range(16)]
+        gpr[RSP] = DATA + random.choice((*_STACKS, random.randrange(64, 0x2FC0))) - bases["ss"]
+        if self.bits != 64:
+            gpr[RSP] &= 0xFFFFFFFF
+        page = CODE_NEAR if self.bits != 64 or random.random() < 0.7 else CODE_FAR
         offset = random.randrange(0, 0x400) if random.random() < 0.85 else random.randrange(0xF80, 0x1000)
         length = random.choice(_LENGTHS)
         if offset < 0x200 and random.random() < 0.1:
             length = random.randrange(10, 40)
-        draft = Draft(random, self.bits, page + offset, gpr, fs_base, gs_base)
+        draft = Draft(random, self.bits, page + offset, gpr, bases)
         self._fill(draft, length)
         _move_targets(draft.items, draft.nests)
         manner = random.choice(MANNERS)
         if draft.used_x87 or any(_leaves_holes(item.instruction) for item in draft.items):
             manner = ""  # these may leave what they write to as it was, and a device is not asked what it has
         return Case(
-            self.bits, draft.items, self._states(random, gpr, draft.pinned), fs_base, gs_base,
+            self.bits, draft.items, self._states(random, gpr, draft.pinned), segments, fs_base, gs_base,
             page, offset, random.random() < 0.5, manner, draft.pokes,
         )  # fmt: skip
 
@@ -74,29 +83,34 @@ class Generator:
             registers = list(gpr)
             if number:
                 for free in set(range(16)) - pinned:
-                    registers[free] = integer(random, self.bits)
+                    registers[free] = integer(random, self.width)
             flags = random.getrandbits(12) & 0x8D5 | 0x202 | (0x400 if random.random() < 0.2 else 0)
             data = pool_slice(random, DATA_PAGES * PAGE)
             states.append(State(registers, flags, fpu_image(random), data, code_data))
         return states
 
+    def _segments(self, random: Random) -> Segments:
+        if self.bits == 64:
+            return {}
+        return flat() if self.bits == 32 and random.random() < 0.5 else choose(random, self.bits)
+
     def _segment_base(self, random: Random) -> int:
-        if self.bits == 32:
+        if self.bits != 64:
             return 0
         return random.choice(
             (0, DATA, DATA + 0x123, 0x1000, random.getrandbits(31), (1 << 47) - 0x2000,
              0xFFFF800000000000 | random.getrandbits(30))
         )  # fmt: skip
 
-    def _register(self, random: Random) -> int:
-        """An initial value: an address near the data, a small number, or anything."""
-        mask = (1 << self.bits) - 1
+    def _register(self, random: Random, base: int) -> int:
+        """An initial value: an offset near the data in a segment with this base, a small number, or anything."""
+        mask = (1 << self.width) - 1
         kind = random.random()
         if kind < 0.4:
-            return DATA + random.randrange(-64, DATA_PAGES * PAGE + 64)
+            return DATA - base + random.randrange(-64, DATA_PAGES * PAGE + 64) & mask
         if kind < 0.6:
             return random.randrange(-40, 70) & mask
-        return integer(random, self.bits)
+        return integer(random, self.width)
 
     def _fill(self, draft: Draft, length: int, *, nested: bool = False) -> None:
         """Add `length` instructions or pieces, as far as that is possible."""

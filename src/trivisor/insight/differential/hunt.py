@@ -59,7 +59,7 @@ class Report:
 
 
 class Hunt:
-    """Both sides, and the comparison, for 32- or 64-bit code."""
+    """Both sides, and the comparison, for 16-, 32- or 64-bit code."""
 
     def __init__(self, bits: int = 64, *, fault_flags: bool = False) -> None:
         self.native = NativeHost.instance()

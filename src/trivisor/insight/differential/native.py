@@ -12,7 +12,7 @@ import mmap
 import platform
 import signal
 import sys
-from struct import pack_into, unpack_from
+from struct import pack, pack_into, unpack_from
 
 from trivisor.insight.differential.case import (
     CODE_DATA,
@@ -31,6 +31,7 @@ from trivisor.insight.differential.case import (
     Result,
     State,
 )
+from trivisor.insight.differential.segments import FLAT_CODE64, FLAT_DATA, LOCAL
 from trivisor.machine.state import GPR_NAMES
 from trivisor.translation.host_signals import HostSignals, SigAction
 from trivisor.x86.assembler import assemble
@@ -44,18 +45,17 @@ _FIELDS = {
     "IN_GPR": 0, "IN_FLAGS": 0x80, "IN_FS": 0x88, "IN_GS": 0x90, "IN_RIP": 0x98,
     "OUT_GPR": 0x100, "OUT_FLAGS": 0x180, "SIGNAL": 0x188, "VECTOR": 0x190, "ERROR": 0x198,
     "FAULT_ADDRESS": 0x1A0, "FAULT_RIP": 0x1A8, "TICKS": 0x1B0, "HOST_RSP": 0x1B8, "HOST_FS": 0x1C0, "ACTIVE": 0x1C8,
-    "WAY_OUT": 0x1D0, "IN_FAR": 0xA0, "IN_DATA": 0xA8,
-    "PREVIOUS": 0x200, "IN_FPU": 0x400, "OUT_FPU": 0x800,
+    "WAY_OUT": 0x1D0, "FAULT_SS": 0x1E8, "IN_FAR": 0xA0,
+    "IN_SS": 0xE0, "IN_SEGMENTS": 0xE8, "OUT_SEGMENTS": 0x1D8, "PREVIOUS": 0x200, "IN_FPU": 0x400, "OUT_FPU": 0x800,
 }  # fmt: skip
 
-_USER32_CS, _USER_DS, _USER_CS = 0x23, 0x2B, 0x33
-"""Linux's selectors (asm/segment.h)."""
 _SA_SIGINFO, _SA_ONSTACK, _SA_RESTORER, _SA_NODEFER, _SA_RESTART = 4, 0x08000000, 0x04000000, 0x40000000, 0x10000000
 _TICK = 0.25
 """Seconds of the processor's time."""
 _MAP_FIXED_NOREPLACE = 0x100000
 _AT_HWCAP2, _HWCAP2_FSGSBASE = 26, 2
-_SYS_RT_SIGACTION, _SYS_SIGALTSTACK = 13, 131
+_SYS_RT_SIGACTION, _SYS_SIGALTSTACK, _SYS_MODIFY_LDT = 13, 131, 154
+_WRITE_LDT = 0x11
 _FAULTS = (signal.SIGSEGV, signal.SIGFPE, signal.SIGBUS, signal.SIGILL, signal.SIGTRAP)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -105,19 +105,26 @@ enter:
     wrfsbase rax
     mov rax, [IN_GS]
     wrgsbase rax
-    mov eax, [IN_DATA]
-    mov ds, eax
-    mov es, eax
     mov qword [ACTIVE], 1
-    cmp eax, 0
+    cmp qword [IN_FAR], 0
     jne enter_narrow
     push qword [IN_FLAGS]
     popfq
     {load}
     jmp qword [IN_RIP]
 enter_narrow:
+    mov ax, [IN_SEGMENTS]
+    mov es, eax
+    mov ax, [IN_SEGMENTS+2]
+    mov ds, eax
+    mov ax, [IN_SEGMENTS+4]
+    mov fs, eax
+    mov ax, [IN_SEGMENTS+6]
+    mov gs, eax
     push qword [IN_FLAGS]
     popfq
+    mov rax, [IN_SS]
+    mov ss, eax
     {load}
     db 0xff, 0x2c, 0x25 ; jmp far dword [IN_FAR]
     dd IN_FAR
@@ -128,10 +135,19 @@ way_out:
     pop qword [OUT_FLAGS]
     cld
     {store}
+    mov [OUT_SEGMENTS], es
+    mov [OUT_SEGMENTS+2], ss
+    mov [OUT_SEGMENTS+4], ds
+    mov [OUT_SEGMENTS+6], fs
+    mov [OUT_SEGMENTS+8], gs
+    mov eax, USER_DS
+    mov ss, eax
     mov qword [ACTIVE], 0
     xor eax, eax
     mov ds, eax
     mov es, eax
+    mov fs, eax
+    mov gs, eax
     mov eax, 7
     xor edx, edx
     xsave [OUT_FPU]
@@ -178,6 +194,9 @@ end:
     mov eax, [WAY_OUT]
     mov [rdx+168], rax
     mov word [rdx+184], USER_CS
+    movzx eax, word [rdx+190]
+    mov [FAULT_SS], rax
+    mov word [rdx+190], USER_DS
     ret
 other:
     movsxd rax, edi
@@ -218,14 +237,20 @@ class NativeHost:
         _map(_STACK, _STACK_SIZE, read_write)
         self.data = _map(DATA, DATA_PAGES * PAGE, read_write)
         self._code = {at: _map(at, CODE_PAGES * PAGE, everything) for at in (CODE_NEAR, CODE_FAR)}
-        symbols = {name: _CONTROL + offset for name, offset in _FIELDS.items()} | {"USER_CS": _USER_CS}
+        symbols = {name: _CONTROL + offset for name, offset in _FIELDS.items()}
+        symbols |= {"USER_CS": FLAT_CODE64, "USER_DS": FLAT_DATA}
         program = assemble(_program(), origin=_STUB, symbols=symbols)
         stub[: len(program.code)] = program.code
         labels = program.labels
         pack_into("<Q", self.control, _FIELDS["WAY_OUT"], labels["way_out"])
+        narrow = b"\xea" + labels["way_out"].to_bytes(4, "little") + FLAT_CODE64.to_bytes(2, "little")
         way_out = (_CONTROL + _FIELDS["WAY_OUT"]).to_bytes(4, "little")
-        self._exits = {64: b"\xff\x24\x25" + way_out, 32: b"\xff\x2d" + way_out}
-        """Machine code that ends a case: a jump through memory, a far one for 32-bit code."""
+        self._exits = {64: b"\xff\x24\x25" + way_out, 32: narrow, 16: b"\x66" + narrow}
+        """Machine code that ends a case: a jump through memory, or a far one into 64-bit code."""
+        for one in LOCAL:
+            entry = pack("<4I", *one.user_desc)
+            if _libc.syscall(_SYS_MODIFY_LDT, _WRITE_LDT, entry, len(entry)):
+                raise OSError(ctypes.get_errno(), "modify_ldt: this kernel has no 16-bit segments")
         self._enter = ctypes.CFUNCTYPE(None)(labels["enter"])
         alternate = (ctypes.c_uint64 * 3)(_STACK, 0, _STACK_SIZE)
         self._alternate = ctypes.addressof(alternate)
@@ -242,10 +267,15 @@ class NativeHost:
 
     def run(self, case: Case, layout: Layout) -> list[Result]:
         """Run the case natively from each of its states."""
-        narrow = case.bits == 32
-        control = self.control
-        pack_into("<IIQ", control, _FIELDS["IN_FAR"], case.rip & 0xFFFFFFFF, _USER32_CS, _USER_DS if narrow else 0)
-        control[_FIELDS["WAY_OUT"] + 4] = _USER_CS if narrow else 0
+        control, segments = self.control, case.segments
+        if segments:
+            pack_into("<II", control, _FIELDS["IN_FAR"], case.rip, segments["cs"].selector)
+            pack_into("<Q", control, _FIELDS["IN_SS"], segments["ss"].selector)
+            pack_into(
+                "<4H", control, _FIELDS["IN_SEGMENTS"], *(segments[name].selector for name in ("es", "ds", "fs", "gs"))
+            )
+        else:
+            pack_into("<Q", control, _FIELDS["IN_FAR"], 0)
         _libc.syscall(_SYS_SIGALTSTACK, ctypes.c_void_p(self._alternate), None)
         full = layout.code + self._exits[case.bits]
         return [self._run(case, layout, state, full) for state in case.states]
@@ -276,4 +306,11 @@ class NativeHost:
             vector if number else -1,
             error,
             cr2,
+            self._selectors(bool(number)) if case.segments else (),
         )
+
+    def _selectors(self, faulted: bool) -> tuple[int, ...]:
+        selectors = list(unpack_from("<5H", self.control, _FIELDS["OUT_SEGMENTS"]))
+        if faulted:  # the handler's way out had a stack segment of its own
+            (selectors[1],) = unpack_from("<H", self.control, _FIELDS["FAULT_SS"])
+        return tuple(selectors)

@@ -36,16 +36,16 @@ def add_ordinary(draft: Draft, code: CodeNumber) -> None:
     instruction.code = code
     info = instruction.op_code()
     mnemonic = info.mnemonic
-    if mnemonic in tables.SAVE_X87 and draft.used_x87:
+    if mnemonic in tables.SAVE_X87 and not draft.may_store_x87:
         raise Impossible
-    if mnemonic in tables.EXTENDED_STATE and draft.bits == 32:
+    if mnemonic in tables.EXTENDED_STATE and draft.bits != 64:
         raise Impossible
     if mnemonic in tables.LOAD_MXCSR and random.random() < 0.5:
         raise Impossible  # it mostly faults
     if mnemonic in tables.DIVISIONS and random.random() < 0.8:
         _tame_division(draft, info.operand_size)
     kinds = info.op_kinds()
-    address_bits = 32 if random.random() < 0.06 else draft.bits
+    address_bits = random.choice(tables.ADDRESS_BITS[draft.bits]) if random.random() < 0.12 else draft.bits
     memory: int | None = None
     for number, kind in enumerate(kinds):
         if _is_memory(draft, kind):
@@ -67,7 +67,8 @@ def add_ordinary(draft: Draft, code: CodeNumber) -> None:
         _frame(draft, instruction)
     if mnemonic == Mnemonic.LEAVE:
         # (What lies at other canonical addresses may not be the same on both sides.)
-        draft.ensure(RBP, draft.place(8) if draft.bits == 32 or random.random() < 0.8 else 1 << 62)
+        wild = draft.bits == 64 and random.random() < 0.2
+        draft.ensure(RBP, 1 << 62 if wild else draft.offset(draft.place(8), Register.SS))
     draft.add(instruction)
 
 
@@ -93,7 +94,7 @@ def _plain_operand(draft: Draft, instruction: Instruction, number: int, kind: Op
 
 def _register(draft: Draft, file: list[RegisterNumber]) -> RegisterNumber:
     random = draft.random
-    if draft.bits == 32:
+    if draft.bits != 64:
         return random.choice(tables.R8_LEGACY if file is tables.R8 else file[:8])
     if file in _GENERAL and random.random() < 0.45:
         return file[random.choice((RSP, 10, 11, 15))]
@@ -123,8 +124,6 @@ def _memory_operand(draft: Draft, instruction: Instruction, kind: OpCodeOperandK
     else:
         size = MemorySizeExt.size(instruction.memory_size) or 16
         place = draft.place(size)
-        if instruction.mnemonic in tables.NO_ACCESS:
-            place = DATA + draft.random.randrange(PAGE)
         if instruction.mnemonic in tables.BIT_STRINGS and instruction.op_kind(1) == OpKind.REGISTER:
             place -= _bit_string_reach(draft, instruction, size)
         draft.point(instruction, place & draft.mask)
@@ -134,15 +133,15 @@ def _offset_operand(draft: Draft, instruction: Instruction) -> None:
     """MOV with an address in place of an immediate (moffs)."""
     random = draft.random
     place = draft.place(MemorySizeExt.size(instruction.memory_size))
-    segment, base = draft.based_segment()
-    if segment == Register.CS and draft.bits == 32:
-        segment = Register.NONE
+    segment = draft.override()
     instruction.segment_prefix = segment
     instruction.memory_base = instruction.memory_index = Register.NONE
-    offset = draft.offset(place, base)
-    narrow = not offset >> 32 and random.random() < 0.3
+    offset = draft.offset(place, segment or Register.DS)
+    sizes = [size for size in tables.ADDRESS_BITS[draft.bits] if not offset >> size]
+    if not sizes:
+        raise Impossible
     instruction.memory_displacement = offset
-    instruction.memory_displ_size = 4 if narrow or draft.bits == 32 else 8
+    instruction.memory_displ_size = (sizes[0] if random.random() < 0.7 else sizes[-1]) // 8
 
 
 def _bit_string_reach(draft: Draft, instruction: Instruction, size: int) -> int:
@@ -172,15 +171,16 @@ def _gather_operand(draft: Draft, instruction: Instruction, file: list[RegisterN
     draft.append(Instruction.create_reg_reg_u32(code, tables.YMM[index], source, shift), keep=True)
     place = DATA + random.choice((0x800, 0x1000, 0x1800, 0x2000, 0x2800, 0x3000))
     base = random.choice([n for n in draft.known if n != RSP] or [RAX])
-    segment, segment_base = draft.based_segment()
+    segment = draft.override()
     displacement = random.choice((0, 4, random.randrange(-200, 200)))
-    draft.ensure(base, draft.offset(place, segment_base) - displacement)
+    at = segment or (Register.SS if base in (RSP, RBP) else Register.DS)
+    draft.ensure(base, draft.offset(place, at) - displacement)
     instruction.segment_prefix = segment
     instruction.memory_base = draft.registers[base]
     instruction.memory_index = file[index]
     instruction.memory_index_scale = random.choice((1, 2, 4, 8))
     instruction.memory_displacement = displacement & draft.mask
-    instruction.memory_displ_size = draft.bits // 8
+    instruction.memory_displ_size = 8 if draft.bits == 64 else 4
 
 
 # -- strings and other implied operands -----------------------------------------------------------------------
@@ -192,19 +192,18 @@ def _string_operand(
     random = draft.random
     register, op_kinds = tables.STRING[kind]
     size = MemorySizeExt.size(instruction.memory_size) or 8
-    base = 0
-    if kind == OpCodeOperandKind.SEG_RSI and draft.bits == 64 and random.random() < 0.2:
-        segment = random.choice((Register.FS, Register.GS))
-        instruction.segment_prefix = segment
-        base = draft.segment_bases[segment]
+    segment = Register.ES if kind == OpCodeOperandKind.ES_RDI else Register.DS
+    if kind == OpCodeOperandKind.SEG_RSI:
+        instruction.segment_prefix = draft.override()
+        segment = instruction.segment_prefix or segment
     place = draft.place(size * random.choice((1, 1, 8, 24)))
     if not DATA - PAGE <= place < DATA_END:
         place = DATA  # what is beside the data in the code page is not the same on both sides
-    offset = draft.offset(place, base)
-    if address_bits < draft.bits:
-        if offset >> 32:
-            raise Impossible
-        offset |= random.getrandbits(32) << 32
+    offset = draft.offset(place, segment)
+    if offset >> address_bits:
+        raise Impossible
+    if address_bits < draft.width:
+        offset |= random.getrandbits(draft.width - address_bits) << address_bits
     draft.ensure(register, offset)
     instruction.set_op_kind(number, op_kinds[address_bits])
 
@@ -216,8 +215,8 @@ def _repeat(draft: Draft, instruction: Instruction, info: OpCodeInfo, address_bi
     count = random.choice((0, 1, 2, 3, random.randrange(30), random.randrange(30), random.randrange(700)))
     if random.random() < 0.03:
         count = random.randrange(5000)
-    if address_bits < draft.bits:
-        count |= random.getrandbits(32) << 32
+    if address_bits < draft.width:
+        count |= random.getrandbits(draft.width - address_bits) << address_bits
     draft.ensure(RCX, count)
     if info.can_use_repne_prefix and random.random() < 0.5:
         instruction.has_repne_prefix = True
@@ -227,10 +226,12 @@ def _repeat(draft: Draft, instruction: Instruction, info: OpCodeInfo, address_bi
 
 def _table_operand(draft: Draft, instruction: Instruction, number: int) -> None:
     """XLAT's byte at rbx + al."""
-    draft.ensure(RBX, draft.place(1) - 255)
+    segment = draft.override()
+    instruction.segment_prefix = segment
+    draft.ensure(RBX, draft.offset(draft.place(1), segment or Register.DS) - 255)
     draft.ensure(RAX, draft.random.getrandbits(64) | 0xFF)
     instruction.set_op_kind(number, OpKind.MEMORY)
-    instruction.memory_base = draft.registers[RBX]
+    instruction.memory_base = Register.BX if draft.bits == 16 else draft.registers[RBX]
     instruction.memory_index = Register.AL
 
 
@@ -248,6 +249,7 @@ def _frame(draft: Draft, instruction: Instruction) -> None:
     random = draft.random
     if RSP not in draft.known or draft.guards:
         raise Impossible
-    if abs(draft.value(RSP) - draft.ensure(RBP, DATA + random.randrange(64, 3 * PAGE))) < 128:
+    frame = draft.offset(DATA + random.randrange(64, 3 * PAGE), Register.SS)
+    if abs(draft.value(RSP) - draft.ensure(RBP, frame)) < 128:
         raise Impossible
     instruction.set_immediate_u32(1, random.choice((0, 0, 1, 2, 3)))

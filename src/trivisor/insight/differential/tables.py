@@ -71,9 +71,9 @@ VSIB: dict[OpCodeOperandKindNumber, list[RegisterNumber]] = {
     _K.MEM_VSIB32X: XMM, _K.MEM_VSIB64X: XMM, _K.MEM_VSIB32Y: YMM, _K.MEM_VSIB64Y: YMM
 }  # fmt: skip
 STRING: dict[OpCodeOperandKindNumber, tuple[int, dict[int, OpKindNumber]]] = {
-    _K.SEG_RSI: (6, {32: OpKind.MEMORY_SEG_ESI, 64: OpKind.MEMORY_SEG_RSI}),
-    _K.ES_RDI: (7, {32: OpKind.MEMORY_ESEDI, 64: OpKind.MEMORY_ESRDI}),
-    _K.SEG_RDI: (7, {32: OpKind.MEMORY_SEG_EDI, 64: OpKind.MEMORY_SEG_RDI}),
+    _K.SEG_RSI: (6, {16: OpKind.MEMORY_SEG_SI, 32: OpKind.MEMORY_SEG_ESI, 64: OpKind.MEMORY_SEG_RSI}),
+    _K.ES_RDI: (7, {16: OpKind.MEMORY_ESDI, 32: OpKind.MEMORY_ESEDI, 64: OpKind.MEMORY_ESRDI}),
+    _K.SEG_RDI: (7, {16: OpKind.MEMORY_SEG_DI, 32: OpKind.MEMORY_SEG_EDI, 64: OpKind.MEMORY_SEG_RDI}),
 }
 """Operands of string instructions: the register's number, and the operand's kind by address size."""
 STRING_KINDS = frozenset(kind for _, kinds in STRING.values() for kind in kinds.values())
@@ -87,9 +87,6 @@ QUADWORD_GATHERS = _mnemonics("VPGATHERQD VPGATHERQQ VGATHERQPS VGATHERQPD")
 SAVE_X87 = _mnemonics("FNSTENV FNSAVE FXSAVE FXSAVE64 FSTENV FSAVE")
 DIVISIONS = _mnemonics("DIV IDIV")
 LOAD_MXCSR = _mnemonics("LDMXCSR VLDMXCSR")
-NO_ACCESS = _mnemonics("CLFLUSH CLFLUSHOPT CLWB")
-"""Those that the translator does nothing for, not even fault."""
-
 EXTENDED_STATE = _mnemonics("FXSAVE FXRSTOR")
 """In 32-bit code these leave XMM8 to XMM15 out; the translator's do not, and so neither those of the XSAVE family."""
 
@@ -97,22 +94,37 @@ X87 = frozenset((CpuidFeature.FPU, CpuidFeature.FPU287, CpuidFeature.FPU387))
 WRITES = frozenset((OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE))
 
 _CONDITIONS = ("O", "NO", "B", "AE", "E", "NE", "BE", "A", "S", "NS", "P", "NP", "L", "GE", "LE", "G")
+ADDRESS_BITS = {16: (16, 32), 32: (32, 16), 64: (64, 32)}
+"""By the bits of the code: its own address size, and that of the prefix."""
 JCC: dict[int, list[CodeNumber]] = {
     bits: [getattr(Code, f"J{c}_REL{size}_{bits}") for c in _CONDITIONS for size in (8, 32)] for bits in (32, 64)
 }
-JCC[32] += [Code.JECXZ_REL8_32]
+JCC[16] = [getattr(Code, f"J{c}_REL{kind}") for c in _CONDITIONS for kind in ("8_16", "16")]
+JCC[16] += [Code.JCXZ_REL8_16, Code.JECXZ_REL8_16]
+JCC[32] += [Code.JECXZ_REL8_32, Code.JCXZ_REL8_32]
 JCC[64] += [Code.JRCXZ_REL8_64, Code.JECXZ_REL8_64]
 JUMPS: dict[int, tuple[CodeNumber, ...]] = {
-    32: (Code.JMP_REL8_32, Code.JMP_REL32_32), 64: (Code.JMP_REL8_64, Code.JMP_REL32_64)
-}  # fmt: skip
+    16: (Code.JMP_REL8_16, Code.JMP_REL16),
+    32: (Code.JMP_REL8_32, Code.JMP_REL32_32),
+    64: (Code.JMP_REL8_64, Code.JMP_REL32_64),
+}
 LOOPS: dict[int, list[CodeNumber]] = {
     bits: [getattr(Code, f"{name}_REL8_{bits}_{c}") for name in ("LOOP", "LOOPE", "LOOPNE") for c in counters]
-    for bits, counters in ((32, ("ECX",)), (64, ("RCX", "ECX")))
+    for bits, counters in ((16, ("CX", "ECX")), (32, ("ECX", "CX")), (64, ("RCX", "ECX")))
 }
+CALL = {16: Code.CALL_REL16, 32: Code.CALL_REL32_32, 64: Code.CALL_REL32_64}
+CALL_INDIRECT = {16: Code.CALL_RM16, 32: Code.CALL_RM32, 64: Code.CALL_RM64}
+JUMP_INDIRECT = {16: Code.JMP_RM16, 32: Code.JMP_RM32, 64: Code.JMP_RM64}
+PUSH_CONSTANT = {16: Code.PUSH_IMM16, 32: Code.PUSHD_IMM32, 64: Code.PUSHQ_IMM32}
+RETURN = {16: Code.RETNW, 32: Code.RETND, 64: Code.RETNQ}
+RETURN_AND_DROP = {16: Code.RETNW_IMM16, 32: Code.RETND_IMM16, 64: Code.RETNQ_IMM16}
+PUSH_FLAGS = {16: (Code.PUSHFW, Code.PUSHFD), 32: (Code.PUSHFD, Code.PUSHFW), 64: (Code.PUSHFQ, Code.PUSHFW)}
+POP_FLAGS = {16: Code.POPFW, 32: Code.POPFD, 64: Code.POPFQ}
 XSAVE_FAMILY: list[CodeNumber] = [
     getattr(Code, f"{name}{wide}_MEM") for name in ("XSAVE", "XSAVEC", "XRSTOR") for wide in ("", "64")
 ]
 IDLE_PREFIXES: dict[int, tuple[int, ...]] = {
+    16: (0x67, 0xF2, 0xF3, 0x3E, 0x26, 0x36),
     32: (0x66, 0xF2, 0xF3, 0x3E, 0x26, 0x36),
     64: (0x66, 0xF2, 0xF3, 0x2E, 0x3E, 0x26, 0x36, *range(0x40, 0x50)),
 }

@@ -23,6 +23,7 @@ from trivisor.insight.differential.case import (
     Skipped,
     State,
 )
+from trivisor.insight.differential.segments import FLAT, LOCAL
 from trivisor.machine.bus import Bus
 from trivisor.machine.clock import Clock
 from trivisor.machine.exits import DebugStop, Exit, Halt, Unsupported
@@ -33,10 +34,11 @@ from trivisor.machine.state import SEGMENT_NAMES, CpuState, Segment, Table
 from trivisor.machine.vcpu import MsrHandler
 from trivisor.translation.cpu import TranslationVcpu
 from trivisor.translation.layout import OFFSETS
+from trivisor.x86.descriptors import DPL
 
 KERNEL = 0xFFFF800000000000
 """Where the guest's kernel sees the first 2 MiB of physical memory."""
-_IDT, _TSS, _HANDLERS, _STACK_TOP, _GDT = 0x2000, 0x3000, 0x4000, 0x7000, 0x8000
+_IDT, _TSS, _HANDLERS, _STACK_TOP, _GDT, _LDT = 0x2000, 0x3000, 0x4000, 0x7000, 0x8000, 0x9000
 _TABLES, _DEVICE_TABLES = 0x10000, 0x30000
 _DEVICE_FRAME = 0xFE000000
 _DATA_FRAMES = (0x400000, 0x640000, 0x410000, 0x500000)
@@ -165,13 +167,17 @@ class TranslatedGuest:
             memory.write_u64(_IDT + 16 * vector + 8, high)
         for number, descriptor in enumerate((0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF)):
             memory.write_u64(_GDT + 8 * number, descriptor)
+        for selector, flat in FLAT.items():
+            memory.write_u64(_GDT + (selector & ~7), flat.raw)
+        for local in LOCAL:
+            memory.write_u64(_LDT + (local.selector & ~7), local.raw)
         memory.write_u64(_TSS + 0x24, KERNEL + _STACK_TOP)  # IST1
         self.vcpu = TranslationVcpu(self.board)
         self._watch = _Watch(self.vcpu)
         self.features = self.vcpu.blocks.translator.features
         """The decoder's features that the guest's processor has."""
         self._states = {
-            (bits, user): self._state(bits, user) for bits in (32, 64) for user in (False, True)
+            (bits, user): self._state(bits, user) for bits in (16, 32, 64) for user in (False, True)
         }
 
     def _map_all(self, root: int, data: Sequence[int]) -> None:
@@ -194,8 +200,8 @@ class TranslatedGuest:
         flat = null if bits == 64 else data
         return CpuState(
             cs=code, ss=data, ds=flat, es=flat, fs=null, gs=null,
-            tr=Segment(0x40, KERNEL + _TSS, 0x67, 0x8B),
-            gdtr=Table(KERNEL + _GDT, 0x17), idtr=Table(KERNEL + _IDT, 0x1FF),
+            tr=Segment(0x40, KERNEL + _TSS, 0x67, 0x8B), ldtr=Segment(0x50, KERNEL + _LDT, 8 * len(LOCAL) - 1, 0x82),
+            gdtr=Table(KERNEL + _GDT, 0x37), idtr=Table(KERNEL + _IDT, 0x1FF),
             cr0=0x80050033, cr4=0x506A0 | 0x10000, efer=0xD01, xcr0=7,
         )  # fmt: skip
 
@@ -207,12 +213,24 @@ class TranslatedGuest:
     def run(self, case: Case, layout: Layout) -> list[Result]:
         """Run the case from each of its states; raises Skipped for what the engine does not have."""
         state = self._states[case.bits, case.user]
-        state.fs = Segment(0, case.fs_base, 0xFFFFFFFF, 0xC093)
-        state.gs = Segment(0, case.gs_base, 0xFFFFFFFF, 0xC093)
+        if case.segments:
+            self._load_segments(state, case)
+        else:
+            state.fs = Segment(0, case.fs_base, 0xFFFFFFFF, 0xC093)
+            state.gs = Segment(0, case.gs_base, 0xFFFFFFFF, 0xC093)
         state.cr3 = _DEVICE_TABLES if case.manner == "on a device" else _TABLES
         self.vcpu.state = state  # forgets what the TLBs have of the case before
         self._processor = state
         return [self._run(case, layout, state) for state in case.states]
+
+    def _load_segments(self, state: CpuState, case: Case) -> None:
+        """The segments of 16- or 32-bit code, at CPL 0 with a DPL to suit."""
+        for name, descriptor in case.segments.items():
+            segment = descriptor.segment
+            if not case.user and segment.selector and name in ("cs", "ss"):
+                segment.selector &= ~3
+                segment.attributes &= ~DPL
+            setattr(state, name, segment)
 
     def _run(self, case: Case, layout: Layout, state: State) -> Result:
         view, core = self.memory.view, self.vcpu.core
@@ -254,17 +272,24 @@ class TranslatedGuest:
         return Result(
             gpr, rip, flags & _FRAME_FLAGS, bytes(core.bytes[_FPU : _FPU + FPU_SIZE]), b"".join(pages),
             bytes(view[at : at + CODE_DATA_SIZE]), -1 if ended else vector, error, core.cr2,
+            self._selectors(case) if case.segments else (),
         )  # fmt: skip
+
+    def _selectors(self, case: Case) -> tuple[int, ...]:
+        es, _, _, ds, fs, gs = (view.selector for view in self.vcpu.core.segments[:6])
+        (ss,) = unpack_from("<Q", self.memory.view, _STACK_TOP - 8)
+        return es, ss if case.user or not ss else ss | 3, ds, fs, gs
 
     def _restart(self, case: Case, state: State) -> None:
         """Have the processor stand before the code again, with its translations and what is in its TLBs."""
         core, processor = self.vcpu.core, self._processor
         core.regs[:] = array("Q", state.gpr)
-        core.rip, core.rflags = case.rip, state.rflags
+        core.rflags = state.rflags
         for name, view in zip(SEGMENT_NAMES, core.segments, strict=False):
             segment: Segment = getattr(processor, name)
             view.set(segment.selector, segment.base, segment.limit, segment.attributes)
         core.cpl = 3 if case.user else 0
+        core.rip = case.rip  # an offset in the code segment
         core.bytes[_FPU : _FPU + FPU_SIZE] = state.fpu
         self.vcpu.mode_changed()
 

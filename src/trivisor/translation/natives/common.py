@@ -14,6 +14,7 @@ KIND_USER    equ 2
 KIND_PARKED  equ 4
 KIND_FETCH   equ 8
 KIND_CHUNK   equ 0x100
+KIND_JUDGED  equ 0x200
 HOST_FLAGS   equ 0xcd5
 FLAG_TF      equ 0x100
 FLAG_IF      equ 0x200

@@ -94,9 +94,11 @@ fault_inside:
     mov r12d, [rbx+8]
     sub rbx, 8
     call miss_flags
-    mov qword [rbp+EXIT_B], 0
     cmp qword [rbp+EXIT_A], 0
-    jne deliver
+    jne fault_of_segment
     mov qword [rbp+EXIT_B], -1
     jmp deliver
+fault_of_segment:
+    mov qword [rbp+EXIT], EXIT_SEGMENT_FAULT
+    jmp leave_spilled
 """

@@ -105,6 +105,8 @@ miss_code:
     jmp miss_written
 
 miss_fault:
+    test r12d, KIND_JUDGED
+    jnz miss_slow
     mov [rbp+GUEST_CR2], r13
     mov [rbp+EXIT_B], rdx
     mov qword [rbp+EXIT_A], 14
@@ -155,8 +157,12 @@ miss_cross:
     inc r13
     call fill_tlb
     cmp eax, 1
-    je miss_fault
     ja miss_cross_slow
+    jb miss_cross_both
+    test r12d, KIND_JUDGED
+    jnz miss_cross_slow
+    jmp miss_fault
+miss_cross_both:
     movzx eax, word [rbx+6]
     mov rcx, [rbp+CROSS_LOW_LENGTH]
     sub rax, rcx

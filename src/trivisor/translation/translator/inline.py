@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 from iced_x86 import Instruction, Mnemonic
 
-from trivisor.translation.translator import control_flow, division, legacy_flow, sensitive, strings
+from trivisor.translation.translator import (
+    control_flow,
+    division,
+    legacy_flow,
+    memory_forms,
+    sensitive,
+    strings,
+)
 from trivisor.translation.translator.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -43,6 +50,8 @@ def table(maker: InstructionMaker) -> dict[int, Make]:
         out[Mnemonic.WRMSR] = bind(sensitive.msr)
         out[Mnemonic.DIV] = bind(division.divide)
         out[Mnemonic.IDIV] = bind(division.divide)
+    for text in ["CLFLUSH", "CLFLUSHOPT", "CLWB"]:
+        out[getattr(Mnemonic, text)] = bind(memory_forms.flush_line)
     if maker.mode.bits != 64:
         out.update({mnemonic: bind(function) for mnemonic, function in legacy_flow.INLINE.items()})
     else:

@@ -31,7 +31,15 @@ from iced_x86 import (
 )
 
 from trivisor.translation.modes import CallOut, Jump, Missing, Mode, Raise
-from trivisor.translation.translator import branches, control_flow, inline, legacy_flow, memory_forms, vector_access
+from trivisor.translation.translator import (
+    branches,
+    control_flow,
+    inline,
+    legacy_flow,
+    memory_forms,
+    priority,
+    vector_access,
+)
 from trivisor.translation.translator.recipe import ARITHMETIC, DISPLACEMENT, IMMEDIATE, Form, Recipe, asm
 from trivisor.translation.translator.registers import (
     BY_SIZE,
@@ -57,8 +65,7 @@ _CALL_OUTS = {
         RDPMC RDTSCP XGETBV XSETBV CLAC STAC RDMSR WRMSR HLT WBINVD INVD INVLPG INVPCID CLTS LDS LES LFS LGS
         LSS AAA AAS DAA DAS AAM AAD SALC PUSHA PUSHAD POPA POPAD BOUND ENTER XLATB RDPID WRFSBASE WRGSBASE
         LEAVE VMCALL VMMCALL MONITOR MWAIT RSM GETSEC VMXON VMXOFF VMLAUNCH VMRESUME VMREAD VMWRITE VMPTRLD
-        VMPTRST VMCLEAR INVEPT INVVPID VMFUNC VMRUN VMLOAD VMSAVE STGI CLGI SKINIT INVLPGA RETF CLFLUSH
-        CLFLUSHOPT CLWB
+        VMPTRST VMCLEAR INVEPT INVVPID VMFUNC VMRUN VMLOAD VMSAVE STGI CLGI SKINIT INVLPGA RETF
     """.split()
     if hasattr(Mnemonic, name)
 } - {Mnemonic.LEAVE}
@@ -81,7 +88,7 @@ _FLAG_IMAGES = {
 _IGNORED = {
     getattr(Mnemonic, name)
     for name in """
-        CLFLUSH CLFLUSHOPT CLWB PREFETCHNTA PREFETCHT0 PREFETCHT1 PREFETCHT2 PREFETCHW PREFETCH ENDBR64
+        PREFETCHNTA PREFETCHT0 PREFETCHT1 PREFETCHT2 PREFETCHW PREFETCH ENDBR64
         ENDBR32 NOP RESERVED_NOP WAIT_NOT CLDEMOTE PREFETCHWT1
     """.split()
     if hasattr(Mnemonic, name)
@@ -109,8 +116,10 @@ _MOFFS = {
     Code.MOV_MOFFS32_EAX: Code.MOV_RM32_R32, Code.MOV_MOFFS64_RAX: Code.MOV_RM64_R64,
 }  # fmt: skip
 
-# INC and DEC have one-byte encodings that 64-bit mode lacks, and opcode 82 is another 80.
+# INC and DEC have one-byte encodings that 64-bit mode lacks, and opcode 82 is another 80.  The 16-bit MOVSXD is a
+# MOV, of which AMD's processors read 32 bits.
 _IN_64BIT_MODE = {
+    Code.MOVSXD_R16_RM16: Code.MOV_R16_RM16,
     Code.INC_R16: Code.INC_RM16, Code.INC_R32: Code.INC_RM32,
     Code.DEC_R16: Code.DEC_RM16, Code.DEC_R32: Code.DEC_RM32,
     **{
@@ -436,7 +445,7 @@ class InstructionMaker:
         if size == 0:
             recipe.ends = Missing()
             return
-        recipe.check(size, write=write)
+        recipe.check(size, write=write, judged=priority.may_fault_before(instruction))
         slotted = sum(number in DISPLACED for number in self._explicit_registers(instruction))
         recipe.takes_form = slotted <= 1 and not high
         body = self.on_host_address(instruction, high, write, access in _READS, size, offset=recipe.before)

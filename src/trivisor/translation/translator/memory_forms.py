@@ -56,7 +56,7 @@ def xsave(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> 
     saves = mnemonic not in (Mnemonic.XRSTOR, Mnemonic.XRSTOR64)
     recipe.items.clear()
     maker.address(recipe, instruction)
-    recipe.check(maker.xsave_size, write=saves)
+    recipe.check(maker.xsave_size, write=saves, judged=True)
     host = instruction.copy()
     # XSAVEOPT may leave out what the processor knows is unchanged; here it does not know, so all is stored.
     host.code = {Code.XSAVEOPT_MEM: Code.XSAVE_MEM, Code.XSAVEOPT64_MEM: Code.XSAVE64_MEM}.get(host.code, host.code)
@@ -71,3 +71,9 @@ def xsave(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> 
     body = maker.on_host_address(host, False, saves, True, 64)
     recipe.items.append(Item(False, body))
     recipe.code("mov rax, [rsp+SPILL]\n mov rdx, [rsp+SPILL_2]")
+
+
+def flush_line(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """CLFLUSH and its like: memory is coherent, so all that is left of them is a byte load's faults (SDM 2A)."""
+    maker.address(recipe, instruction)
+    recipe.check(1, write=False)

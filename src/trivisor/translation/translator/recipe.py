@@ -34,6 +34,8 @@ POLL = asm("mov r11, [rsp+POLL]\n mov r11d, [r11]")
 KIND_WRITE = 1
 KIND_USER = 2
 KIND_PARKED = 4
+KIND_JUDGED = 0x200
+"""The instruction may have a fault that comes before this access's: Python judges."""
 KIND_CHUNK = 0x100
 """More than the size named is accessed, up to the end of the page."""
 
@@ -164,7 +166,7 @@ def fragment(source: str, user: bool, first: int, prepared: int, form: Form | No
     """Assemble text in which these lines stand for more:
 
     `retry` - an access that misses starts again here;
-    `check read|write SIZE [chunk]` - turn r10 from a linear into a host address, by way of the TLB;
+    `check read|write SIZE [chunk] [judged]` - turn r10 from a linear into a host address, by way of the TLB;
     `escape` - have Python do the instruction instead;
     `assist HELPER` - have the helper at this field of the state block do it, which goes on here or escapes;
     `segment NAME read|write SIZE` - turn r10 from an offset in a segment into a linear address, or raise #GP or #SS;
@@ -194,12 +196,12 @@ def fragment(source: str, user: bool, first: int, prepared: int, form: Form | No
             if form is not None and leads:
                 size, write = form.span, form.write
             kind = (KIND_WRITE if write else 0) | (KIND_USER if user else 0) | number << 4
-            kind |= KIND_CHUNK if words[3:] == ["chunk"] else 0
+            kind |= (KIND_CHUNK if "chunk" in words[3:] else 0) | (KIND_JUDGED if "judged" in words[3:] else 0)
             tag = f"rsp+r11+{view}+{'TLB_WRITE' if write else 'TLB_READ'}"
             host = f"rsp+r11+{view}+TLB_HOST"
             index = _TLB_INDEX
             site = -1
-            if form is not None and words[3:] != ["chunk"]:
+            if form is not None and "chunk" not in words[3:]:
                 site = form.sites[min(number, len(form.sites) - 1)]
                 tag, host = site_fields(site, user)
                 index = ""
@@ -368,15 +370,16 @@ class Recipe:
         """Add the instruction itself."""
         self.items.append(Item(True, code, patch=patch))
 
-    def check(self, size: int, *, write: bool) -> None:
+    def check(self, size: int, *, write: bool, judged: bool = False) -> None:
         """Turn r10 from a linear into a host address for an access of `size` bytes.
 
-        A miss starts again at the first item since the last op or check.
+        A miss starts again at the first item since the last op or check.  `judged`: see `KIND_JUDGED`.
         """
         if self.form is not None and self.form.follows:
             return
         access = f"{'write' if write else 'read'} {size}"
-        self.clobber((f"segment {self.segment} {access}\n" if self.segment else "") + f"check {access}")
+        check = f"check {access}" + (" judged" if judged else "")
+        self.clobber((f"segment {self.segment} {access}\n" if self.segment else "") + check)
         self.segment = ""
 
     @property

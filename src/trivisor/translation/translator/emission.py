@@ -331,7 +331,7 @@ class Emission:
         """The ways out of TLB checks, and the jumps to code that is not there yet."""
         out = self.out
         for start, end, miss, rip, parked in self.misses:
-            jump_end, retry, kind, crossing, site, leads = miss
+            jump_end, retry, kind, crossing, rejoin, site, leads = miss
             jump = start + jump_end
             pack_into("<I", out, jump - 4, len(out) - jump)
             if leads and site < 0:
@@ -358,7 +358,7 @@ class Emission:
                 tail = start + jump_end + CHECK_TAIL
                 self.block.copy_constants(tail, tail + len(crossing), len(out) - tail)
                 out += out[tail : tail + len(crossing)] + _CALL_CROSSED
-                out += b"\xe9" + pack("<i", end - (len(out) + 5))
+                out += b"\xe9" + pack("<i", (start + rejoin if rejoin else end) - (len(out) + 5))
         for link in self.links:
             link.stub = len(out)
             pack_into("<i", out, link.site, link.stub - link.site - 4)

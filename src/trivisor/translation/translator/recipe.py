@@ -80,6 +80,8 @@ class Miss(NamedTuple):
     kind_and_size: int
     crossing: bytes = b""
     """What follows the check, again, for a write across pages: it goes to a buffer first."""
+    rejoin: int = 0
+    """Where that goes on, if not at the instruction's end."""
     site: int = -1
     """The site cache that it went by, or -1."""
     leads: bool = False
@@ -214,6 +216,9 @@ def fragment(source: str, user: bool, first: int, prepared: int, form: Form | No
                 check_{len(kinds) - 1}:
                 add r10, [{host}]"""
             )
+        elif words[:1] == ["stored"]:
+            if kinds:
+                lines.append(f"stored_{len(kinds) - 1}:")
         elif words[:1] == ["segment"]:
             lines.append(_segment_check(words[1], words[2], int(words[3]), escapes))
             escapes += 1
@@ -235,6 +240,8 @@ def fragment(source: str, user: bool, first: int, prepared: int, form: Form | No
                 labels[f"check_{i}"],
                 labels[f"retry_{retry}"] if retry else 0,
                 kind | size << 16,
+                program.code[labels[f"check_{i}"] + CHECK_TAIL : labels.get(f"stored_{i}", 0)],
+                labels.get(f"stored_{i}", 0),
                 site=site,
                 leads=form is not None and form.leads,
             )
@@ -453,7 +460,12 @@ class Recipe:
             for miss in item.misses:
                 retry = at + miss.retry if miss.retry else again
                 misses.append(
-                    miss._replace(jump_end=at + miss.jump_end, retry=retry, kind_and_size=miss.kind_and_size | kind)
+                    miss._replace(
+                        jump_end=at + miss.jump_end,
+                        retry=retry,
+                        kind_and_size=miss.kind_and_size | kind,
+                        rejoin=at + miss.rejoin if miss.rejoin else 0,
+                    )
                 )
             for escape in item.escapes:
                 out[at + escape + 8 : at + escape + 12] = kind.to_bytes(4, "little")

@@ -122,7 +122,22 @@ def _fitting(bits: int, size: int) -> str:
         """
 
 
-def _by_pages(recipe: Recipe, bits: int, elements: str, page: str) -> None:
+def _unless_straddling(size: int) -> str:
+    """Go to `straddling` if the element at linear r10 runs into the next page."""
+    if size == 1:
+        return ""
+    return f"mov r11d, r10d\n and r11d, 0xfff\n cmp r11d, {4096 - size}\n ja straddling\n"
+
+
+def _straddling(bits: int, size: int, body: str, *registers: str) -> str:
+    """One element by itself, upwards, and on with the rest a page at a time."""
+    if size == 1:
+        return ""
+    moved = "".join(_advance(bits, register, str(size)) for register in registers)
+    return f"straddling:\n {body}\n {moved}\n sub {'rcx' if bits == 64 else 'ecx'}, 1\n jmp paged\n"
+
+
+def _by_pages(recipe: Recipe, bits: int, elements: str, page: str, straddling: str) -> None:
     """`page` as long as it leaves a count (and ZF clear); with DF set `elements`, one by one."""
     recipe.clobber(
         f"""
@@ -136,9 +151,11 @@ def _by_pages(recipe: Recipe, bits: int, elements: str, page: str) -> None:
         jmp done
         pages:
         {page}
+        paged:
         {_POLL}
         jnz pages
         jmp done
+        {straddling}
         backward:
         {elements}
         """,
@@ -150,8 +167,8 @@ def stos(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
     """STOS, alone or a page at a time by the host's own REP."""
     size, bits = _string_size(instruction), _address_bits(instruction)
     target = _linear(maker, bits, "rdi", "ES", f"write {size}")
-    body = f"retry\n {target}\n check write {size}\n mov [r10], {name(0, size)}\n {_step(bits, 'rdi')}"
-    elements = _element_loop(instruction, recipe, bits, size, body)
+    body = f"retry\n {target}\n check write {size}\n mov [r10], {name(0, size)}\n stored\n"
+    elements = _element_loop(instruction, recipe, bits, size, body + _step(bits, "rdi"))
     if not _repeated(instruction) or recipe.single or not _whole_pages(maker, bits, "ES"):
         recipe.clobber(elements, loops=True)
         _finish_single(recipe, instruction, bits)
@@ -163,6 +180,7 @@ def stos(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
         f"""
         retry
         {target}
+        {_unless_straddling(size)}
         check write {size} chunk
         mov r11d, r10d
         and r11d, 0xfff
@@ -177,6 +195,7 @@ def stos(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
         sub {'rcx, r11' if bits == 64 else 'ecx, r11d'}
         {_advance(bits, "rdi", f"r11*{size}")}
         """,
+        _straddling(bits, size, body, "rdi"),
     )
 
 
@@ -201,9 +220,9 @@ def movs(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
         check write {size}
         mov {register}, [rsp+SLOT]
         mov [r10], {register}
-        {_step(bits, "rsi", "rdi")}
+        stored
         """
-    elements = _element_loop(instruction, recipe, bits, size, body)
+    elements = _element_loop(instruction, recipe, bits, size, body + _step(bits, "rsi", "rdi"))
     if not _repeated(instruction) or recipe.single or not _whole_pages(maker, bits, "ES", segment):
         recipe.clobber(elements, loops=True)
         _finish_single(recipe, instruction, bits)
@@ -215,10 +234,12 @@ def movs(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
         f"""
         retry
         {source}
+        {_unless_straddling(size)}
         check read {size} chunk
         mov [rsp+SLOT_ADDRESS], r10
         retry
         {target}
+        {_unless_straddling(size)}
         check write {size} chunk
         ; r11 = elements that both pages have: the greater offset decides
         mov [rsp+SCRATCH_0], rcx
@@ -242,6 +263,7 @@ def movs(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
         {_advance(bits, "rsi", f"r11*{size}")}
         {_advance(bits, "rdi", f"r11*{size}")}
         """,
+        _straddling(bits, size, body, "rsi", "rdi"),
     )
 
 

@@ -216,3 +216,17 @@ def test_loops_and_their_counters(machine: Make) -> None:
     )
     m.halt()
     assert (m["rax"], m["rbx"]) == (8, 1)
+
+
+@pytest.mark.parametrize("move", ["rep movsq", "rep stosd", "rep movsw"])
+@pytest.mark.parametrize("offset", range(1, 9))
+def test_repeated_strings_across_pages_keep_out_of_python(machine: Make, move: str, offset: int) -> None:
+    m = machine(f"{move}\n hlt")
+    source, target = 0x400000 - 16 + offset, 0x500FF0 + offset
+    size = {"q": 8, "d": 4, "w": 2}[move[-1]]
+    m.memory.write(source, bytes(range(1, 65)))
+    m.halt(rsi=source, rdi=target, rcx=40 // size, rax=0x01020304)
+    expected = bytes(range(1, 41)) if "movs" in move else bytes((4, 3, 2, 1)) * 10
+    assert m.memory.read(target, 41) == expected + b"\0"
+    assert m["rdi"] == target + 40
+    assert m.vcpu.statistics()["exits"].get("slow_access", 0) == 0

@@ -43,10 +43,10 @@ COPIED: Final = _names(
 """There if the host has them."""
 EMULATED: Final = _names(
     "de pse msr pae mce apic sep mtrr pge mca pat pse36 x2apic tsc_deadline hypervisor arat smep spec_ctrl "
-    "flush_l1d arch_capabilities bhi_ctrl syscall nx pdpe1gb rdtscp lm tsc_adjust umip"
+    "flush_l1d arch_capabilities bhi_ctrl syscall nx pdpe1gb rdtscp lm tsc_adjust umip smap"
 )
 """There on every host."""
-OPTIONAL: Final = frozenset({"smap", "pcid", "invpcid"})
+OPTIONAL: Final = frozenset({"pcid", "invpcid"})
 """Emulated, and off unless asked for with `extra`."""
 _REQUIRES: Final = {
     "avx": "xsave",

@@ -41,7 +41,6 @@ from trivisor.x86.control import (
     CR0_TS,
     CR4_LA57,
     CR4_OSXMMEXCPT,
-    CR4_SMAP,
     CR4_TSD,
     DR6_BS,
     EFER_LMA,
@@ -49,7 +48,7 @@ from trivisor.x86.control import (
 from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, host_cpuid, host_xgetbv, xsave_area
 from trivisor.x86.descriptors import DB, LONG
 from trivisor.x86.exceptions import NMI, GuestException
-from trivisor.x86.flags import RF, TF
+from trivisor.x86.flags import AC, RF, TF
 from trivisor.x86.msr import DEBUGCTL_BTF, IA32_DEBUGCTL
 
 CODE_CACHE_SIZE = 64 << 20
@@ -57,13 +56,13 @@ CODE_CACHE_SIZE = 64 << 20
 _CR0_TS_EM = CR0_TS | CR0_EM
 
 (
-    _MODE, _NATIVE_EVENTS, _NATIVE_MSRS, _WATCHING, _PENDING, _ARMED, _POLL, _GOOD, _BAD, _EXIT_A, _EXIT_B, _FAULT_IP,
-    _PORT_QUEUED,
+    _MODE, _NATIVE_EVENTS, _NATIVE_MSRS, _WATCHING, _OPENED_COUNT, _PENDING, _ARMED, _POLL, _GOOD, _BAD, _EXIT_A,
+    _EXIT_B, _FAULT_IP, _PORT_QUEUED,
 ) = (
     OFFSETS[name] // 8
     for name in (
-        "MODE", "NATIVE_EVENTS", "NATIVE_MSRS", "WATCHING", "PENDING", "ARMED", "POLL", "POLL_GOOD", "POLL_BAD",
-        "EXIT_A", "EXIT_B", "HOST_FAULT_IP", "PORT_QUEUED",
+        "MODE", "NATIVE_EVENTS", "NATIVE_MSRS", "WATCHING", "OPENED_COUNT", "PENDING", "ARMED", "POLL", "POLL_GOOD",
+        "POLL_BAD", "EXIT_A", "EXIT_B", "HOST_FAULT_IP", "PORT_QUEUED",
     )
 )  # fmt: skip
 
@@ -192,7 +191,7 @@ class TranslationVcpu:
         return self.guest_cpuid.query(leaf, subleaf, cr4=core.cr4, xcr0=core.xcr0, apic_enabled=enabled)
 
     def load(self, linear: int, size: int, *, system: bool = False) -> int:
-        value = self.mmu.load(linear, size, self.core.cpl == 3 and not system)
+        value = self.mmu.load(linear, size, self.core.cpl == 3 and not system, implicit=system)
         if self.core.debug.pages:
             self.core.debug.accessed(linear, size, write=False)
         return value
@@ -262,7 +261,7 @@ class TranslationVcpu:
         self.blocks.set_breakpoints(debug.code)
         words[_WATCHING] = 1 if debug.pages else 0
         self._mind_observers()
-        native = core.efer & EFER_LMA and cr0 & CR0_PG and not cr4 & (CR4_LA57 | CR4_SMAP)
+        native = core.efer & EFER_LMA and cr0 & CR0_PG and not cr4 & CR4_LA57
         words[OFFSETS["PAGING_NATIVE"] // 8] = 1 if native else 0
         natively = (
             native and mode.bits == 64 and not (core.nmi_blocked or debug.active) and ExceptionExit not in self.observed
@@ -389,6 +388,8 @@ class TranslationVcpu:
 
     def enter(self, target: int) -> int:
         """Run host code at `target` until it leaves; returns the exit's number."""
+        if self._words[_OPENED_COUNT] and not self.core.rflags & AC:
+            self._native.close_pages()
         started = time.perf_counter_ns()
         number = self._native.enter(target)
         self._translated_ns += time.perf_counter_ns() - started

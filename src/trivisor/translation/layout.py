@@ -32,6 +32,7 @@ JUMP_CACHE_ENTRIES = 65536
 BLOCK_TABLE_ENTRIES = 1 << 18
 BLOCK_TABLE_ENTRY_SIZE = 32  # linear address; physical page | mode key; host address of the checked entry; -
 FPU_AREA_SIZE = 4096
+OPENED_PAGES = 16
 SITES = 128
 """Site caches of one view: what tuned code keeps of the TLB, for single places in it."""
 SITE_SIZE = 16  # tag; host address of the page
@@ -149,6 +150,9 @@ _FIELDS = (
     "STRIDE",  # of a string instruction
     "SPILL",
     "SPILL_2",
+    "CLOSE",  # address of the helper that does for CLAC what its inline code cannot
+    "OPENED_COUNT",  # user pages that the kernel's TLB holds only while RFLAGS.AC is set, under CR4.SMAP
+    *(f"OPENED_{n}" for n in range(OPENED_PAGES)),  # host addresses of their entries; of more, all are looked for
     "WATCHING",  # 1 when there are data breakpoints: TLB misses go to Python
     "SAMPLE_COUNT",  # of SAMPLES that have been taken
     "PAGING_NATIVE",  # 1 when the native walker may be used (long mode, 4-level)
@@ -251,7 +255,8 @@ STATE_SIZE = (_cursor.at + 4095) & -4096
 TLB_READ = 0  # linear page that may be read, or an address of another set
 TLB_WRITE = 8
 TLB_HOST = 16  # host address of the page
-TLB_INFO = 24  # bit 0: global; bit 1: piece of a large page; bit 2: of one larger than 2 MiB
+TLB_INFO = 24  # bit 0: global; bit 1: piece of a large page; bit 2: of one larger than 2 MiB; bit 6: opened by AC
+INFO_OPENED = 0x40
 BLOCK_SECOND = 24  # of an instruction that runs into another page: that one's physical address | 1; else 0
 
 _exit = count(1)
@@ -286,6 +291,7 @@ SYMBOLS: dict[str, int] = {
     "TLB_HOST": TLB_HOST,
     "TLB_INFO": TLB_INFO,
     "TLB_ENTRIES": TLB_ENTRIES,
+    "OPENED_PAGES": OPENED_PAGES,
     "EXEC_TLB_ENTRIES": EXEC_TLB_ENTRIES,
     "JUMP_CACHE_ENTRIES": JUMP_CACHE_ENTRIES,
     "BLOCK_TABLE_ENTRIES": BLOCK_TABLE_ENTRIES,

@@ -12,17 +12,21 @@ from trivisor.machine.memory import GuestMemory, host_map, host_unmap
 from trivisor.translation.core import Core
 from trivisor.translation.layout import (
     EXEC_TLB_ENTRIES,
+    INFO_OPENED,
     OFFSETS,
+    OPENED_PAGES,
     TLB_ENTRIES,
     TLB_ENTRY_SIZE,
 )
 from trivisor.translation.translator.recipe import KIND_USER, KIND_WRITE
 from trivisor.x86 import paging
+from trivisor.x86.control import CR4_SMAP
 from trivisor.x86.exceptions import PAGE_FAULT, GuestException
 from trivisor.x86.paging import Access, PagingMode, Translation
 
 GENERAL_PROTECTION = 13
 _CR0_WP = 1 << 16
+_OPENED_COUNT = OFFSETS["OPENED_COUNT"] // 8
 _KINDS = {Access.READ: 0, Access.WRITE: KIND_WRITE, Access.EXECUTE: 8}
 _PAGING_NATIVE, _WALKED_PHYSICAL, _WALKED_LEAF, _WALKED_RIGHTS, _WALKED_NX, _WALKED_INFO = (
     OFFSETS[name] // 8
@@ -104,7 +108,11 @@ class Mmu:
     def walk(
         self, linear: int, access: Access, user: bool, *, implicit: bool = False
     ) -> Translation:
-        """A page walk with accessed and dirty bits set; raises GuestException."""
+        """A page walk with accessed and dirty bits set; raises GuestException.
+
+        `implicit`: the processor's own access to its tables, whatever the privilege level.
+        """
+        implicit = implicit and bool(self.core.cr4 & CR4_SMAP)  # else it is like the supervisor's others
         if self._words[_PAGING_NATIVE] and not implicit:
             found = self._native_walk(linear, access, user)
             if found is not None:
@@ -135,13 +143,13 @@ class Mmu:
 
     # -- loads and stores -----------------------------------------------------------------------------------
 
-    def load(self, linear: int, size: int, user: bool) -> int:
+    def load(self, linear: int, size: int, user: bool, *, implicit: bool = False) -> int:
         """Read up to 64 bytes as the guest would."""
         room = 0x1000 - (linear & 0xFFF)
         if size <= room:
-            return self._read(self.physical(linear, Access.READ, user), size)
-        low = self.physical(linear, Access.READ, user)
-        high = self.physical(linear + room & self._mask(), Access.READ, user)
+            return self._read(self.physical(linear, Access.READ, user, implicit=implicit), size)
+        low = self.physical(linear, Access.READ, user, implicit=implicit)
+        high = self.physical(linear + room & self._mask(), Access.READ, user, implicit=implicit)
         return self._read(low, room) | self._read(high, size - room) << 8 * room
 
     def store(self, linear: int, size: int, value: int, user: bool) -> None:
@@ -231,7 +239,15 @@ class Mmu:
         words[at] = page
         words[at + 1] = page if writable else page ^ 0x1000
         words[at + 2] = self.memory.base + physical
-        words[at + 3] = self._info(linear, found)
+        info = self._info(linear, found)
+        if not user and found.user and self.core.cr4 & CR4_SMAP:
+            # To be closed again when RFLAGS.AC, which has let it through, is cleared.
+            info |= INFO_OPENED
+            count = words[_OPENED_COUNT]
+            if count < OPENED_PAGES:
+                words[OFFSETS["OPENED_0"] // 8 + count] = self.core.address + 8 * at
+            words[_OPENED_COUNT] = count + 1
+        words[at + 3] = info
 
     def _info(self, linear: int, found: Translation) -> int:
         """TLB_INFO of an entry; INVLPG must look for all pieces of a large page."""

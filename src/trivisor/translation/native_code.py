@@ -39,6 +39,7 @@ class NativeCode:
         self.flush_everything: Callable[[], int] = self._bound("flush_everything", 0)
         self.flush_local: Callable[[], int] = self._bound("flush_local", 0)
         self.flush_jumps = [self._bound(f"flush_{name}_jumps", 0) for name in ("kernel", "user", "other")]
+        self.close_pages: Callable[[], int] = self._bound("close_pages", 0)
         self.invalidate_page: Callable[[int], int] = self._bound("invalidate_page", 1)
         self.find_block: Callable[[int, int], int] = self._bound("find_block", 2)
         self.take_up: Callable[[int, int, int, int, int], int] = self._bound("take_up", 5)

@@ -48,6 +48,7 @@ POINTERS = {
     "FAULT_GP": "fault_gp",
     "FAULT_SS": "fault_ss",
     "MISS": "miss",
+    "CLOSE": "close_inline",
     "CROSSED": "crossed",
     "IRET": "iret",
     "SYSCALL": "syscall_native",

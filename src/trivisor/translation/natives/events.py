@@ -361,6 +361,9 @@ iret_commit:
     and ecx, SYSTEM_MASK & ~FLAG_RF
     or ecx, 2
     mov [rbp+SYSTEM_FLAGS], rcx
+    cmp qword [rbp+OPENED_COUNT], 0
+    jne iret_close
+iret_closed:
     inc qword [rbp+COUNT_IRET]
     and eax, FLAG_IF
     mov [rbp+IF], rax
@@ -374,6 +377,12 @@ open_window:
     mov qword [rbp+EXIT], EXIT_POLL
     mov rsp, rbp
     jmp leave_spilled
+iret_close:
+    push rax
+    mov rdi, rbp
+    call close_pages
+    pop rax
+    jmp iret_closed
 iret_python:
     mov rsp, rbp
     mov qword [rbp+EXIT], EXIT_CALL_OUT
@@ -414,6 +423,8 @@ syscall_native:
     jz syscall_python
     test dword [rsp+SYSTEM_FLAGS], FLAG_TF
     jnz syscall_python
+    cmp qword [rsp+OPENED_COUNT], 0
+    jne syscall_python
     and r11d, HOST_FLAGS
     or r11, [rsp+IF]
     or r11, [rsp+SYSTEM_FLAGS]
@@ -470,6 +481,8 @@ sysret_native:
     jz syscall_python
     test dword [rsp+GPR_R11], FLAG_TF
     jnz syscall_python
+    cmp qword [rsp+OPENED_COUNT], 0
+    jne syscall_python
     mov [rsp+SCRATCH_0], rcx
     sar qword [rsp+SCRATCH_0], 47
     inc qword [rsp+SCRATCH_0]

@@ -246,6 +246,65 @@ invalidate_entries_exec_user:
 invalidate_entries_done:
     ret
 
+; void close_pages(state): RFLAGS.AC is clear, so user pages must not stay in the kernel's TLB (CR4.SMAP).
+close_pages:
+    call flush_sites
+    mov rcx, [rdi+OPENED_COUNT]
+    mov qword [rdi+OPENED_COUNT], 0
+    lea r9, [rdi+TLB_KERNEL]
+    cmp rcx, OPENED_PAGES
+    ja close_all
+close_next:
+    dec rcx
+    js close_done
+    mov rdx, [rdi+rcx*8+OPENED_0]
+    test byte [rdx+TLB_INFO], INFO_OPENED
+    jz close_next
+    mov rax, rdx
+    sub rax, r9
+    shl rax, 7
+    xor eax, 0x1000
+    mov [rdx+TLB_READ], rax
+    mov [rdx+TLB_WRITE], rax
+    jmp close_next
+close_all:
+    mov ecx, TLB_ENTRIES
+    xor r8d, r8d
+    mov rdx, r9
+close_all_next:
+    test byte [rdx+TLB_INFO], INFO_OPENED
+    jz close_all_keep
+    mov eax, r8d
+    xor eax, 1
+    shl eax, 12
+    mov [rdx+TLB_READ], rax
+    mov [rdx+TLB_WRITE], rax
+close_all_keep:
+    inc r8d
+    add rdx, 32
+    dec ecx
+    jnz close_all_next
+close_done:
+    ret
+
+; call [CLOSE]: the same from translated code; keeps every register, not the flags
+close_inline:
+    push rax
+    push rcx
+    push rdx
+    push rdi
+    push r8
+    push r9
+    lea rdi, [rsp+56]
+    call close_pages
+    pop r9
+    pop r8
+    pop rdi
+    pop rdx
+    pop rcx
+    pop rax
+    ret
+
 ; void purge_writes(state, host page): code was translated from the page, so writes to it must miss.
 purge_writes:
     call flush_sites

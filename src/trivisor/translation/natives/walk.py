@@ -101,6 +101,9 @@ walk_permission:
     jz walk_denied
     jmp walk_mark_dirty
 walk_supervisor:
+    test dword [rbp+GUEST_CR4], CR4_SMAP
+    jnz walk_smap
+walk_supervisor_may:
     test r12b, KIND_WRITE
     jz walk_fetch
     test r9b, 2
@@ -128,7 +131,7 @@ walk_mark_accessed:
     or dword [rdi], 0x20
 walk_done:
     mov rdi, r8
-    test esi, esi
+    test esi, 6
     jnz walk_note_large
 walk_noted:
     cmp rdi, [rbp+RAM_LOW_END]
@@ -161,6 +164,16 @@ walk_note_huge:
     movzx ecx, cl
     mov byte [rbp+rcx+HUGE_PIECES], 1
     jmp walk_noted
+walk_smap:
+    ; data on user pages is out of reach unless RFLAGS.AC is set
+    test r9b, 4
+    jz walk_supervisor_may
+    test r12b, KIND_FETCH
+    jnz walk_supervisor_may
+    test dword [rbp+SYSTEM_FLAGS], FLAG_AC
+    jz walk_denied
+    or esi, INFO_OPENED
+    jmp walk_supervisor_may
 walk_absent:
     xor edx, edx
     jmp walk_error
@@ -212,6 +225,9 @@ fill_tlb:
     cmovnz r14, r11
     mov [r14+TLB_READ], rcx
     mov [r14+TLB_INFO], rsi
+    test esi, INFO_OPENED
+    jnz fill_opened
+fill_noted:
     mov r11, rdi
     add r11, [rbp+RAM_BASE]
     mov [r14+TLB_HOST], r11
@@ -240,6 +256,15 @@ fill_has_code:
     mov eax, 3
 fill_done:
     ret
+fill_opened:
+    ; to be closed again when AC is cleared
+    mov r8, [rbp+OPENED_COUNT]
+    cmp r8, OPENED_PAGES
+    jae fill_too_many
+    mov [rbp+r8*8+OPENED_0], r14
+fill_too_many:
+    inc qword [rbp+OPENED_COUNT]
+    jmp fill_noted
 """
 
 WALK_FOR_PYTHON = """

@@ -33,6 +33,8 @@ def table(maker: InstructionMaker) -> dict[int, Make]:
         Mnemonic.CLI: bind(sensitive.cli),
         Mnemonic.STI: bind(sensitive.sti),
         Mnemonic.RDTSC: bind(sensitive.rdtsc),
+        Mnemonic.STAC: bind(sensitive.stac),
+        Mnemonic.CLAC: bind(sensitive.clac),
     }
     for text in ["STOSB", "STOSW", "STOSD", "STOSQ"]:
         out[getattr(Mnemonic, text)] = bind(strings.stos)

@@ -17,6 +17,7 @@ from trivisor.translation.translator.registers import (
     STACK,
     name,
 )
+from trivisor.x86.flags import AC
 
 if TYPE_CHECKING:
     from trivisor.translation.translator.instructions import InstructionMaker
@@ -40,6 +41,30 @@ def sti(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> No
         return
     recipe.code("mov byte [rsp+IF+1], 2\n mov r11, [rsp+ARMED]\n mov [rsp+POLL], r11")
     recipe.shadow = True
+
+
+def stac(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """STAC at CPL 0."""
+    if maker.mode.user:
+        recipe.ends = CallOut()
+        return
+    recipe.clobber(f"or dword [rsp+SYSTEM_FLAGS], {AC}")
+
+
+def clac(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """CLAC at CPL 0: user pages that were accessed meanwhile leave the TLB again."""
+    if maker.mode.user:
+        recipe.ends = CallOut()
+        return
+    recipe.clobber(
+        f"""
+        and dword [rsp+SYSTEM_FLAGS], {~AC & 0xFFFFFFFF}
+        cmp qword [rsp+OPENED_COUNT], 0
+        je closed
+        call qword [rsp+CLOSE]
+        closed:
+        """
+    )
 
 
 def pushf(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import partial
 
-from trivisor.devices import acpi_pm, acpi_tables, smbios
+from trivisor.devices import acpi_pm, acpi_tables, bios_vectors, smbios
 from trivisor.devices.acpi_pm import AcpiPm
 from trivisor.devices.acpi_tables import BoardLayout
 from trivisor.devices.cmos import Cmos
@@ -63,6 +63,9 @@ _EXTENDED_BIOS_DATA = 0x9FC00
 _VIDEO_MEMORY = 0xA0000
 _FIRMWARE_START, _FIRMWARE_END = 0xE0000, 0x100000
 _SMBIOS = 0xF0000
+_BIOS_HANDLERS = 0xFE000
+_BIOS_MASK = 0xFA
+"""Of the first 8259A: the timer and the second one's line are open."""
 _APIC_WINDOW, _IO_APIC_WINDOW = 0x1000, 0x1000
 
 
@@ -233,6 +236,16 @@ class Pc:
         if self.stop_reason is None:  # what the guest does after its end no longer counts
             self.stop_reason = reason
             self._on_stop()
+
+    def leave_bios_interrupts(self) -> None:
+        """For guests that go back to real mode: vectors in the table, the timer at 18.2 Hz and no longer masked."""
+        table, handlers = bios_vectors.build(_BIOS_HANDLERS)
+        self.memory.write(0, table)
+        self.memory.write(_BIOS_HANDLERS, handlers)
+        self.pit.write(3, 1, 0x36)
+        self.pit.write(0, 1, 0)
+        self.pit.write(0, 1, 0)
+        self.pic.master.write(1, 1, _BIOS_MASK)
 
     def _leave_firmware_data(self) -> int:
         """Write the BIOS data area, the ACPI and SMBIOS tables; return the address of the RSDP."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trivisor.boot import Image, firmware, load_image
+from trivisor.boot import Image, ImageKind, firmware, load_image
 from trivisor.machine import tsc
 from trivisor.machine.clock import Clock
 from trivisor.machine.memory import LOW_RAM_LIMIT, PHYSICAL_ADDRESS_BITS, GuestMemory
@@ -91,6 +91,8 @@ def _load(plan: BootPlan, memory: GuestMemory, board: Pc) -> CpuState:
         return firmware.load(memory, board.mmio, plan.kernel)
     initrd = plan.initrd.read_bytes() if isinstance(plan.initrd, Path) else plan.initrd
     with Image(plan.kernel) as image:
+        if image.kind is ImageKind.MULTIBOOT:
+            board.leave_bios_interrupts()
         state = load_image(
             memory,
             image,

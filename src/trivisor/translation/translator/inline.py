@@ -11,6 +11,7 @@ from trivisor.translation.translator import (
     control_flow,
     division,
     legacy_flow,
+    legacy_frames,
     memory_forms,
     sensitive,
     strings,
@@ -55,7 +56,8 @@ def table(maker: InstructionMaker) -> dict[int, Make]:
     for text in ["CLFLUSH", "CLFLUSHOPT", "CLWB"]:
         out[getattr(Mnemonic, text)] = bind(memory_forms.flush_line)
     if maker.mode.bits != 64:
-        out.update({mnemonic: bind(function) for mnemonic, function in legacy_flow.INLINE.items()})
+        legacy = {**legacy_flow.INLINE, **legacy_frames.INLINE}
+        out.update({mnemonic: bind(function) for mnemonic, function in legacy.items()})
     else:
         out[Mnemonic.PUSH] = bind(control_flow.push)
         out[Mnemonic.POP] = bind(control_flow.pop)

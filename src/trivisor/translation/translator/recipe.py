@@ -100,7 +100,7 @@ class Fragment(NamedTuple):
     """Prepared ones included."""
 
 
-def _segment_check(segment: str, kind: str, size: int, number: int) -> str:
+def _segment_check(segment: str, kind: str, size: int, helper: str, number: int) -> str:
     """r10, an offset of 32 bits, held against the segment's window (`segmentation.py`) and made linear."""
     return f"""
         cmp r10, [rsp+{segment}_FIRST]
@@ -109,7 +109,7 @@ def _segment_check(segment: str, kind: str, size: int, number: int) -> str:
         cmp r11, [rsp+{segment}_LAST_{kind.upper()}]
         jle inside_{number}
         outside_{number}:
-        call qword [rsp+FAULT_{"SS" if segment == "SS" else "GP"}]
+        call qword [rsp+{helper}]
         escape_{number}: dq 0
         dd 0
         inside_{number}:
@@ -171,7 +171,8 @@ def fragment(source: str, user: bool, first: int, prepared: int, form: Form | No
     `check read|write SIZE [chunk] [judged]` - turn r10 from a linear into a host address, by way of the TLB;
     `escape` - have Python do the instruction instead;
     `assist HELPER` - have the helper at this field of the state block do it, which goes on here or escapes;
-    `segment NAME read|write SIZE` - turn r10 from an offset in a segment into a linear address, or raise #GP or #SS;
+    `segment NAME read|write SIZE [escape]` - turn r10 from an offset in a segment into a linear address, or raise
+    #GP or #SS (or have Python do the instruction);
     `fault gp|ss|de` - raise the exception, with error code 0 if it has one.
 
     Checks are numbered from `first`; see `Recipe.prepared`.
@@ -220,7 +221,8 @@ def fragment(source: str, user: bool, first: int, prepared: int, form: Form | No
             if kinds:
                 lines.append(f"stored_{len(kinds) - 1}:")
         elif words[:1] == ["segment"]:
-            lines.append(_segment_check(words[1], words[2], int(words[3]), escapes))
+            helper = "ESCAPE" if words[4:] else "FAULT_SS" if words[1] == "SS" else "FAULT_GP"
+            lines.append(_segment_check(words[1], words[2], int(words[3]), helper, escapes))
             escapes += 1
         elif words[:1] in (["escape"], ["fault"], ["assist"]):
             helper = _HELPER_OF_LINE[words[0]].format(*(word.upper() for word in words[1:]))

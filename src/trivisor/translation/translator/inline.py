@@ -45,14 +45,13 @@ def table(maker: InstructionMaker) -> dict[int, Make]:
         LODSB LODSW LODSD LODSQ SCASB SCASW SCASD SCASQ CMPSB CMPSW CMPSQ CMPSD
     """.split():
         out[getattr(Mnemonic, text)] = bind(strings.element_string)
-    if maker.mode.bits != 16:
-        out[Mnemonic.INVLPG] = bind(sensitive.invlpg)
-        out[Mnemonic.IN] = bind(sensitive.port)
-        out[Mnemonic.OUT] = bind(sensitive.port)
-        out[Mnemonic.RDMSR] = bind(sensitive.msr)
-        out[Mnemonic.WRMSR] = bind(sensitive.msr)
-        out[Mnemonic.DIV] = bind(division.divide)
-        out[Mnemonic.IDIV] = bind(division.divide)
+    out[Mnemonic.INVLPG] = bind(sensitive.invlpg)
+    out[Mnemonic.IN] = bind(sensitive.port)
+    out[Mnemonic.OUT] = bind(sensitive.port)
+    out[Mnemonic.RDMSR] = bind(sensitive.msr)
+    out[Mnemonic.WRMSR] = bind(sensitive.msr)
+    out[Mnemonic.DIV] = bind(division.divide)
+    out[Mnemonic.IDIV] = bind(division.divide)
     for text in ["CLFLUSH", "CLFLUSHOPT", "CLWB"]:
         out[getattr(Mnemonic, text)] = bind(memory_forms.flush_line)
     if maker.mode.bits != 64:

@@ -186,8 +186,8 @@ def interrupt(maker: InstructionMaker, recipe: Recipe, instruction: Instruction)
 
 
 def invlpg(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
-    """INVLPG at CPL 0."""
-    if maker.mode.user:
+    """INVLPG at CPL 0, by a flat segment."""
+    if maker.mode.user or maker.mode.checks(SEGMENTS[instruction.memory_segment]):
         recipe.ends = CallOut()
         return
     maker.address(recipe, instruction)

@@ -291,6 +291,20 @@ def test_interrupts_through_the_vector_table(real: Real) -> None:
     assert m.fault(2, rax=3).vector == 5
 
 
+def test_the_bios_ticks(real: Real) -> None:
+    """What the board leaves for guests that go back to real mode: the timer's handler counts, and INT 1Ch is called."""
+    m = real("sti\n hlt\n hlt\n cli\n hlt")
+    m.board.leave_bios_interrupts()
+    m.memory.write_u32(4 * 0x1C, CODE_SEGMENT << 16 | 0x100)
+    m.put("push ds\n push DATA_SEGMENT\n pop ds\n inc word [0]\n pop ds\n iret", 0x100)
+    m.core.idtr_base = 0
+    m.memory.write_u32(0x46C, 0xFFFF)
+    m.halt()
+    assert m.memory.read_u32(0x46C) == 0x10001
+    assert m.data(0) == 2
+    assert m["rsp"] == TOP
+
+
 def test_single_steps(real: Real) -> None:
     m = real("pushf\n or byte [bp-1], 1\n popf\n inc ax\n inc ax\n hlt")
     m.memory.write_u32(0x7000 + 4, CODE_SEGMENT << 16 | 0x100)

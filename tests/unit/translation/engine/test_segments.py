@@ -248,6 +248,15 @@ def test_flat_segments_cost_nothing(machine: Make) -> None:
     assert m.vcpu.mode.segmentation.checked == {"DS", "ES"}
 
 
+def test_invlpg_adds_the_base_and_checks_nothing(machine: Make) -> None:
+    """INVLPG of a page by a segment with a base, seen by what the TLB still has (SDM 2A, INVLPG)."""
+    m = protected(machine, "mov fs, ecx\n db 0x64\n invlpg [esi]\n hlt")
+    seen: list[int] = []
+    m.vcpu.invalidate_page = seen.append  # type: ignore[method-assign]
+    m.halt(rcx=DATA, rsi=0x5000)
+    assert seen == [WINDOW + 0x5000]
+
+
 def test_a_segment_is_checked_again_when_it_changes(machine: Make) -> None:
     """The same code, with another limit in the same register."""
     m = protected(machine, "again: mov ds, ecx\n here: mov eax, [0x1000]\n hlt")

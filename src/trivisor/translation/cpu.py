@@ -17,7 +17,7 @@ from trivisor.machine.host_timer import HostTimer
 from trivisor.machine.msrs import MsrFile
 from trivisor.machine.state import CpuState
 from trivisor.machine.vcpu import Surroundings
-from trivisor.translation import slow_access
+from trivisor.translation import slow_access, wild_jumps
 from trivisor.translation.block_store import BlockStore
 from trivisor.translation.block_tables import Block
 from trivisor.translation.core import CS, MASK64, SS, Core
@@ -127,7 +127,7 @@ class TranslationVcpu:
         self._timer: HostTimer | None = None
         self.attach()
         self._handlers: dict[int, Callable[[], Exit | None]] = {
-            EXITS["EXIT_LOOKUP"]: lambda: None,
+            EXITS["EXIT_LOOKUP"]: lambda: wild_jumps.check_target(self),
             EXITS["EXIT_POLL"]: lambda: None,
             EXITS["EXIT_CHAIN"]: self._on_chain,
             EXITS["EXIT_SLOW_ACCESS"]: lambda: slow_access.handle(self),

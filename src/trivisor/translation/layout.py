@@ -153,6 +153,7 @@ _FIELDS = (
     "CLOSE",  # address of the helper that does for CLAC what its inline code cannot
     "OPENED_COUNT",  # user pages that the kernel's TLB holds only while RFLAGS.AC is set, under CR4.SMAP
     *(f"OPENED_{n}" for n in range(OPENED_PAGES)),  # host addresses of their entries; of more, all are looked for
+    "JUMPED_FROM",  # in the code cache: the end of the last indirect jump of 64-bit code
     "WATCHING",  # 1 when there are data breakpoints: TLB misses go to Python
     "SAMPLE_COUNT",  # of SAMPLES that have been taken
     "PAGING_NATIVE",  # 1 when the native walker may be used (long mode, 4-level)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from iced_x86 import Code, InstructionInfoFactory, Mnemonic, OpAccess, Register
 
 from trivisor.machine.exits import Exit
+from trivisor.translation import wild_jumps
 from trivisor.translation.emulator.contract import UnsupportedFeature
 from trivisor.translation.emulator.operands import next_rip
 from trivisor.translation.layout import EXITS, OFFSETS
@@ -168,6 +169,7 @@ def _runs_in(cpu: TranslationVcpu, physical: int) -> bool:
 def step(cpu: TranslationVcpu, prepared: list[Prepared]) -> Exit | None:
     """Run the one instruction at rip, with these accesses prepared, and with more as it asks for them."""
     ready = 0
+    start = cpu.core.linear_rip
     while True:
         if len(prepared) > _MAXIMUM_PREPARED:
             raise UnsupportedFeature("too many slow accesses in one instruction")
@@ -185,6 +187,7 @@ def step(cpu: TranslationVcpu, prepared: list[Prepared]) -> Exit | None:
             prepared.append(another)
             continue
         if exit_number == _STEPPED:
+            wild_jumps.check_step(cpu, start)
             watches = bool(cpu.core.debug.pages)
             for access in prepared:
                 _finish(cpu, access)

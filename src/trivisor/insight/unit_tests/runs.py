@@ -81,6 +81,7 @@ def run_trivisor(entry: Entry, timeout: float) -> Result:
                 technique="translation",
                 modules=modules,
                 devices=["pc-testdev"],
+                keep_translations=False,
                 cpu=entry.features,
                 no_reboot=True,
             )

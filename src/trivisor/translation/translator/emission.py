@@ -51,6 +51,7 @@ _LEAVE = asm("jmp qword [rsp+LEAVE]")
 _JUMP_INDEXED = {
     name: asm(f"movzx r11d, r10w\n jmp qword [rsp+r11*8+JUMP_CACHE_{name}]") for name in ("KERNEL", "USER", "OTHER")
 }
+_NOTE_JUMP = b"\x4c\x8d\x1d\xf9\xff\xff\xff" + asm("mov [rsp+JUMPED_FROM], r11")  # lea r11, [rip-7]: this place
 _STORE_RIP_R10 = asm("mov [rsp+GUEST_RIP], r10")
 
 
@@ -186,6 +187,8 @@ class Emission:
             self._branch(ends, after, self._target(after, constants.relative, ends.narrow), here, parked)
         elif isinstance(ends, Indirect) and not self.single:
             self._in_park(parked)
+            if self.mode.bits == 64:
+                out += _NOTE_JUMP
             out += _JUMP_INDEXED[self.mode.jump_cache_name]
         else:
             self._in_host(parked)

@@ -40,10 +40,14 @@ from trivisor.x86.control import (
     CR0_PG,
     CR0_TS,
     CR4_LA57,
+    CR4_OSFXSR,
     CR4_OSXMMEXCPT,
+    CR4_OSXSAVE,
     CR4_TSD,
     DR6_BS,
     EFER_LMA,
+    XCR0_AVX,
+    XCR0_SSE,
 )
 from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, host_cpuid, host_xgetbv, xsave_area
 from trivisor.x86.descriptors import DB, LONG
@@ -54,6 +58,7 @@ from trivisor.x86.msr import DEBUGCTL_BTF, IA32_DEBUGCTL
 CODE_CACHE_SIZE = 64 << 20
 
 _CR0_TS_EM = CR0_TS | CR0_EM
+_XCR0_SSE_AVX = XCR0_SSE | XCR0_AVX
 
 (
     _MODE, _NATIVE_EVENTS, _NATIVE_MSRS, _WATCHING, _OPENED_COUNT, _PENDING, _ARMED, _POLL, _GOOD, _BAD, _EXIT_A,
@@ -238,14 +243,17 @@ class TranslationVcpu:
         if bits != 64:
             set_windows(core)
             segmented = segmentation(core)
-        key = (bits, ss & DB, cpl == 3, cr0 & _CR0_TS_EM, cr4 & CR4_TSD, bool(core.debug.code), segmented)
+        guarded = bool(cr0 & _CR0_TS_EM) or not cr4 & CR4_OSFXSR
+        no_avx = not cr4 & CR4_OSXSAVE or ~core.xcr0 & _XCR0_SSE_AVX != 0
+        key = (bits, ss & DB, cpl == 3, guarded, no_avx, cr4 & CR4_TSD, bool(core.debug.code), segmented)
         mode = self._modes.get(key)
         if mode is None:
             mode = self._modes[key] = Mode(
                 bits=bits,
                 user=cpl == 3,
                 segmentation=segmented,
-                no_fpu=bool(cr0 & _CR0_TS_EM),
+                guarded=guarded,
+                no_avx=no_avx,
                 stack_bits=64 if bits == 64 else 32 if ss & DB else 16,
                 other=(OTHER_TSD if cr4 & CR4_TSD else 0) | (OTHER_DEBUG if core.debug.code else 0),
                 number=0 if segmented is None else self._segmented_number(),

@@ -113,6 +113,8 @@ _FIELDS = (
     "FAULT_GP",  # ... that raises #GP(0), or #SS(0), from there
     "FAULT_SS",
     "FAULT_DE",
+    "FAULT_UD",
+    "FAULT_NM",
     "INVALIDATE",  # addresses of helpers that instructions call (natives/assists.py): INVLPG
     "PORT_IN",  # IN AL and OUT of AL
     "PORT_OUT",

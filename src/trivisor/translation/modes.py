@@ -42,8 +42,10 @@ class Mode:
     user: bool = False
     segmentation: Segmentation | None = None
     """None when ES, CS, SS and DS are flat, as they always are in 64-bit mode."""
-    no_fpu: bool = False
-    """CR0.TS or EM: x87 and SSE instructions fault."""
+    guarded: bool = False
+    """CR0.TS, EM or no CR4.OSFXSR: x87, MMX and SSE instructions look whether they may (`guards.py`)."""
+    no_avx: bool = False
+    """No CR4.OSXSAVE, or XCR0 without AVX: AVX and XSAVE instructions do."""
     stack_bits: int = 64
     other: int = 0
     """A number that sets apart modes that differ in what else matters."""
@@ -57,7 +59,8 @@ class Mode:
         # The native helpers look at the three lowest bits; the fourth of a flat mode is `block_tables.PLAIN`.
         key = {16: 0, 32: 1, 64: 2}[self.bits] | (4 if self.user else 0)
         if self.segmentation is None:
-            key |= (16 if self.no_fpu else 0) | {16: 0, 32: 32, 64: 64}[self.stack_bits] | self.other << 7
+            key |= (16 if self.guarded else 0) | {16: 0, 32: 32, 64: 64}[self.stack_bits] | self.other << 7
+            key |= 512 if self.no_avx else 0
         else:
             key |= SEGMENTED_KEYS | self.number << 3
         object.__setattr__(self, "key", key)

@@ -60,6 +60,8 @@ POINTERS = {
     "READ_MSR": "read_msr",
     "WRITE_MSR": "write_msr",
     "FAULT_DE": "fault_de",
+    "FAULT_UD": "fault_ud",
+    "FAULT_NM": "fault_nm",
     "RAISE": "raise",
     "INTERRUPT": "interrupt",
 }

@@ -78,12 +78,19 @@ escape:
     mov qword [rbp+EXIT], EXIT_CALL_OUT
     jmp leave_spilled
 
-; call [FAULT_GP]; dq rip; dd kind: the instruction raises #GP(0), as a check has found; #SS(0) and #DE likewise.
+; call [FAULT_GP]; dq rip; dd kind: the instruction raises #GP(0), as a check has found; #SS(0), #DE,
+; #UD and #NM likewise.
 fault_gp:
     mov qword [rsp+8+EXIT_A], 13
     jmp fault_inside
 fault_de:
     mov qword [rsp+8+EXIT_A], 0
+    jmp fault_inside
+fault_ud:
+    mov qword [rsp+8+EXIT_A], 6
+    jmp fault_inside
+fault_nm:
+    mov qword [rsp+8+EXIT_A], 7
     jmp fault_inside
 fault_ss:
     mov qword [rsp+8+EXIT_A], 12
@@ -94,8 +101,8 @@ fault_inside:
     mov r12d, [rbx+8]
     sub rbx, 8
     call miss_flags
-    cmp qword [rbp+EXIT_A], 0
-    jne fault_of_segment
+    cmp qword [rbp+EXIT_A], 7
+    ja fault_of_segment
     mov qword [rbp+EXIT_B], -1
     jmp deliver
 fault_of_segment:

@@ -14,7 +14,6 @@ from struct import pack
 from iced_x86 import (
     Code,
     ConstantOffsets,
-    CpuidFeature,
     Decoder,
     Encoder,
     EncodingKind,
@@ -34,6 +33,7 @@ from trivisor.translation.modes import CallOut, Jump, Missing, Mode, Raise
 from trivisor.translation.translator import (
     branches,
     control_flow,
+    guards,
     inline,
     legacy_flow,
     memory_forms,
@@ -132,14 +132,7 @@ _WRITES = {OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.RE
 _READS = {
     OpAccess.READ, OpAccess.COND_READ, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE, OpAccess.COND_WRITE,
 }  # fmt: skip
-_FPU_FEATURES = {
-    getattr(CpuidFeature, n)
-    for n in """
-        FPU FPU287 FPU387 MMX FXSR SSE SSE2 SSE3 SSSE3 SSE4_1 SSE4_2 AVX AVX2 FMA F16C AES PCLMULQDQ VAES
-        VPCLMULQDQ SHA GFNI
-    """.split()
-    if hasattr(CpuidFeature, n)
-}
+
 
 class InstructionMaker:
     """Makes recipes for one mode."""
@@ -183,9 +176,15 @@ class InstructionMaker:
             recipe.ends = Raise(6)
         elif self.mode.real and instruction.encoding == EncodingKind.VEX:
             recipe.ends = Raise(6)  # SDM 2A 2.5
-        elif self.mode.no_fpu and not _FPU_FEATURES.isdisjoint(instruction.cpuid_features()):
-            recipe.ends = CallOut() if mnemonic in (Mnemonic.FXSAVE,) else Raise(7)
-        elif mnemonic in self._special:
+        else:
+            guards.guard(self, recipe, instruction)
+            self._made(recipe, instruction)
+        recipe.finish()
+        return recipe
+
+    def _made(self, recipe: Recipe, instruction: Instruction) -> None:
+        mnemonic = instruction.mnemonic
+        if mnemonic in self._special:
             self._special[mnemonic](recipe, instruction)
         elif mnemonic in _IGNORED:
             pass
@@ -195,8 +194,6 @@ class InstructionMaker:
             self._control(recipe, instruction)
         else:
             self.plain(recipe, instruction)
-        recipe.finish()
-        return recipe
 
     def _available(self, instruction: Instruction) -> bool:
         return all(feature in self.features for feature in instruction.cpuid_features())

@@ -54,7 +54,6 @@ def xsave(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> 
     """The XSAVE family on the host's own, limited to what the guest's XCR0 has."""
     mnemonic = instruction.mnemonic
     saves = mnemonic not in (Mnemonic.XRSTOR, Mnemonic.XRSTOR64)
-    recipe.items.clear()
     maker.address(recipe, instruction)
     recipe.check(maker.xsave_size, write=saves, judged=True)
     host = instruction.copy()

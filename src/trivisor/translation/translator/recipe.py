@@ -173,7 +173,7 @@ def fragment(source: str, user: bool, first: int, prepared: int, form: Form | No
     `assist HELPER` - have the helper at this field of the state block do it, which goes on here or escapes;
     `segment NAME read|write SIZE [escape]` - turn r10 from an offset in a segment into a linear address, or raise
     #GP or #SS (or have Python do the instruction);
-    `fault gp|ss|de` - raise the exception, with error code 0 if it has one.
+    `fault gp|ss|de|ud|nm` - raise the exception, with error code 0 if it has one.
 
     Checks are numbered from `first`; see `Recipe.prepared`.
     """

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from iced_x86 import Instruction, Mnemonic
@@ -243,8 +244,7 @@ class TranslationVcpu:
         if bits != 64:
             set_windows(core)
             segmented = segmentation(core)
-        guarded = bool(cr0 & _CR0_TS_EM) or not cr4 & CR4_OSFXSR
-        no_avx = not cr4 & CR4_OSXSAVE or ~core.xcr0 & _XCR0_SSE_AVX != 0
+        guarded, no_avx = self._guards(bits == 64 and cpl != 3)
         key = (bits, ss & DB, cpl == 3, guarded, no_avx, cr4 & CR4_TSD, bool(core.debug.code), segmented)
         mode = self._modes.get(key)
         if mode is None:
@@ -277,13 +277,27 @@ class TranslationVcpu:
         words[_NATIVE_EVENTS] = self._natively = 1 if natively else 0
         if natively:
             for user, field in ((False, "MODE_KERNEL"), (True, "MODE_USER")):
-                sibling = mode.at_level(user)
+                guarded, no_avx = self._guards(not user)
+                sibling = replace(mode, user=user, guarded=guarded, no_avx=no_avx)
                 words[OFFSETS[field] // 8] = sibling.key
                 self._by_key[sibling.key] = sibling
                 self._claim_jumps(sibling)
             self._note_segments()
         reserved = ((1 << 52) - 1) & ~((1 << self.guest_cpuid.physical_bits) - 1)
         words[OFFSETS["PHYSICAL_LIMIT_MASK"] // 8] = reserved | (0 if core.efer & 0x800 else 1 << 63)
+
+    def _guards(self, kernel64: bool) -> tuple[bool, bool]:
+        """(`Mode.guarded`, `Mode.no_avx`).
+
+        64-bit kernels set CR4.OSFXSR and OSXSAVE when they have run for a while, and use no vectors before: they
+        are not asked, lest all that they have run until then be translated again.
+        """
+        core = self.core
+        disabled = bool(core.cr0 & _CR0_TS_EM)
+        if kernel64:
+            return disabled, disabled
+        no_avx = not core.cr4 & CR4_OSXSAVE or ~core.xcr0 & _XCR0_SSE_AVX != 0
+        return disabled or not core.cr4 & CR4_OSFXSR, disabled or no_avx
 
     def _segmented_number(self) -> int:
         """The number of a new mode with segments that are not flat; when they run out, all begin anew."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 FLAT_LIMIT = 0xFFFFFFFF
@@ -45,7 +45,7 @@ class Mode:
     guarded: bool = False
     """CR0.TS, EM or no CR4.OSFXSR: x87, MMX and SSE instructions look whether they may (`guards.py`)."""
     no_avx: bool = False
-    """No CR4.OSXSAVE, or XCR0 without AVX: AVX and XSAVE instructions do."""
+    """The same for AVX and XSAVE instructions: CR0.TS, no CR4.OSXSAVE, or XCR0 without AVX."""
     stack_bits: int = 64
     other: int = 0
     """A number that sets apart modes that differ in what else matters."""
@@ -102,10 +102,6 @@ class Mode:
     def debug(self) -> bool:
         """Blocks end before the instruction breakpoints."""
         return bool(self.other & OTHER_DEBUG)
-
-    def at_level(self, user: bool) -> Mode:
-        """The same mode at CPL 3 or not."""
-        return replace(self, user=user)
 
     @property
     def jump_cache(self) -> int:

@@ -71,7 +71,7 @@ def guard(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> 
     if not mode.guarded and not mode.no_avx:
         return
     source = _source(instruction)
-    if source and (mode.guarded or source is _ENABLED_AVX or source is _ENABLED_XSAVE):
+    if source and (mode.no_avx if source in (_ENABLED_AVX, _ENABLED_XSAVE) else mode.guarded):
         recipe.clobber(source)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.unit.translation.engine.guest import Machine, Make
 
-UD, NM = 6, 7
+BP, UD, NM = 3, 6, 7
 MP, EM, TS = 2, 4, 8
 OSFXSR, OSXSAVE = 1 << 9, 1 << 18
 X87, WAIT, MMX, SSE, MMX_OF_SSE, CONTROL, FXSAVE, AVX, XSAVE, FREE, BMI = (
@@ -15,12 +15,12 @@ X87, WAIT, MMX, SSE, MMX_OF_SSE, CONTROL, FXSAVE, AVX, XSAVE, FREE, BMI = (
 )  # fmt: skip
 
 
-def under(machine: Make, code: str, bits: int, cr0: int, cr4: int, xcr0: int) -> Machine:
-    """A guest of one instruction, with bits of CR0 set, of CR4 cleared, and of XCR0 alone left."""
-    m = machine(f"nop\n here: {code}\n hlt", bits)
+def under(machine: Make, code: str, bits: int, cr0: int, cr4: int, xcr0: int, cpl: int = 3) -> Machine:
+    """A program of one instruction, with bits of CR0 set, of CR4 cleared, and of XCR0 alone left."""
+    m = machine(f"nop\n here: {code}\n int3", bits, cpl=cpl)
     if not m.vcpu.xcr0_supported & 4:
         pytest.skip("the host has no AVX")
-    state = m.initial_state()
+    state = m.initial_state(cpl)
     state.cr0 = state.cr0 & ~MP | cr0
     state.cr4 &= ~cr4
     state.xcr0 &= xcr0
@@ -49,10 +49,10 @@ def under(machine: Make, code: str, bits: int, cr0: int, cr4: int, xcr0: int) ->
 )  # fmt: skip
 def test_what_faults(machine: Make, bits: int, code: str, cr0: int, cr4: int, xcr0: int, vector: int | None) -> None:
     m = under(machine, code, bits, cr0, cr4, xcr0)
+    frame = m.fault()
     if vector is None:
-        m.halt()
+        assert frame.vector == BP
     else:
-        frame = m.fault()
         assert (frame.vector, frame.error, frame.rip) == (vector, None, m.labels["here"])
 
 
@@ -64,16 +64,16 @@ def test_nothing_is_asked_when_all_is_on(machine: Make) -> None:
 
 def test_flags_live_through_the_look(machine: Make) -> None:
     m = under(machine, "stc\n addps xmm0, xmm1\n setc al", 64, 0, OSXSAVE, 1)
-    m.halt(rax=0)
+    assert m.fault(rax=0).vector == BP
     assert m["rax"] == 1
     m = under(machine, "stc\n vaddps xmm0, xmm0, xmm1", 64, 0, OSXSAVE, 7)
     assert m.fault().rflags & 1
 
 
 def test_clts_and_cr4_take_effect_at_once(machine: Make) -> None:
-    code = "addps xmm0, xmm1\n hlt\n here2: clts\n jmp here"
-    m = under(machine, code, 64, TS, 0, 7)
+    code = "addps xmm0, xmm1\n int3\n here2: clts\n jmp here"
+    m = under(machine, code, 64, TS, 0, 7, cpl=0)
     assert m.fault().vector == NM
     m.core.rip = m.labels["here2"]
     m.vcpu.state = m.vcpu.state
-    m.halt()
+    assert m.fault().vector == BP

@@ -8,6 +8,7 @@ import pytest
 
 from trivisor.machine.exits import Halt
 from trivisor.translation.core import CS, DS, RAX, RBX, RCX, RDX, RSP, SS
+from trivisor.x86.descriptors import CALL_GATE16, Gate, build_gate
 
 GP0, UD = (13, 0), (6, None)
 CF, TF, IF, OF, NT, RF, AC = 1, 1 << 8, 1 << 9, 1 << 11, 1 << 14, 1 << 16, 1 << 18
@@ -304,6 +305,30 @@ def test_call_gate_to_the_kernel_copies_parameters(cpu: Any, layout: Any) -> Non
     ]  # fmt: skip
     cpu.do(bytes.fromhex("ca0800"))  # back, dropping the parameters on both stacks
     assert (core.rip, core.cpl, core.regs[RSP]) == (0x8007, 3, layout.STACK + 8)
+
+
+def test_a_16_bit_call_gate_copies_words(cpu: Any, layout: Any) -> None:
+    core = cpu.protected(3).core
+    gate = Gate(CALL_GATE16, layout.KERNEL_CS32, 0x1234, 3, True, parameters=3)
+    cpu.memory.write_u64(layout.GDT + layout.GATE_SELECTOR, build_gate(gate))
+    cpu.put(layout.STACK, 2, 0xAAAA, 0xBBBB, 0xCCCC)
+    cpu.do(f"call {layout.GATE_SELECTOR | 3}:0")
+    assert (core.rip, core.cpl, core.regs[RSP]) == (0x1234, 0, layout.KERNEL_STACK - 14)
+    assert cpu.get(core.regs[RSP], 2, 7) == [
+        0x8007, layout.USER_CS32 | 3, 0xAAAA, 0xBBBB, 0xCCCC, layout.STACK & 0xFFFF, layout.USER_DS | 3,
+    ]  # fmt: skip
+
+
+def test_call_gate_to_conforming_code_keeps_the_level(cpu: Any, layout: Any) -> None:
+    core = cpu.protected(3).core
+    cpu.call_gate(layout.CONFORMING_CS, 0x1234, parameters=2)
+    cpu.do(f"call {layout.GATE_SELECTOR | 3}:0")
+    assert (core.rip, core.cpl, core.regs[RSP]) == (0x1234, 3, layout.STACK - 8)
+    assert core.segments[CS].selector == layout.CONFORMING_CS | 3
+    core = cpu.protected(3).core
+    cpu.call_gate(layout.CONFORMING_CS, 0x4321)
+    cpu.do(f"jmp {layout.GATE_SELECTOR | 3}:0")  # such a jump is allowed
+    assert (core.rip, core.cpl) == (0x4321, 3)
 
 
 def test_call_gate_checks(cpu: Any, layout: Any) -> None:

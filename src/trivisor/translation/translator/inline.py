@@ -52,6 +52,7 @@ def table(maker: InstructionMaker) -> dict[int, Make]:
     out[Mnemonic.WRMSR] = bind(sensitive.msr)
     out[Mnemonic.DIV] = bind(division.divide)
     out[Mnemonic.IDIV] = bind(division.divide)
+    out[Mnemonic.XLATB] = bind(memory_forms.xlat)
     for text in ["CLFLUSH", "CLFLUSHOPT", "CLWB"]:
         out[getattr(Mnemonic, text)] = bind(memory_forms.flush_line)
     if maker.mode.bits != 64:

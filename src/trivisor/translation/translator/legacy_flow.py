@@ -135,6 +135,22 @@ def mov(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> No
         maker.plain(recipe, instruction)
 
 
+def load_far_pointer(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """LDS, LES, LFS and LGS where the selector needs no descriptor."""
+    if not maker.mode.real:
+        recipe.ends = CallOut()
+        return
+    number, size = GPR[instruction.op0_register]
+    maker.address(recipe, instruction)
+    recipe.check(size + 2, write=False)
+    offset = name(11, size)
+    recipe.code(f"mov {offset}, [r10]\n movzx r10d, word [r10+{size}]\n mov {_host(number, size)}, {offset}")
+    load_real(recipe, _FAR_POINTERS[instruction.mnemonic])
+
+
+_FAR_POINTERS = {Mnemonic.LDS: "DS", Mnemonic.LES: "ES", Mnemonic.LFS: "FS", Mnemonic.LGS: "GS"}
+
+
 def leave(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
     """LEAVE."""
     size = 2 if instruction.code == Code.LEAVEW else 4
@@ -217,5 +233,8 @@ def _signed(value: int) -> int:
     return (value + 0x80000000 & 0xFFFFFFFF) - 0x80000000
 
 
-INLINE = {Mnemonic.PUSH: push, Mnemonic.POP: pop, Mnemonic.LEAVE: leave, Mnemonic.MOV: mov}
+INLINE = {
+    Mnemonic.PUSH: push, Mnemonic.POP: pop, Mnemonic.LEAVE: leave, Mnemonic.MOV: mov,
+    **dict.fromkeys(_FAR_POINTERS, load_far_pointer),
+}  # fmt: skip
 """What this file has for the table in `inline.py`."""

@@ -12,6 +12,7 @@ from trivisor.translation.translator.registers import (
     DISPLACED,
     GPR,
     RSP,
+    SEGMENTS,
     STACK,
     name,
 )
@@ -70,6 +71,17 @@ def xsave(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> 
     body = maker.on_host_address(host, False, saves, True, 64)
     recipe.items.append(Item(False, body))
     recipe.code("mov rax, [rsp+SPILL]\n mov rdx, [rsp+SPILL_2]")
+
+
+def xlat(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """XLAT: AL = the byte at (R/E)BX + AL, of the address size (SDM 2D, XLAT)."""
+    bits = GPR[instruction.memory_base][1] * 8
+    wide = "r10" if bits == 64 else "r10d"
+    narrow = "\n movzx r10d, r10w" if bits == 16 else ""
+    recipe.code(f"movzx r11d, al\n lea {wide}, [rbx+r11]{narrow}")
+    maker.add_segment(recipe, SEGMENTS[instruction.memory_segment])
+    recipe.check(1, write=False)
+    recipe.code("mov al, [r10]")
 
 
 def flush_line(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:

@@ -95,6 +95,50 @@ def test_address_sizes_in_64_bit_code(machine: Make) -> None:
     assert m.memory.read_u32(DATA + 4) == 6
 
 
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("rep movsb", {"rsi": DATA + 6, "rdi": DATA + 0x106, "rcx": 0}),
+        ("rep stosw", {"rdi": DATA + 0x10C, "rcx": 0}),
+        ("repne scasb", {"rdi": DATA + 0x103, "rcx": 3}),
+        ("repe cmpsb", {"rsi": DATA + 4, "rdi": DATA + 0x104, "rcx": 2}),
+        ("lodsw", {"rsi": DATA + 2}),
+        ("loop $+2", {"rcx": 5}),
+    ],
+)
+@pytest.mark.parametrize("pages", [1, 2])
+def test_string_instructions_with_32_bit_addresses_in_64_bit_code(
+    machine: Make, code: str, expected: dict[str, int], pages: int
+) -> None:
+    """Index registers and count are 32 bits wide, whatever lies above; what is written is zero-extended."""
+    high, move = 0x1234567800000000, 0 if pages == 1 else 0xFFD
+    m = machine(f"db 0x67\n {code}\n hlt")
+    m.memory.write(DATA + move, b"abcdef")
+    m.memory.write(DATA + move + 0x100, b"abcXef")
+    m.halt(
+        rsi=high | DATA + move, rdi=high | DATA + move + 0x100, rcx=high | 6, rax=ord("c") if "scas" in code else 0x5A5A
+    )
+    for register, value in expected.items():
+        assert m[register] == value + (move if value >= DATA else 0), register
+    assert m.memory.read(DATA + move + 0x100, 6) == {
+        "rep movsb": b"abcdef", "rep stosw": b"ZZZZZZ",
+    }.get(code, b"abcXef")  # fmt: skip
+
+
+def test_16_bit_addresses_in_32_bit_code(machine: Make) -> None:
+    m = machine(
+        "mov esi, 0x12348000\n mov edi, 0x56789000\n mov ecx, 0x9abc0003\n db 0xf3, 0x67\n movsb\n"
+        "mov eax, [bx+si]\n db 0x67\n jcxz there\n ud2\n there: hlt",
+        32,
+    )
+    m.memory.write(0x18000 - 0x10000, b"xyz")
+    m.memory.write_u32(0x8010, 0x1122)
+    m.halt(rbx=0xFFFF000D)
+    assert (m["rsi"], m["rdi"], m["rcx"]) == (0x12348003, 0x56789003, 0x9ABC0000)
+    assert m.memory.read(0x9000, 3) == b"xyz"
+    assert m["rax"] == 0x1122
+
+
 def test_fs_and_gs_bases(machine: Make) -> None:
     m = machine(
         "mov ecx, 0xc0000100\n mov eax, DATA\n xor edx, edx\n wrmsr\n inc ecx\n mov eax, 0xfffff000\n mov edx, -1\n wrmsr\n"

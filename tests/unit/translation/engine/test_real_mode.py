@@ -273,6 +273,34 @@ def test_segment_registers_are_loaded_without_descriptors(real: Real) -> None:
     assert (state.es.selector, state.es.base) == (CODE_SEGMENT, REAL_CODE)
 
 
+def test_far_pointers_and_tables_of_bytes(real: Real) -> None:
+    m = real("les bx, [2]\n lfs esi, [6]\n mov al, 0xf0\n mov bx, 0xff80\n xlatb\n mov dl, al\n es xlatb\n hlt")
+    m.memory.write(REAL_DATA + 2, b"\x11\x11\x00\x50" + b"\x44\x33\x22\x11\x66\x55")
+    m.memory.write_u8(REAL_DATA + 0x70, 0x99)  # 0xff80 + 0xf0 wraps
+    m.memory.write_u8(0x50000 + 0x19, 0x42)
+    m.halt(rbx=0x77770000, rsi=0, rdx=0, rax=0)
+    assert (m["rsi"], m["rdx"], m["rbx"]) == (0x11223344, 0x99, 0x7777FF80)
+    assert m["rax"] & 0xFF == 0x42
+    state = m.vcpu.state
+    assert (state.es.selector, state.es.base, state.fs.base) == (0x5000, 0x50000, 0x55660)
+
+
+def test_interrupt_shadows(real: Real) -> None:
+    """Nothing comes between MOV SS or STI and the next instruction."""
+    m = real("sti\n nop\n mov ss, ax\n inc cx\n inc dx\n hlt")
+    m.vcpu.interrupt(0x40)
+    m.core.rflags = 2
+    frame = m.fault(rax=0x3000)
+    assert (frame.vector, frame.rip) == (0x40, 2)
+    m.restart()
+    m.put("mov ss, ax\n mov sp, bx\n hlt", 0x100)
+    m.set(rflags=0x202, rip=0x100, rax=0x3000)
+    m.step()
+    m.vcpu.interrupt(0x41)
+    frame = m.fault(rbx=0x7000)
+    assert (frame.vector, frame.rip, frame.rsp) == (0x41, 0x104, 0x7000 - 6)
+
+
 def test_interrupts_through_the_vector_table(real: Real) -> None:
     m = real("sti\n int 0x40\n mov bx, 1\n hlt\n handler: pushf\n pop ax\n mov cx, cs\n iret")
     m.memory.write_u32(0x7000 + 4 * 0x40, CODE_SEGMENT << 16 | m.labels["handler"])

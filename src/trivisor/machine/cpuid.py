@@ -46,8 +46,8 @@ EMULATED: Final = _names(
     "flush_l1d arch_capabilities bhi_ctrl syscall nx pdpe1gb rdtscp lm tsc_adjust umip smap"
 )
 """There on every host."""
-OPTIONAL: Final = frozenset({"pcid", "invpcid"})
-"""Emulated, and off unless asked for with `extra`."""
+OPTIONAL: Final = frozenset({"pcid", "invpcid", "pku", "pks"})
+"""Emulated, and off unless asked for with `extra`.  XSAVE does not know PKRU."""
 _REQUIRES: Final = {
     "avx": "xsave",
     "fma": "avx",
@@ -133,6 +133,8 @@ class GuestCpuid:
         answer = self.table.get((leaf, subleaf), _NOTHING)
         if leaf == 1:
             return _leaf_1(answer, cr4, apic_enabled)
+        if leaf == 7 and subleaf == 0 and cr4 & control.CR4_PKE:
+            return (answer[EAX], answer[EBX], answer[ECX] | 1 << FEATURES["ospke"].bit, answer[EDX])
         if leaf == 0xB and subleaf > 1:
             return (0, 0, subleaf & 0xFF, self.table[0xB, 0][EDX])
         if leaf == 0xD and subleaf < 2:

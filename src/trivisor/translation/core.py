@@ -122,6 +122,8 @@ class Core:
         """ES, CS, SS, DS, FS, GS, LDTR, TR."""
         self.dr = [0, 0, 0, 0, 0, 0, 0xFFFF0FF0, 0x400]
         self.debug = DebugUnit()
+        self.pkru = self.pkrs = 0
+        """The rights by protection key, of user pages and of the supervisor's."""
         self.interrupt_shadow = False
         """Interrupts are held off until one more instruction has run (STI, MOV SS, POP SS)."""
         self.nmi_blocked = False

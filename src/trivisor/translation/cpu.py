@@ -44,6 +44,8 @@ from trivisor.x86.control import (
     CR4_OSFXSR,
     CR4_OSXMMEXCPT,
     CR4_OSXSAVE,
+    CR4_PKE,
+    CR4_PKS,
     CR4_TSD,
     DR6_BS,
     EFER_LMA,
@@ -269,7 +271,7 @@ class TranslationVcpu:
         self.blocks.set_breakpoints(debug.code)
         words[_WATCHING] = 1 if debug.pages else 0
         self._mind_observers()
-        native = core.efer & EFER_LMA and cr0 & CR0_PG and not cr4 & CR4_LA57
+        native = core.efer & EFER_LMA and cr0 & CR0_PG and not cr4 & (CR4_LA57 | CR4_PKE | CR4_PKS)
         words[OFFSETS["PAGING_NATIVE"] // 8] = 1 if native else 0
         natively = (
             native and mode.bits == 64 and not (core.nmi_blocked or debug.active) and ExceptionExit not in self.observed

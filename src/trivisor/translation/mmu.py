@@ -20,9 +20,9 @@ from trivisor.translation.layout import (
 )
 from trivisor.translation.translator.recipe import KIND_USER, KIND_WRITE
 from trivisor.x86 import paging
-from trivisor.x86.control import CR4_SMAP
+from trivisor.x86.control import CR4_PKE, CR4_PKS, CR4_SMAP, EFER_LMA
 from trivisor.x86.exceptions import PAGE_FAULT, GuestException
-from trivisor.x86.paging import Access, PagingMode, Translation
+from trivisor.x86.paging import NO_KEYS, Access, PagingMode, ProtectionKeys, Translation
 
 GENERAL_PROTECTION = 13
 _CR0_WP = 1 << 16
@@ -123,7 +123,15 @@ class Mmu:
         if mode.mode is not paging.Mode.LEVEL4:
             linear &= 0xFFFFFFFF if mode.mode is not paging.Mode.NONE or self.core.efer & 0x400 == 0 else -1
         ac = bool(self.core.rflags & 0x40000)
-        return paging.walk(self._tables, mode, linear, access, user=user, ac=ac, implicit=implicit)
+        keys = self._keys() if self.core.cr4 & (CR4_PKE | CR4_PKS) else NO_KEYS
+        return paging.walk(self._tables, mode, linear, access, user=user, ac=ac, implicit=implicit, keys=keys)
+
+    def _keys(self) -> ProtectionKeys:
+        """The protection keys that count: in long mode alone (section 4.6.2)."""
+        core = self.core
+        if not core.efer & EFER_LMA:
+            return NO_KEYS
+        return ProtectionKeys(core.pkru if core.cr4 & CR4_PKE else None, core.pkrs if core.cr4 & CR4_PKS else None)
 
     def _native_walk(self, linear: int, access: Access, user: bool) -> Translation | None:
         """The same by the native walker; None for what it leaves to the exact one."""
@@ -233,6 +241,8 @@ class Mmu:
         writable = (found.writable or (not user and not self.core.cr0 & _CR0_WP)) and found.dirty
         if self.paging().mode is paging.Mode.NONE:
             writable = True
+        elif found.key_forbids_writing and (user or self.core.cr0 & _CR0_WP):
+            writable = False
         if self.code_lines[physical >> 12]:
             writable = False
         at = self.entry(linear, user)

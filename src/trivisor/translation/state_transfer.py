@@ -27,6 +27,7 @@ _FIELDS = {
     msr.IA32_SYSENTER_EIP: "sysenter_eip",
     msr.IA32_TSC_AUX: "tsc_aux",
     msr.IA32_TSC_ADJUST: "tsc_adjust",
+    msr.IA32_PKRS: "pkrs",
 }
 """MSRs that are fields of the core."""
 

@@ -49,6 +49,8 @@ PF_WRITE: Final = 1 << 1
 PF_USER: Final = 1 << 2
 PF_RESERVED: Final = 1 << 3
 PF_FETCH: Final = 1 << 4
+PF_KEY: Final = 1 << 5
+"""A protection key forbids the access, whatever else does."""
 
 ERROR_EXT: Final = 1 << 0
 """Selector error code (section 6.13): the event came from outside the program."""

@@ -43,6 +43,7 @@ IA32_MTRR_DEF_TYPE: Final = 0x2FF
 IA32_MC0_CTL: Final = 0x400
 """CTL, STATUS, ADDR and MISC of bank n are at 4 n and the three after."""
 IA32_TSC_DEADLINE: Final = 0x6E0
+IA32_PKRS: Final = 0x6E1
 IA32_X2APIC_FIRST: Final = 0x800
 IA32_X2APIC_LAST: Final = 0x8FF
 IA32_XSS: Final = 0xDA0

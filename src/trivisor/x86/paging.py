@@ -57,6 +57,30 @@ class Access(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class ProtectionKeys:
+    """The rights by protection key (section 4.6.2): two bits a key, of which the lower forbids all data accesses.
+
+    None where CR4.PKE (user pages) or CR4.PKS (the supervisor's) does not have them count.
+    """
+
+    user: int | None = None
+    """PKRU."""
+    supervisor: int | None = None
+    """IA32_PKRS."""
+
+    def forbids(self, entry: int, may_user: bool) -> tuple[bool, bool]:
+        """Whether data on the page that a leaf entry maps must not be accessed, and not be written."""
+        rights = self.user if may_user else self.supervisor
+        if rights is None:
+            return False, False
+        bits = rights >> 2 * (entry >> 59 & 15)
+        return bool(bits & 1), bool(bits & 2)
+
+
+NO_KEYS: Final = ProtectionKeys()
+
+
+@dataclass(frozen=True, slots=True)
 class PagingMode:
     """All that address translation depends on besides the tables and the access."""
 
@@ -116,6 +140,8 @@ class Translation:
     dirty: bool
     pat_index: int
     """Which of the eight entries of IA32_PAT gives the memory type."""
+    key_forbids_writing: bool = False
+    """By its protection key; the supervisor minds it under CR0.WP only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +191,7 @@ def walk(
     ac: bool = False,
     implicit: bool = False,
     set_bits: bool = True,
+    keys: ProtectionKeys = NO_KEYS,
 ) -> Translation:
     """Translate `linear` for one access, or raise GuestException(#PF, error code, linear).
 
@@ -200,6 +227,11 @@ def walk(
         if leaf:
             break
         table = entry & _bits(12, paging.physical_bits)
+    key_forbids, key_forbids_writing = keys.forbids(entry, may_user)
+    if access is not Access.EXECUTE and (
+        key_forbids or (key_forbids_writing and access is Access.WRITE and (user or paging.wp))
+    ):
+        raise _fault(paging, linear, access, user, exceptions.PF_PRESENT | exceptions.PF_KEY)
     if not _allowed(paging, access, user, ac and not implicit, writable, may_user, executable):
         raise _fault(paging, linear, access, user, exceptions.PF_PRESENT)
     if set_bits:
@@ -214,6 +246,7 @@ def walk(
         global_=paging.pge and bool(entry & GLOBAL),
         dirty=bool(entry & DIRTY) or (set_bits and access is Access.WRITE),
         pat_index=_pat_index(entry, large=level.shift > 12),
+        key_forbids_writing=key_forbids_writing,
     )
 
 

@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from trivisor.machine.cpuid import OPTIONAL
+
 DEFAULT_TIMEOUT = 90.0
 """Seconds, as in the suite's own runner."""
 
@@ -38,9 +40,10 @@ class Entry:
 
     @property
     def features(self) -> str:
-        """What `-cpu` says of features and vendor, as "+a,-b,vendor=..."."""
-        words = self.qemu_option("-cpu").split(",")
-        return ",".join(word for word in words if word.startswith(("+", "-", "vendor=")))
+        """What `-cpu` says of features and vendor, as "+a,-b,vendor=..."; "max" is all that there is."""
+        model, *words = self.qemu_option("-cpu").split(",")
+        everything = [f"+{name}" for name in sorted(OPTIONAL)] if model == "max" else []
+        return ",".join([*everything, *(word for word in words if word.startswith(("+", "-", "vendor=")))])
 
 
 def read_entries(build: Path) -> list[Entry]:

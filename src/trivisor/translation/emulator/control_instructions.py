@@ -327,6 +327,29 @@ def _invpcid(cpu: Cpu, instruction: Instruction) -> None:
         cpu.flush_tlb(keep_global=kind != 2)
 
 
+def _check_pkru(core: Core) -> None:
+    """RDPKRU and WRPKRU: #UD without CR4.PKE, #GP unless ECX is 0."""
+    if not core.cr4 & CR4_PKE:
+        raise invalid_opcode()
+    if core.regs[RCX] & MASK32:
+        raise general_protection()
+
+
+def _rdpkru(cpu: Cpu, instruction: Instruction) -> None:
+    core = cpu.core
+    _check_pkru(core)
+    core.regs[RAX], core.regs[RDX] = core.pkru, 0
+
+
+def _wrpkru(cpu: Cpu, instruction: Instruction) -> None:
+    core = cpu.core
+    _check_pkru(core)
+    if core.regs[RDX] & MASK32:
+        raise general_protection()
+    core.pkru = core.regs[RAX] & MASK32
+    cpu.flush_tlb(keep_global=False)
+
+
 def _cache_control(cpu: Cpu, instruction: Instruction) -> None:
     """WBINVD, WBNOINVD and INVD: caches are the host's affair."""
     privileged(cpu.core)
@@ -347,6 +370,8 @@ STRAIGHT: dict[int, Handler] = {
     **dict.fromkeys((Code.SMSW_RM16, Code.SMSW_R32M16, Code.SMSW_R64M16), _smsw),
     Code.XGETBV: _xgetbv,
     Code.XSETBV: _xsetbv,
+    Code.RDPKRU: _rdpkru,
+    Code.WRPKRU: _wrpkru,
     Code.INVLPG_M: _invlpg,
     **dict.fromkeys((Code.INVPCID_R32_M128, Code.INVPCID_R64_M128), _invpcid),
     **dict.fromkeys((Code.WBINVD, Code.WBNOINVD, Code.INVD), _cache_control),

@@ -85,6 +85,24 @@ def _segment_base(index: int) -> tuple[Reader, Writer]:
     return read, write
 
 
+def _need_pks(cpu: Cpu) -> None:
+    if not has_feature(cpu, "pks"):
+        raise GeneralProtection
+
+
+def _read_pkrs(cpu: Cpu) -> int:
+    _need_pks(cpu)
+    return cpu.core.pkrs
+
+
+def _write_pkrs(cpu: Cpu, value: int) -> None:
+    _need_pks(cpu)
+    if value > MASK32:
+        raise GeneralProtection
+    cpu.core.pkrs = value
+    cpu.flush_tlb(keep_global=False)
+
+
 def _read_tsc(cpu: Cpu) -> int:
     return cpu.tsc()
 
@@ -119,6 +137,7 @@ CORE_MSRS: dict[int, tuple[Reader, Writer]] = {
     msr.IA32_FS_BASE: _segment_base(FS),
     msr.IA32_GS_BASE: _segment_base(GS),
     msr.IA32_KERNEL_GS_BASE: _field("kernel_gs_base", MASK64, canonical=True),
+    msr.IA32_PKRS: (_read_pkrs, _write_pkrs),
     msr.IA32_TSC_AUX: _field("tsc_aux", MASK32),
 }
 """The MSRs that live in the state block; writers raise `machine.vcpu.GeneralProtection`."""

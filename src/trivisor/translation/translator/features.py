@@ -20,7 +20,7 @@ _BY_FEATURE = {
     "fsgsbase": "FSGSBASE", "bmi1": "BMI1", "avx2": "AVX2", "smep": "SMAP", "bmi2": "BMI2",
     "invpcid": "INVPCID", "rdseed": "RDSEED", "adx": "ADX", "clflushopt": "CLFLUSHOPT", "clwb": "CLWB",
     "sha": "SHA", "xsaveopt": "XSAVEOPT", "xsavec": "XSAVEC", "syscall": "SYSCALL", "rdtscp": "RDTSCP",
-    "lm": "X64", "abm": "LZCNT", "3dnowprefetch": "PREFETCHW", "smap": "SMAP", "umip": "UMIP",
+    "lm": "X64", "abm": "LZCNT", "3dnowprefetch": "PREFETCHW", "smap": "SMAP", "umip": "UMIP", "pku": "PKU",
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from bench.machines import QEMU, have_qemu
 from bench.process import Timing, time_to_line
 from trivisor.guests.debian import default_guest
-from trivisor.guests.initramfs import CONSOLE_COMMAND_LINE, default_initramfs
+from trivisor.guests.initramfs import console_command_line, default_initramfs
 from trivisor.machine.user_cache import user_cache
 
 FIRST_LINE = b"trivisor: userspace after"
@@ -92,5 +92,5 @@ def qemu_command(kernel: Path, initrd: Path) -> list[str]:
     """QEMU on the same guest; without the devices that it would add and that trivisor's board has not."""
     return [
         QEMU, "-accel", "tcg", "-m", str(MEMORY_MIB), "-nodefaults", "-display", "none", "-serial", "stdio",
-        "-no-reboot", "-kernel", str(kernel), "-initrd", str(initrd), "-append", CONSOLE_COMMAND_LINE,
+        "-no-reboot", "-kernel", str(kernel), "-initrd", str(initrd), "-append", console_command_line(),
     ]  # fmt: skip

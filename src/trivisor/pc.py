@@ -146,6 +146,11 @@ class Pc:
         self.rsdp_address = self._leave_firmware_data()
 
     @property
+    def post_code(self) -> int:
+        """The last byte that the guest wrote to port 0x80."""
+        return self.post.code
+
+    @property
     def console_room(self) -> int:
         """How many bytes `console_input` would take now."""
         return self.serial.room

@@ -13,10 +13,16 @@ from collections.abc import Sequence
 from trivisor.guests import cpio
 from trivisor.guests.command import begin_mark, end_mark
 
-CONSOLE_COMMAND_LINE = "console=ttyS0 panic=-1"
-"""Kernel command line for a run whose console the user sees; a panic ends the run."""
-COMMAND_COMMAND_LINE = "console=ttyS0 panic=-1 quiet loglevel=0"
-"""Kernel command line for a run of one command: the kernel stays silent unless it panics."""
+
+def console_command_line(console: str = "ttyS0") -> str:
+    """Kernel command line for a run whose console the user sees; a panic ends the run."""
+    return f"console={console} panic=-1"
+
+
+def command_command_line(console: str = "ttyS0") -> str:
+    """Kernel command line for a run of one command: the kernel stays silent unless it panics."""
+    return f"{console_command_line(console)} quiet loglevel=0"
+
 
 _ESSENTIAL_APPLETS = ("sh", "ash", "mount", "stty", "setsid", "poweroff", "cat", "ls", "echo", "uname", "env")
 _APPLET_TABLE = re.compile(rb"\0((?:[!-~]+\0){32,})\0")
@@ -44,7 +50,7 @@ dev /dev devtmpfs defaults 0 0
 _SHELL = """\
 {size}echo
 echo "A shell on busybox; \\"exit\\" powers the machine off."
-setsid -c sh </dev/ttyS0 >/dev/ttyS0 2>&1
+setsid -c sh </dev/{console} >/dev/{console} 2>&1
 {power_off}
 """
 
@@ -75,7 +81,7 @@ echo "uptime: $up s"
 # The marker stands here in halves: a command that prints this file must not print a mark.
 # The shell's own words on a killed command ("Segmentation fault") are not the command's output.
 _COMMAND = """\
-stty raw -echo </dev/ttyS0
+stty raw -echo </dev/{console}
 first={first} second={second}
 echo "$first$second{begin}"
 exec 3>&2 2>/dev/null
@@ -93,19 +99,20 @@ def default_initramfs(
     marker: bytes = b"",
     interactive: bool = False,
     terminal_size: tuple[int, int] | None = None,
+    console: str = "ttyS0",
 ) -> bytes:
     """Return a cpio archive whose /init does what one run is for, then powers the machine off.
 
     With `command`, /init runs that argument list and encloses its output in
     marks made from `marker` (see `trivisor.guests.command`); boot it with
-    `COMMAND_COMMAND_LINE`.  Without, `interactive` gives a shell on ttyS0, as
+    `command_command_line`.  Without, `interactive` gives a shell on the `console` device, as
     large as `terminal_size` (rows, columns) says; otherwise the guest reports
     on itself.  Raises ValueError for an argument that no process can be given.
     """
     if command is not None:
-        action = _command_script(command, marker)
+        action = _command_script(command, marker, console)
     elif interactive:
-        action = _shell_script(terminal_size)
+        action = _shell_script(terminal_size, console)
     else:
         action = _REPORT.format(power_off=_POWER_OFF).encode()
     directories = ("bin", "dev", "etc", "proc", "root", "sys", "tmp", "usr", "var")
@@ -139,15 +146,15 @@ def applets(busybox: bytes) -> list[str]:
     return [name.decode() for name in table[1].split(b"\0")[:-1] if b"/" not in name]
 
 
-def _shell_script(terminal_size: tuple[int, int] | None) -> bytes:
+def _shell_script(terminal_size: tuple[int, int] | None, console: str) -> bytes:
     size = ""
     if terminal_size is not None:
         rows, columns = terminal_size
-        size = f"stty rows {int(rows)} cols {int(columns)} </dev/ttyS0\n"
-    return _SHELL.format(size=size, power_off=_POWER_OFF).encode()
+        size = f"stty rows {int(rows)} cols {int(columns)} </dev/{console}\n"
+    return _SHELL.format(size=size, console=console, power_off=_POWER_OFF).encode()
 
 
-def _command_script(command: Sequence[str], marker: bytes) -> bytes:
+def _command_script(command: Sequence[str], marker: bytes, console: str) -> bytes:
     if not command:
         raise ValueError("the command is empty")
     if not marker.isalnum() or len(marker) < 2:
@@ -156,6 +163,7 @@ def _command_script(command: Sequence[str], marker: bytes) -> bytes:
         raise ValueError("an argument of a command cannot hold a NUL character")
     word = marker.decode()
     script = _COMMAND.format(
+        console=console,
         first=word[: len(word) // 2],
         second=word[len(word) // 2 :],
         begin=begin_mark(b"").decode().rstrip("\n"),

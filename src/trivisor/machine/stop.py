@@ -23,4 +23,11 @@ class DebugExit:
     """Exit status for the host, 0 to 255: the written value doubled, plus one, as the device has it."""
 
 
-StopReason = PowerOff | Reset | DebugExit
+@dataclass(frozen=True, slots=True)
+class Crash:
+    """A paravirtual guest reported its own end, or did what a hypervisor ends a guest for."""
+
+    what: str
+
+
+StopReason = PowerOff | Reset | DebugExit | Crash

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from trivisor.boot import Image, ImageKind, firmware, load_image
 from trivisor.machine import tsc
@@ -13,7 +13,7 @@ from trivisor.machine.clock import Clock
 from trivisor.machine.memory import LOW_RAM_LIMIT, PHYSICAL_ADDRESS_BITS, GuestMemory
 from trivisor.machine.state import CpuState
 from trivisor.machine.user_cache import user_cache
-from trivisor.machine.vcpu import Vcpu
+from trivisor.machine.vcpu import Surroundings, Vcpu
 from trivisor.monitor.plan import BootPlan, Hardware
 from trivisor.pc import Pc
 from trivisor.x86 import mtrr
@@ -22,16 +22,42 @@ if TYPE_CHECKING:
     from trivisor.translation.keeper import Keeper
 
 
+class Board(Surroundings, Protocol):
+    """A processor's surroundings with a console for the monitor: a `Pc`, or a PV domain's platform."""
+
+    @property
+    def post_code(self) -> int:
+        """The last byte that the guest wrote to port 0x80."""
+
+    @property
+    def console_room(self) -> int:
+        """How many bytes `console_input` would take now."""
+
+    def console_input(self, data: bytes) -> int:
+        """Type `data` on the console; returns how many bytes of it there was room for."""
+
+
 class Assembly:
     """The parts of a machine that is switched on; they live from one reset to the next."""
 
-    def __init__(self, memory: GuestMemory, board: Pc, vcpu: Vcpu, keeper: Keeper | None = None) -> None:
+    def __init__(
+        self,
+        memory: GuestMemory,
+        board: Board,
+        vcpu: Vcpu,
+        more_statistics: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
         self.memory = memory
         self.board = board
         self.vcpu = vcpu
-        self.keeper = keeper
+        self.keeper: Keeper | None = None
         """Of the engine's translations, if they are kept."""
+        self._more_statistics = more_statistics
         self._closed = False
+
+    def statistics(self) -> dict[str, Any]:
+        """The processor's counters, and those of a hypervisor of ours."""
+        return {**self.vcpu.statistics(), **self._more_statistics()}
 
     def close(self) -> None:
         """Give all host resources back; harmless the second time."""
@@ -55,6 +81,8 @@ def assemble(
     `on_stop` is called when a device ends the run.  Raises ValueError or
     OSError for a guest that cannot be loaded.
     """
+    if technique == "paravirt":
+        return _assemble_xen(plan, memory_size, serial_output, on_stop)
     memory = GuestMemory(memory_size)
     try:
         board = Pc(
@@ -76,6 +104,45 @@ def assemble(
         if plan.keep:
             machine.keeper = _keeper(vcpu, plan.kernel)
         vcpu.state = _load(plan, memory, board)
+    except BaseException:
+        machine.close()
+        raise
+    return machine
+
+
+def _assemble_xen(
+    plan: BootPlan, memory_size: int, console_output: Callable[[bytes], None], on_stop: Callable[[], None]
+) -> Assembly:
+    """A PV domain whose ring 3 is run by the translation engine."""
+    from trivisor.paravirt.xen.machine import XenMachine
+    from trivisor.translation.cpu import TranslationVcpu
+    from trivisor.translation.deprivileged import Deprivileged
+
+    xen = XenMachine(
+        memory_size,
+        Clock(),
+        console_output=console_output,
+        tsc=tsc.read,
+        tsc_frequency=tsc.frequency(),
+        on_stop=on_stop,
+    )
+    try:
+        vcpu = TranslationVcpu(xen.platform)
+    except BaseException:
+        xen.memory.close()
+        raise
+    machine = Assembly(xen.memory, xen.platform, vcpu, xen.domain.statistics)
+    try:
+        if plan.keep:
+            machine.keeper = _keeper(vcpu, plan.kernel, b"xen")
+        vcpu.technique, vcpu.engine = "paravirt", "a Xen PV domain by binary translation"
+        xen.domain.observers = lambda kind: vcpu.observed.get(kind, [])
+        initrd = plan.initrd.read_bytes() if isinstance(plan.initrd, Path) else plan.initrd
+        cpu = Deprivileged(vcpu, xen.domain)
+        with Image(plan.kernel) as image:
+            state = xen.start(cpu, image, initrd, plan.command_line)
+        vcpu.state = state
+        cpu.enter_space(state.cr3, True)
     except BaseException:
         machine.close()
         raise
@@ -117,8 +184,11 @@ def _vcpu(technique: str, board: Pc, hardware: Hardware) -> Vcpu:
     return KvmVcpu(board, hardware.cpu, substitute=lambda cpuid: TranslationVcpu(board, cpuid=cpuid))
 
 
-def _keeper(vcpu: Vcpu, kernel: Path) -> Keeper | None:
-    """What keeps the translations of a kernel; None without a place for them, or under other techniques."""
+def _keeper(vcpu: Vcpu, kernel: Path, flavour: bytes = b"") -> Keeper | None:
+    """What keeps the translations of a kernel; None without a place for them, or under other techniques.
+
+    A `flavour` sets apart the ways in which the same kernel runs different code.
+    """
     from trivisor.translation.cpu import TranslationVcpu
     from trivisor.translation.keeper import Keeper
 
@@ -129,4 +199,6 @@ def _keeper(vcpu: Vcpu, kernel: Path) -> Keeper | None:
     except RuntimeError:
         return None
     with kernel.open("rb") as file:
-        return Keeper(vcpu.blocks, directory, hashlib.file_digest(file, "sha256").digest())
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(flavour)
+    return Keeper(vcpu.blocks, directory, digest.digest())

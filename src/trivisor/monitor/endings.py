@@ -7,7 +7,7 @@ from dataclasses import replace
 from trivisor.guests.command import CommandOutput
 from trivisor.machine.exits import Exit, Halt, Shutdown, Unsupported
 from trivisor.machine.memory import GuestMemory
-from trivisor.machine.stop import DebugExit, PowerOff, Reset
+from trivisor.machine.stop import Crash, DebugExit, PowerOff, Reset
 from trivisor.machine.vcpu import Vcpu
 from trivisor.monitor.outcome import STATUS_CRASH, Outcome, StopReason
 from trivisor.monitor.statedump import dump_state
@@ -25,6 +25,8 @@ def by_device(stop_reason: object) -> Outcome | None:
         case DebugExit(status=status):
             message = f"the guest ended the run through the debug-exit port, status {status}"
             return Outcome(StopReason.DEBUG_EXIT, message, status)
+        case Crash(what=what):
+            return Outcome(StopReason.CRASH, what)
         case _:
             raise AssertionError(f"unknown stop reason {stop_reason!r}")
 

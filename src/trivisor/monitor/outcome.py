@@ -14,6 +14,7 @@ class StopReason(StrEnum):
     DEBUG_EXIT = "debug-exit"
     HALTED = "halted"
     TRIPLE_FAULT = "triple-fault"
+    CRASH = "crash"
     UNSUPPORTED = "unsupported"
     TIMEOUT = "timeout"
     STOPPED = "stopped"
@@ -25,6 +26,7 @@ STATUS_CRASH = 125
 
 _STATUS = {
     StopReason.HALTED: STATUS_CRASH,
+    StopReason.CRASH: STATUS_CRASH,
     StopReason.TRIPLE_FAULT: STATUS_CRASH,
     StopReason.UNSUPPORTED: STATUS_UNSUPPORTED,
     StopReason.TIMEOUT: STATUS_TIMEOUT,

@@ -56,6 +56,8 @@ class Wish:
     command: Sequence[str] | None = None
     interactive: bool = True
     terminal_size: tuple[int, int] | None = None
+    console: str = "ttyS0"
+    """The guest's name for the device that its console is on."""
     progress: Progress = lambda what, part: None
     hardware: Hardware = Hardware()
     keep: bool = True
@@ -103,9 +105,9 @@ def _boot(wish: Wish) -> BootPlan:
         raise BadPlan("a command runs in the default user space: leave out the initrd")
     if wish.kernel is not None:
         return BootPlan(wish.kernel, wish.initrd, wish.append or "", ())
-    from trivisor.guests.initramfs import CONSOLE_COMMAND_LINE
+    from trivisor.guests.initramfs import console_command_line
 
-    command_line = _joined(CONSOLE_COMMAND_LINE, wish.append)
+    command_line = _joined(console_command_line(wish.console), wish.append)
     return BootPlan(_default_guest(wish.progress).kernel, wish.initrd, command_line, ())
 
 
@@ -129,7 +131,7 @@ def _multiboot_plan(kernel: Path, wish: Wish) -> BootPlan:
 
 def _default_user_space(wish: Wish) -> BootPlan:
     from trivisor.guests.command import new_marker
-    from trivisor.guests.initramfs import COMMAND_COMMAND_LINE, CONSOLE_COMMAND_LINE, default_initramfs
+    from trivisor.guests.initramfs import command_command_line, console_command_line, default_initramfs
 
     guest = _default_guest(wish.progress)
     marker = b"" if wish.command is None else new_marker()
@@ -139,8 +141,9 @@ def _default_user_space(wish: Wish) -> BootPlan:
         marker=marker,
         interactive=wish.interactive,
         terminal_size=wish.terminal_size,
+        console=wish.console,
     )
-    command_line = CONSOLE_COMMAND_LINE if wish.command is None else COMMAND_COMMAND_LINE
+    command_line = (console_command_line if wish.command is None else command_command_line)(wish.console)
     return BootPlan(wish.kernel or guest.kernel, initramfs, _joined(command_line, wish.append), (), marker)
 
 

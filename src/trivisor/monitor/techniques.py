@@ -23,7 +23,7 @@ TECHNIQUES = {
     for technique in (
         Technique("translation", "full virtualization by binary translation"),
         Technique("hardware", "hardware-assisted virtualization"),
-        Technique("paravirt", "paravirtualization (Xen PV guests)", "not in this version"),
+        Technique("paravirt", "paravirtualization (Xen PV guests)"),
     )
 }
 

@@ -93,6 +93,7 @@ class VirtualMachine:
             command=command,
             interactive=interactive,
             terminal_size=terminal_size,
+            console="hvc0" if self._technique == "paravirt" else "ttyS0",
             progress=progress,
             hardware=make_hardware(devices, cpu),
             keep=keep_translations,
@@ -177,7 +178,7 @@ class VirtualMachine:
     @property
     def post_code(self) -> int:
         """The last byte that the guest wrote to port 0x80."""
-        return self._machine.board.post.code
+        return self._machine.board.post_code
 
     def _run(self, timeout: float | None, satisfied: Callable[[], bool]) -> Outcome | None:
         """Run until an outcome, or None once `satisfied()`, which is asked after every kick."""
@@ -232,7 +233,7 @@ class VirtualMachine:
         clock.run_due()
 
     def _reboot(self) -> None:
-        add_counters(self._earlier_counters, self._machine.vcpu.statistics())
+        add_counters(self._earlier_counters, self._machine.statistics())
         self.keep()
         self._switch_off()
         self._machine = self._switch_on()
@@ -380,7 +381,7 @@ class VirtualMachine:
         """The engine's counters since the machine was switched on, over all its reboots."""
         total: dict[str, Any] = {}
         add_counters(total, self._earlier_counters)
-        add_counters(total, self._machine.vcpu.statistics())
+        add_counters(total, self._machine.statistics())
         if self.kept:
             total["kept translations"] = {"from earlier runs": self.kept}
         return total

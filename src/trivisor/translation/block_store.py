@@ -90,7 +90,7 @@ class BlockStore:
 
         With `plain` = PLAIN it is the one that stands in for a tuned block there.
         """
-        page, _ = self.mmu.fetch(rip, mode.user)
+        page, _ = self.mmu.fetch(rip, mode.user_view)
         number = self.native.find_block(rip, page | mode.key | plain)
         if number:
             found = Block(self.tables, number)
@@ -104,7 +104,7 @@ class BlockStore:
 
     def _has_second(self, block: Block, mode: Mode) -> bool:
         """Whether the page that the block's instruction runs into is still the same; raises GuestException."""
-        second, _ = self.mmu.fetch((block.rip | 0xFFF) + 1 & mode.linear_mask, mode.user)
+        second, _ = self.mmu.fetch((block.rip | 0xFFF) + 1 & mode.linear_mask, mode.user_view)
         return bool(second | 1 == block.second)
 
     def _make(self, mode: Mode, rip: int, page: int, plain: int) -> Block:
@@ -183,7 +183,7 @@ class BlockStore:
         if decoder.last_error != DecoderError.NO_MORE_BYTES:
             return code, 0
         beyond = (rip | 0xFFF) + 1 & mode.linear_mask
-        second, _ = self.mmu.fetch(beyond, mode.user)
+        second, _ = self.mmu.fetch(beyond, mode.user_view)
         return code + self._contents(second)[: _LONGEST - len(code)], second
 
     def _contents(self, page: int) -> bytes:
@@ -196,7 +196,7 @@ class BlockStore:
     def around(self, mode: Mode, rip: int) -> tuple[int, int] | None:
         """(address, length) of the longest known block that holds or ends at `rip`."""
         try:
-            page, _ = self.mmu.fetch(rip, mode.user)
+            page, _ = self.mmu.fetch(rip, mode.user_view)
         except GuestException:
             return None
         if not self.mmu.memory.is_ram(page, 0x1000):
@@ -214,7 +214,7 @@ class BlockStore:
 
     def step_block(self, mode: Mode, rip: int, prepared: int) -> Block:
         """A block of the one instruction at `rip`; see `Recipe.prepared`."""
-        page, _ = self.mmu.fetch(rip, mode.user)
+        page, _ = self.mmu.fetch(rip, mode.user_view)
         key = (rip, page, mode.key, prepared)
         code, _ = self.code_at(mode, rip, page)
         known = self._steps.get(key)
@@ -231,7 +231,7 @@ class BlockStore:
 
     def instruction(self, mode: Mode, rip: int) -> Instruction:
         """The decoded instruction at `rip`; raises GuestException."""
-        page, _ = self.mmu.fetch(rip, mode.user)
+        page, _ = self.mmu.fetch(rip, mode.user_view)
         code, _ = self.code_at(mode, rip, page)
         known = self._decoded.get((rip, mode.bits))
         if known is not None and code.startswith(known[0]):

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from iced_x86 import Instruction, Mnemonic
+from iced_x86 import Code, Instruction, Mnemonic
 
 from trivisor.machine import tsc
 from trivisor.machine.cpuid import GuestCpuid, guest_cpuid
+from trivisor.machine.deprivileged import Supervisor
 from trivisor.machine.exits import DebugStop, ExceptionExit, Exit, Halt, Kicked, MsrRead, MsrWrite, Unsupported
 from trivisor.machine.host_timer import HostTimer
 from trivisor.machine.msrs import MsrFile
@@ -23,7 +24,7 @@ from trivisor.translation.block_store import BlockStore
 from trivisor.translation.block_tables import Block
 from trivisor.translation.core import CS, MASK64, SS, Core
 from trivisor.translation.emulator import events, system
-from trivisor.translation.emulator.contract import UnsupportedFeature
+from trivisor.translation.emulator.contract import UnsupportedFeature, notify
 from trivisor.translation.emulator.debug_exceptions import debug_exception
 from trivisor.translation.host_signals import poll_timer
 from trivisor.translation.layout import EXITS, OFFSETS
@@ -54,7 +55,7 @@ from trivisor.x86.control import (
 )
 from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, host_cpuid, host_xgetbv, xsave_area
 from trivisor.x86.descriptors import DB, LONG
-from trivisor.x86.exceptions import NMI, GuestException
+from trivisor.x86.exceptions import BREAKPOINT, NMI, GuestException
 from trivisor.x86.flags import AC, RF, TF
 from trivisor.x86.msr import DEBUGCTL_BTF, IA32_DEBUGCTL
 
@@ -62,6 +63,8 @@ CODE_CACHE_SIZE = 64 << 20
 
 _CR0_TS_EM = CR0_TS | CR0_EM
 _XCR0_SSE_AVX = XCR0_SSE | XCR0_AVX
+_SUPERVISED = {Code.SYSCALL: -1, Code.INT_IMM8: -1, Code.INT3: BREAKPOINT}
+"""Instructions that are a supervisor's, and their vectors."""
 
 (
     _MODE, _NATIVE_EVENTS, _NATIVE_MSRS, _WATCHING, _OPENED_COUNT, _PENDING, _ARMED, _POLL, _GOOD, _BAD, _EXIT_A,
@@ -114,6 +117,10 @@ class TranslationVcpu:
         """One whose delivery another processor had begun: it comes before anything else."""
         self.halted = False
         self._closed = False
+        self.supervisor: Supervisor | None = None
+        """A hypervisor that does what the architecture would, for a guest that is all in ring 3."""
+        self.guest_kernel = False
+        """The code that runs is such a guest's kernel."""
         self._wake = threading.Event()
         self._by_key: dict[int, Mode] = {}
         self._modes: dict[tuple[Any, ...], Mode] = {}
@@ -192,6 +199,12 @@ class TranslationVcpu:
     # -- what sensitive instructions need (translation/contract.py) -----------------------------------------
 
     def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        if self.supervisor is not None:
+            return self.supervisor.cpuid(leaf, subleaf)
+        return self.own_cpuid(leaf, subleaf)
+
+    def own_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        """CPUID without a hypervisor's changes."""
         core = self.core
         enabled = True
         if 0x1B in self.board.msrs:
@@ -247,7 +260,10 @@ class TranslationVcpu:
             set_windows(core)
             segmented = segmentation(core)
         guarded, no_avx = self._guards(bits == 64 and cpl != 3)
-        key = (bits, ss & DB, cpl == 3, guarded, no_avx, cr4 & CR4_TSD, bool(core.debug.code), segmented)
+        key = (
+            bits, ss & DB, cpl == 3, guarded, no_avx, cr4 & CR4_TSD, bool(core.debug.code), segmented,
+            self.guest_kernel,
+        )  # fmt: skip
         mode = self._modes.get(key)
         if mode is None:
             mode = self._modes[key] = Mode(
@@ -258,6 +274,7 @@ class TranslationVcpu:
                 no_avx=no_avx,
                 stack_bits=64 if bits == 64 else 32 if ss & DB else 16,
                 other=(OTHER_TSD if cr4 & CR4_TSD else 0) | (OTHER_DEBUG if core.debug.code else 0),
+                guest_kernel=self.guest_kernel,
                 number=0 if segmented is None else self._segmented_number(),
             )
         words = self._words
@@ -275,7 +292,8 @@ class TranslationVcpu:
         words[OFFSETS["PAGING_NATIVE"] // 8] = 1 if native else 0
         natively = (
             native and mode.bits == 64 and not (core.nmi_blocked or debug.active) and ExceptionExit not in self.observed
-        )
+            and self.supervisor is None
+        )  # fmt: skip
         words[_NATIVE_EVENTS] = self._natively = 1 if natively else 0
         if natively:
             for user, field in ((False, "MODE_KERNEL"), (True, "MODE_USER")):
@@ -382,7 +400,11 @@ class TranslationVcpu:
             return self._turn(single)
         except GuestException as fault:
             self.core.debug.pending = 0  # what an instruction has hit that then faults, it will hit again
-            return events.raise_exception(self, fault)
+            if self.supervisor is None:
+                return events.raise_exception(self, fault)
+            if ExceptionExit in self.observed:
+                notify(self, ExceptionExit(fault.vector, fault.error_code, fault.address or 0))
+            return self._after(self.supervisor.exception(fault.vector, fault.error_code, fault.address))
 
     def _turn(self, single: bool) -> Exit | None:
         """Serve what waits, then run translated code until it comes back, or one instruction."""
@@ -501,6 +523,8 @@ class TranslationVcpu:
     def _deliver(self, vector: int) -> Exit | None:
         """The same, by Python."""
         self._next = None
+        if self.supervisor is not None:
+            return self.supervisor.interrupt()
         try:
             events.deliver(self, vector, external=True)
         except GuestException as fault:
@@ -621,7 +645,18 @@ class TranslationVcpu:
     def execute(self, instruction: Instruction) -> Exit | None:
         """Do a sensitive instruction in Python."""
         self._counts[instruction.mnemonic] = self._counts.get(instruction.mnemonic, 0) + 1
-        result = system.execute(self, instruction)
+        supervisor = self.supervisor
+        if supervisor is not None and instruction.code in _SUPERVISED:
+            if instruction.code == Code.SYSCALL:
+                return self._after(supervisor.system_call(instruction.next_ip))
+            vector = _SUPERVISED[instruction.code]
+            if vector < 0:
+                vector = instruction.immediate8
+            return self._after(supervisor.software_interrupt(vector, instruction.next_ip))
+        return self._after(system.execute(self, instruction))
+
+    def _after(self, result: Exit | None) -> Exit | None:
+        """What comes of an instruction that Python or a supervisor did."""
         debug = self.core.debug
         if debug.pending:
             self._words[_PENDING] = 1

@@ -49,6 +49,8 @@ class Mode:
     stack_bits: int = 64
     other: int = 0
     """A number that sets apart modes that differ in what else matters."""
+    guest_kernel: bool = False
+    """CPL 3, but a paravirtual guest's kernel: it has the TLB and the jump cache that are a kernel's elsewhere."""
     number: int = field(default=0, compare=False)
     """Of a mode with a segmentation: what sets it apart from the others of its engine."""
 
@@ -57,10 +59,10 @@ class Mode:
 
     def __post_init__(self) -> None:
         # The native helpers look at the three lowest bits; the fourth of a flat mode is `block_tables.PLAIN`.
-        key = {16: 0, 32: 1, 64: 2}[self.bits] | (4 if self.user else 0)
+        key = {16: 0, 32: 1, 64: 2}[self.bits] | (4 if self.user_view else 0)
         if self.segmentation is None:
             key |= (16 if self.guarded else 0) | {16: 0, 32: 32, 64: 64}[self.stack_bits] | self.other << 7
-            key |= 512 if self.no_avx else 0
+            key |= (512 if self.no_avx else 0) | (1024 if self.guest_kernel else 0)
         else:
             key |= SEGMENTED_KEYS | self.number << 3
         object.__setattr__(self, "key", key)
@@ -104,9 +106,14 @@ class Mode:
         return bool(self.other & OTHER_DEBUG)
 
     @property
+    def user_view(self) -> bool:
+        """Whether it goes through the user's TLBs."""
+        return self.user and not self.guest_kernel
+
+    @property
     def jump_cache(self) -> int:
         """Which of the jump caches it uses: 0 kernel, 1 user, 2 other."""
-        return (1 if self.user else 0) if self.bits == 64 else 2
+        return (1 if self.user_view else 0) if self.bits == 64 else 2
 
     @property
     def jump_cache_name(self) -> str:

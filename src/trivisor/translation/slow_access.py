@@ -162,7 +162,7 @@ def _stack_fault(cpu: TranslationVcpu, check: int) -> GuestException:
 
 def _runs_in(cpu: TranslationVcpu, physical: int) -> bool:
     """Whether the instruction itself stands in the page."""
-    page, _ = cpu.mmu.fetch(cpu.core.linear_rip, cpu.mode.user)
+    page, _ = cpu.mmu.fetch(cpu.core.linear_rip, cpu.mode.user_view)
     return page == physical & ~0xFFF
 
 

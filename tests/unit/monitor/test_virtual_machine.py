@@ -22,7 +22,6 @@ from trivisor.monitor import virtual_machine
 from trivisor.monitor.assembly import Assembly
 from trivisor.monitor.outcome import StopReason
 from trivisor.monitor.plan import BootPlan, Wish
-from trivisor.monitor.techniques import TechniqueUnavailable
 
 MIB = 1 << 20
 
@@ -384,8 +383,6 @@ def test_a_closed_machine_does_nothing_more(build: Factory) -> None:
     [
         ({"memory": "1M"}, ValueError),
         ({"technique": "magic"}, ValueError),
-        ({"technique": "paravirt"}, TechniqueUnavailable),
-        ({"technique": "paravirt"}, TechniqueUnavailable),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_built(build: Factory, options, error) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from iced_x86 import Code, Instruction, Mnemonic, OpKind, Register
 
 from trivisor.translation.layout import OFFSETS
-from trivisor.translation.modes import CallOut, Native
+from trivisor.translation.modes import CallOut, Indirect, Native
 from trivisor.translation.translator.recipe import ARITHMETIC, Recipe
 from trivisor.translation.translator.registers import (
     DISPLACED,
@@ -164,8 +164,45 @@ def rdtsc(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> 
 
 
 def iret(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
-    """IRETQ."""
-    recipe.ends = CallOut() if maker.mode.user else Native("IRET")
+    """IRETQ.  A paravirtual kernel returns by it to itself, to serialise: a jump with a new rsp and new flags."""
+    if not maker.mode.guest_kernel or recipe.single:
+        recipe.ends = CallOut() if maker.mode.user else Native("IRET")
+        return
+    recipe.clobber(
+        """
+        retry
+        mov r10, r15
+        check read 40
+        mov r11, [r10+8]
+        cmp r11, [rsp+CS_SELECTOR]
+        jne other
+        mov r11, [r10+32]
+        cmp r11, [rsp+SS_SELECTOR]
+        jne other
+        mov r11, [r10]
+        sar r11, 47
+        inc r11
+        cmp r11, 1
+        ja other
+        mov r11, [r10+16]
+        xor r11, [rsp+SYSTEM_FLAGS]
+        test r11d, 0x274500
+        jz same
+        other:
+        escape
+        same:
+        mov r11, [r10]
+        mov [rsp+SLOT], r11
+        mov r11, [r10+16]
+        mov r15, [r10+24]
+        and r11d, 0x8d5
+        push r11
+        popfq
+        mov r10, [rsp+SLOT]
+        """
+    )
+    recipe.writes |= ARITHMETIC
+    recipe.ends = Indirect()
 
 
 def syscall(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:

@@ -221,7 +221,7 @@ class Translator:
 
     def _only(self, mode: Mode, rip: int, ends: object, *, single: bool) -> Translation:
         """A block that is nothing but an end."""
-        recipe = Recipe(mode.user, False, length=1, ends=ends)
+        recipe = Recipe(mode.user_view, False, length=1, ends=ends)
         recipe.finish()
         return self._emit(mode, False, Translation(rip, 1), [recipe.entry(Constants())], False, single=single)
 

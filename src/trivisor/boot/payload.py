@@ -1,0 +1,90 @@
+"""The ELF kernel within a bzImage: found by the setup header, decompressed by what it begins with.
+
+Linux, Documentation/x86/boot.rst, "payload_offset": the payload ends with its
+length when unpacked, in four bytes that are no part of the compressed data.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from trivisor.boot.image import Image
+
+_SETUP_SECTORS = 0x1F1
+_VERSION = 0x206
+_PAYLOAD_OFFSET = 0x248
+_OLDEST_WITH_PAYLOAD = 0x208
+_SECTOR = 512
+_LZ4_LEGACY = b"\x02\x21\x4c\x18"
+_LZ4_BLOCK = 8 << 20
+"""The legacy format's blocks unpack to this, but for the last (LZ4 frame format, "Legacy frame")."""
+_LARGEST = 1 << 30
+
+
+def kernel_payload(image: Image) -> bytes:
+    """The ELF file that a bzImage unpacks when it boots; raises ImageError."""
+    head = image.head
+    (version,) = struct.unpack_from("<H", head, _VERSION)
+    if version < _OLDEST_WITH_PAYLOAD:
+        raise image.fail(f"is too old to tell where its kernel is (boot protocol {version >> 8}.{version & 255:02})")
+    offset, length = struct.unpack_from("<II", head, _PAYLOAD_OFFSET)
+    start = (head[_SETUP_SECTORS] + 1) * _SECTOR + offset
+    payload = image.read(start, length)
+    if len(payload) < 8:
+        raise image.fail("is damaged: it has no payload; get a whole copy")
+    (size,) = struct.unpack("<I", payload[-4:])
+    if size > _LARGEST:
+        raise image.fail(f"is damaged: its kernel would be {size >> 20} MiB; get a whole copy")
+    try:
+        return _unpack(image, payload[:-4], size)
+    except (OSError, ValueError, RuntimeError, EOFError, struct.error) as error:
+        raise image.fail(f"is damaged: its kernel cannot be unpacked ({error}); get a whole copy") from error
+
+
+def _unpack(image: Image, data: bytes, size: int) -> bytes:
+    if data.startswith(b"\x7fELF"):
+        return data
+    if data.startswith(b"\x1f\x8b"):
+        import zlib
+
+        try:
+            return zlib.decompressobj(wbits=31).decompress(data, size)
+        except zlib.error as error:
+            raise ValueError(str(error)) from error
+    if data.startswith((b"\xfd7zXZ\0", b"\x5d\0\0")):
+        import lzma
+
+        try:
+            return lzma.LZMADecompressor().decompress(data, size)
+        except lzma.LZMAError as error:
+            raise ValueError(str(error)) from error
+    if data.startswith(b"BZh"):
+        import bz2
+
+        return bz2.BZ2Decompressor().decompress(data, size)
+    if data.startswith(_LZ4_LEGACY):
+        return _unpack_lz4(data, size)
+    if data.startswith(b"\x28\xb5\x2f\xfd"):
+        import zstandard
+
+        try:
+            return zstandard.ZstdDecompressor().decompressobj().decompress(data)[:size]
+        except zstandard.ZstdError as error:
+            raise ValueError(str(error)) from error
+    raise image.fail(f"has a kernel packed in a way that is not known here (it begins with {data[:4].hex(' ')})")
+
+
+def _unpack_lz4(data: bytes, size: int) -> bytes:
+    import lz4.block
+
+    pieces: list[bytes] = []
+    at = len(_LZ4_LEGACY)
+    done = 0
+    while at + 4 <= len(data) and done < size:
+        (length,) = struct.unpack_from("<I", data, at)
+        at += 4
+        block: bytes = lz4.block.decompress(data[at : at + length], uncompressed_size=_LZ4_BLOCK)
+        pieces.append(block)
+        at += length
+        done += len(block)
+    return b"".join(pieces)

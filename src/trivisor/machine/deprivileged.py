@@ -1,0 +1,127 @@
+"""The seam between an engine that runs ring-3 code and a hypervisor whose guest kernel is run there.
+
+A paravirtual guest's kernel and its programs both run at CPL 3.  What the
+architecture would do in ring 0 about an exception, SYSCALL, INT n or an
+interrupt is the hypervisor's: it is the `Supervisor`, the engine calls it, and
+it acts on the processor through `DeprivilegedCpu`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from trivisor.machine.exits import Exit
+
+ES, CS, SS, DS, FS, GS = range(6)
+"""Segment registers in encoding order."""
+
+
+class Registers(Protocol):
+    """Something like a list of integers."""
+
+    def __getitem__(self, index: int, /) -> int: ...
+
+    def __setitem__(self, index: int, value: int, /) -> None: ...
+
+
+class DeprivilegedCpu(Protocol):
+    """What a hypervisor does to a processor that its guest runs on; only from calls of its `Supervisor` methods.
+
+    Linear addresses and values are unsigned 64-bit.
+    """
+
+    @property
+    def registers(self) -> Registers:
+        """The sixteen general registers in encoding order."""
+
+    rip: int
+    rflags: int
+    dr: list[int]
+    """The debug registers DR0 to DR7; to be changed by `set_debug_register` alone."""
+    xcr0: int
+    @property
+    def xcr0_supported(self) -> int:
+        """The bits that XCR0 may have."""
+
+    fpu_disabled: bool
+    """CR0.TS: x87, SSE and AVX instructions raise #NM."""
+
+    def selector(self, segment: int) -> int:
+        """A segment register's selector."""
+
+    def load_segment(self, segment: int, selector: int) -> None:
+        """MOV to the segment register, by the descriptor tables; raises `GuestException`.  CS too, at CPL 3."""
+
+    def set_flat(self, code: int, stack: int) -> None:
+        """Load CS and SS with these selectors and what flat 64-bit ring-3 segments have behind them."""
+
+    def base(self, segment: int) -> int:
+        """The base address of FS or GS."""
+
+    def set_base(self, segment: int, base: int) -> None:
+        """Change the base of FS or GS; canonical."""
+
+    def set_descriptor_tables(self, gdt: int, gdt_limit: int, ldt: int, ldt_limit: int) -> None:
+        """Linear addresses and limits in bytes; an LDT limit of -1 is no LDT."""
+
+    def enter_space(self, root: int, kernel: bool) -> None:
+        """Go on in the address space of the page table at physical `root`, as the guest's kernel or as its user.
+
+        Translations of the kernel's and of the user's space are kept apart: going from one to the other and
+        back forgets nothing, as long as each is entered with the root it had before.
+        """
+
+    def flush(self) -> None:
+        """Forget all translations of linear addresses."""
+
+    def invalidate(self, linear: int) -> None:
+        """Forget the translation of one linear address."""
+
+    def load(self, linear: int, size: int) -> bytes:
+        """Guest memory in the space that was entered, with ring 3's rights; raises `GuestException`."""
+
+    def store(self, linear: int, data: bytes) -> None:
+        """Write all of `data`, page by page; raises `GuestException` at the first page that cannot be written."""
+
+    def memory_written(self, address: int, length: int) -> None:
+        """Physical memory was changed behind the processor's back."""
+
+    def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        """The processor's own CPUID: (eax, ebx, ecx, edx)."""
+
+    def set_debug_register(self, number: int, value: int) -> None:
+        """MOV to a debug register, of a value that it may have."""
+
+    def read_msr(self, index: int) -> int:
+        """The processor's own model-specific register; raises `machine.vcpu.GeneralProtection`."""
+
+    def write_msr(self, index: int, value: int) -> None:
+        """Change it; raises `machine.vcpu.GeneralProtection`."""
+
+    def tsc(self) -> int:
+        """What RDTSC gives now."""
+
+    def attention(self) -> None:
+        """Have the engine ask for interrupts soon; from the vCPU's own thread."""
+
+
+class Supervisor(Protocol):
+    """The hypervisor, as an engine calls it: at instruction boundaries, with rip at the instruction in question.
+
+    Each method may return an exit for the monitor; `Halt(True)` has the engine wait for an interrupt.
+    """
+
+    def exception(self, vector: int, error_code: int | None, address: int | None) -> Exit | None:
+        """The instruction at rip raised an exception; `address` is a page fault's."""
+
+    def system_call(self, following: int) -> Exit | None:
+        """SYSCALL; the next instruction is at `following`."""
+
+    def software_interrupt(self, vector: int, following: int) -> Exit | None:
+        """INT n, INT3 or INTO."""
+
+    def interrupt(self) -> Exit | None:
+        """The surroundings' interrupt controller has something pending."""
+
+    def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        """CPUID as the guest sees it: (eax, ebx, ecx, edx)."""

@@ -1,0 +1,201 @@
+"""Xen's public interface as numbers: hypercalls, operations, errors, layouts (xen/include/public/).
+
+Nothing here is ours; each group names the header that it is from.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Final
+
+PAGE_SHIFT: Final = 12
+PAGE_SIZE: Final = 4096
+
+# xen.h
+HYPERCALLS: Final = {
+    0: "set_trap_table", 1: "mmu_update", 2: "set_gdt", 3: "stack_switch", 4: "set_callbacks",
+    5: "fpu_taskswitch", 6: "sched_op_compat", 7: "platform_op", 8: "set_debugreg", 9: "get_debugreg",
+    10: "update_descriptor", 12: "memory_op", 13: "multicall", 14: "update_va_mapping", 15: "set_timer_op",
+    16: "event_channel_op_compat", 17: "xen_version", 18: "console_io", 19: "physdev_op_compat",
+    20: "grant_table_op", 21: "vm_assist", 22: "update_va_mapping_otherdomain", 23: "iret", 24: "vcpu_op",
+    25: "set_segment_base", 26: "mmuext_op", 27: "xsm_op", 28: "nmi_op", 29: "sched_op", 30: "callback_op",
+    31: "xenoprof_op", 32: "event_channel_op", 33: "physdev_op", 34: "hvm_op", 35: "sysctl", 36: "domctl",
+    37: "kexec_op", 38: "tmem_op", 39: "argo_op", 40: "xenpmu_op",
+}  # fmt: skip
+HYPERCALL_NUMBERS: Final = {name: number for number, name in HYPERCALLS.items()}
+IRET: Final = 23
+
+DOMID_SELF: Final = 0x7FF0
+DOMID_IO: Final = 0x7FF1
+DOMID_XEN: Final = 0x7FF2
+DOMID_MASK: Final = 0x7FFF
+
+MMU_NORMAL_PT_UPDATE, MMU_MACHPHYS_UPDATE, MMU_PT_UPDATE_PRESERVE_AD, MMU_PT_UPDATE_NO_TRANSLATE = range(4)
+MMU_UPDATE_PREEMPTED: Final = 1 << 31
+"""In the count of mmu_update and mmuext_op: this is the rest of a call that was interrupted."""
+
+(
+    MMUEXT_PIN_L1_TABLE, MMUEXT_PIN_L2_TABLE, MMUEXT_PIN_L3_TABLE, MMUEXT_PIN_L4_TABLE, MMUEXT_UNPIN_TABLE,
+    MMUEXT_NEW_BASEPTR, MMUEXT_TLB_FLUSH_LOCAL, MMUEXT_INVLPG_LOCAL, MMUEXT_TLB_FLUSH_MULTI, MMUEXT_INVLPG_MULTI,
+    MMUEXT_TLB_FLUSH_ALL, MMUEXT_INVLPG_ALL, MMUEXT_FLUSH_CACHE, MMUEXT_SET_LDT, _MMUEXT_14,
+    MMUEXT_NEW_USER_BASEPTR, MMUEXT_CLEAR_PAGE, MMUEXT_COPY_PAGE, MMUEXT_FLUSH_CACHE_GLOBAL,
+) = range(19)  # fmt: skip
+
+UVMF_NONE, UVMF_TLB_FLUSH, UVMF_INVLPG = range(3)
+UVMF_FLUSHTYPE_MASK: Final = 3
+
+VIRQ_TIMER, VIRQ_DEBUG = range(2)
+GLOBAL_VIRQS: Final = frozenset({2, 3, 4, 6, 8, 9, 10, 11, 12})
+NR_VIRQS: Final = 24
+
+VMASST_ENABLE, VMASST_DISABLE = range(2)
+VMASST_TYPES: Final = frozenset({0, 1, 2, 3, 4, 5, 32})
+VMASST_ARCHITECTURAL_IOPL: Final = 4
+VMASST_RUNSTATE_UPDATE_FLAG: Final = 5
+
+CONSOLEIO_WRITE, CONSOLEIO_READ = range(2)
+
+SIF_PRIVILEGED: Final = 1 << 0
+SIF_INITDOMAIN: Final = 1 << 1
+SIF_MOD_START_PFN: Final = 1 << 3
+
+START_INFO_MAGIC: Final = b"xen-3.0-x86_64"
+MAX_GUEST_CMDLINE: Final = 1024
+MAX_LEGACY_VCPUS: Final = 32
+
+VCPU_INFO_SIZE: Final = 64
+VCPU_INFO_PENDING_SEL: Final = 8
+VCPU_INFO_CR2: Final = 16
+VCPU_INFO_TIME: Final = 32
+SHARED_EVTCHN_PENDING: Final = MAX_LEGACY_VCPUS * VCPU_INFO_SIZE
+SHARED_EVTCHN_MASK: Final = SHARED_EVTCHN_PENDING + 512
+SHARED_WALLCLOCK: Final = SHARED_EVTCHN_MASK + 512
+"""wc_version, wc_sec, wc_nsec, wc_sec_hi: 32 bits each."""
+
+PVCLOCK_TSC_STABLE: Final = 1 << 0
+
+# arch-x86/xen-x86_64.h
+HYPERVISOR_VIRT_START: Final = 0xFFFF800000000000
+HYPERVISOR_VIRT_END: Final = 0xFFFF880000000000
+FIRST_XEN_SLOT, LAST_XEN_SLOT = 256, 271
+"""The entries of a level-4 table that are Xen's."""
+MACH2PHYS_VIRT_START: Final = 0xFFFF800000000000
+FLAT_RING3_CS32: Final = 0xE023
+FLAT_RING3_SS: Final = 0xE02B
+FLAT_RING3_CS64: Final = 0xE033
+SEGBASE_FS, SEGBASE_GS_USER, SEGBASE_GS_KERNEL, SEGBASE_GS_USER_SEL = range(4)
+VGCF_IN_SYSCALL: Final = 1 << 8
+FORCED_EMULATION: Final = b"\x0f\x0bxen"
+"""ud2; "xen": the instruction that follows is to be emulated (arch-x86/xen.h)."""
+
+# arch-x86/xen.h
+FIRST_RESERVED_GDT_PAGE: Final = 14
+FIRST_RESERVED_GDT_ENTRY: Final = FIRST_RESERVED_GDT_PAGE * 512
+TRAP_DPL: Final = 3
+TRAP_CLEARS_EVENTS: Final = 4
+TRAP_INFO_SIZE: Final = 16
+
+# arch-x86/cpuid.h
+CPUID_FIRST_LEAF: Final = 0x40000000
+CPUID_SIGNATURE: Final = (0x566E6558, 0x65584D4D, 0x4D4D566E)
+CPUID_FEAT1_MMU_PT_UPDATE_PRESERVE_AD: Final = 1
+
+# elfnote.h
+(
+    ELFNOTE_INFO, ELFNOTE_ENTRY, ELFNOTE_HYPERCALL_PAGE, ELFNOTE_VIRT_BASE, ELFNOTE_PADDR_OFFSET,
+    ELFNOTE_XEN_VERSION, ELFNOTE_GUEST_OS, ELFNOTE_GUEST_VERSION, ELFNOTE_LOADER, ELFNOTE_PAE_MODE,
+    ELFNOTE_FEATURES, ELFNOTE_BSD_SYMTAB, ELFNOTE_HV_START_LOW, ELFNOTE_L1_MFN_VALID, ELFNOTE_SUSPEND_CANCEL,
+    ELFNOTE_INIT_P2M, ELFNOTE_MOD_START_PFN, ELFNOTE_SUPPORTED_FEATURES, ELFNOTE_PHYS32_ENTRY,
+) = range(19)  # fmt: skip
+
+# features.h
+FEATURES: Final = (
+    "writable_page_tables", "writable_descriptor_tables", "auto_translated_physmap", "supervisor_mode_kernel",
+    "pae_pgdir_above_4gb", "mmu_pt_update_preserve_ad", "highmem_assist", "gnttab_map_avail_bits",
+    "hvm_callback_vector", "hvm_safe_pvclock", "hvm_pirqs", "dom0",
+)  # fmt: skip
+OFFERED_FEATURES: Final = frozenset(
+    {"pae_pgdir_above_4gb", "mmu_pt_update_preserve_ad", "gnttab_map_avail_bits"}
+)
+"""What this hypervisor tells a PV guest that it has, as Xen does."""
+
+# memory.h
+(
+    XENMEM_INCREASE_RESERVATION, XENMEM_DECREASE_RESERVATION, XENMEM_MAXIMUM_RAM_PAGE, XENMEM_CURRENT_RESERVATION,
+    XENMEM_MAXIMUM_RESERVATION, XENMEM_MACHPHYS_MFN_LIST, XENMEM_POPULATE_PHYSMAP, XENMEM_ADD_TO_PHYSMAP,
+    _XENMEM_8, XENMEM_MEMORY_MAP, XENMEM_MACHINE_MEMORY_MAP, XENMEM_EXCHANGE, XENMEM_MACHPHYS_MAPPING,
+    XENMEM_SET_MEMORY_MAP, XENMEM_MAXIMUM_GPFN,
+) = range(15)  # fmt: skip
+MEMOP_EXTENT_SHIFT: Final = 6
+MEMOP_CMD_MASK: Final = 63
+
+# sched.h
+SCHEDOP_YIELD, SCHEDOP_BLOCK, SCHEDOP_SHUTDOWN, SCHEDOP_POLL, SCHEDOP_REMOTE_SHUTDOWN = range(5)
+SCHEDOP_SHUTDOWN_CODE, SCHEDOP_WATCHDOG, SCHEDOP_PIN_OVERRIDE = range(5, 8)
+SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT, SHUTDOWN_SUSPEND, SHUTDOWN_CRASH, SHUTDOWN_WATCHDOG = range(5)
+SHUTDOWN_SOFT_RESET: Final = 5
+
+# vcpu.h
+(
+    VCPUOP_INITIALISE, VCPUOP_UP, VCPUOP_DOWN, VCPUOP_IS_UP, VCPUOP_GET_RUNSTATE_INFO,
+    VCPUOP_REGISTER_RUNSTATE_MEMORY_AREA, VCPUOP_SET_PERIODIC_TIMER, VCPUOP_STOP_PERIODIC_TIMER,
+    VCPUOP_SET_SINGLESHOT_TIMER, VCPUOP_STOP_SINGLESHOT_TIMER, VCPUOP_REGISTER_VCPU_INFO, VCPUOP_SEND_NMI,
+    VCPUOP_GET_PHYSID, VCPUOP_REGISTER_VCPU_TIME_MEMORY_AREA,
+) = range(14)  # fmt: skip
+VCPU_SSHOTTMR_FUTURE: Final = 1
+RUNSTATE_RUNNING, RUNSTATE_RUNNABLE, RUNSTATE_BLOCKED, RUNSTATE_OFFLINE = range(4)
+
+# event_channel.h
+(
+    EVTCHNOP_BIND_INTERDOMAIN, EVTCHNOP_BIND_VIRQ, EVTCHNOP_BIND_PIRQ, EVTCHNOP_CLOSE, EVTCHNOP_SEND,
+    EVTCHNOP_STATUS, EVTCHNOP_ALLOC_UNBOUND, EVTCHNOP_BIND_IPI, EVTCHNOP_BIND_VCPU, EVTCHNOP_UNMASK,
+    EVTCHNOP_RESET, EVTCHNOP_INIT_CONTROL, EVTCHNOP_EXPAND_ARRAY, EVTCHNOP_SET_PRIORITY,
+) = range(14)  # fmt: skip
+EVTCHN_2L_PORTS: Final = 4096
+EVTCHNSTAT_CLOSED, EVTCHNSTAT_UNBOUND, EVTCHNSTAT_INTERDOMAIN, EVTCHNSTAT_PIRQ, EVTCHNSTAT_VIRQ, EVTCHNSTAT_IPI = (
+    range(6)
+)
+
+# callback.h
+CALLBACKTYPE_EVENT, CALLBACKTYPE_FAILSAFE, CALLBACKTYPE_SYSCALL = range(3)
+CALLBACKTYPE_NMI: Final = 4
+CALLBACKTYPE_SYSENTER: Final = 5
+CALLBACKTYPE_SYSCALL32: Final = 7
+CALLBACKF_MASK_EVENTS: Final = 1
+CALLBACKOP_REGISTER, CALLBACKOP_UNREGISTER = range(2)
+
+# version.h
+(
+    XENVER_VERSION, XENVER_EXTRAVERSION, XENVER_COMPILE_INFO, XENVER_CAPABILITIES, XENVER_CHANGESET,
+    XENVER_PLATFORM_PARAMETERS, XENVER_GET_FEATURES, XENVER_PAGESIZE, XENVER_GUEST_HANDLE, XENVER_COMMANDLINE,
+    XENVER_BUILD_ID,
+) = range(11)  # fmt: skip
+
+# physdev.h
+PHYSDEVOP_IRQ_STATUS_QUERY: Final = 5
+PHYSDEVOP_SET_IOPL: Final = 6
+PHYSDEVOP_SET_IOBITMAP: Final = 7
+PHYSDEVOP_EOI: Final = 12
+PHYSDEVOP_PIRQ_EOI_GMFN_V1: Final = 17
+PHYSDEVOP_PIRQ_EOI_GMFN_V2: Final = 28
+
+# grant_table.h
+(
+    GNTTABOP_MAP_GRANT_REF, GNTTABOP_UNMAP_GRANT_REF, GNTTABOP_SETUP_TABLE, GNTTABOP_DUMP_TABLE, GNTTABOP_TRANSFER,
+    GNTTABOP_COPY, GNTTABOP_QUERY_SIZE, GNTTABOP_UNMAP_AND_REPLACE, GNTTABOP_SET_VERSION,
+    GNTTABOP_GET_STATUS_FRAMES, GNTTABOP_GET_VERSION, GNTTABOP_SWAP_GRANT_REF, GNTTABOP_CACHE_FLUSH,
+) = range(13)  # fmt: skip
+GTF_TYPE_MASK, GTF_PERMIT_ACCESS = 3, 1
+GTF_READONLY, GTF_READING, GTF_WRITING = 1 << 2, 1 << 3, 1 << 4
+GNTST_OKAY, GNTST_GENERAL_ERROR, GNTST_BAD_DOMAIN, GNTST_BAD_GNTREF, GNTST_BAD_HANDLE = 0, -1, -2, -3, -4
+GNTST_PERMISSION_DENIED, GNTST_BAD_PAGE, GNTST_BAD_COPY_ARG = -8, -9, -10
+GNTCOPY_SOURCE_GREF, GNTCOPY_DEST_GREF = 1, 2
+GRANT_ENTRIES_PER_FRAME: Final = 512
+"""Of version 1: flags and domain, 16 bits each, and a frame number of 32."""
+
+# errno.h has Linux's numbers.
+EPERM, ENOENT, ESRCH, EINVAL, EFAULT = errno.EPERM, errno.ENOENT, errno.ESRCH, errno.EINVAL, errno.EFAULT
+EBUSY, EEXIST, ENOSPC, ENOSYS, ENOMEM = errno.EBUSY, errno.EEXIST, errno.ENOSPC, errno.ENOSYS, errno.ENOMEM
+EOPNOTSUPP, E2BIG, ETIME, EACCES, EAGAIN = errno.EOPNOTSUPP, errno.E2BIG, errno.ETIME, errno.EACCES, errno.EAGAIN
+EISCONN, ENOTEMPTY, EROFS, EIO = errno.EISCONN, errno.ENOTEMPTY, errno.EROFS, errno.EIO
+EXDEV, EOVERFLOW = errno.EXDEV, errno.EOVERFLOW

@@ -1,0 +1,228 @@
+"""The domain builder: what a PV guest finds in memory when it starts (xen.h, "Start-of-day memory layout").
+
+From the kernel's end on lie, each on pages of its own: start_info, the
+xenstore and console rings, the initial page tables and the boot stack; then,
+not mapped there, the list of frames (mapped where the kernel wants it) and the
+ramdisk.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+
+from trivisor.boot.image import Image, ImageError
+from trivisor.boot.xen_notes import XenKernel
+from trivisor.machine.memory import MIB, PAGE_SIZE
+from trivisor.paravirt.xen.abi import MAX_GUEST_CMDLINE, SIF_MOD_START_PFN, START_INFO_MAGIC
+from trivisor.paravirt.xen.frames import L4, Frames
+from trivisor.paravirt.xen.own_memory import OwnMemory
+from trivisor.paravirt.xen.page_tables import PageTables, entry_frame
+
+_SMALLEST_PADDING = 512 * 1024
+_ALIGNMENT = 4 * MIB
+_KERNEL_RIGHTS = 0x67  # present, writable, user, accessed, dirty
+_WRITE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Where the guest begins: linear addresses, and the frames that Xen shares with it."""
+
+    entry: int
+    start_info: int
+    stack: int
+    root: int
+    """The frame of the level-4 table."""
+    store_frame: int
+    console_frame: int
+
+
+class _Layout:
+    """Pages handed out one part after the other, in the domain's own (pseudo-physical) numbers."""
+
+    def __init__(self, first: int, limit: int) -> None:
+        self._next = first
+        self._limit = limit
+
+    def take(self, pages: int, what: str) -> int:
+        first = self._next
+        self._next += pages
+        if self._next > self._limit:
+            raise ImageError(f"{what} does not fit into the domain's {self._limit // 256} MiB; give it more --memory")
+        return first
+
+    @property
+    def next(self) -> int:
+        return self._next
+
+
+class DomainBuilder:
+    """Builds one domain of `frames_of` frames: the frame of each of its pages."""
+
+    def __init__(
+        self, kernel: XenKernel, image: Image, frames: Frames, own: OwnMemory, tables: PageTables, frames_of: list[int]
+    ) -> None:
+        self._kernel = kernel
+        self._image = image
+        self._frames = frames
+        self._own = own
+        self._tables = tables
+        self._frames_of = frames_of
+
+    def build(self, initrd: bytes | None, command_line: str, store_port: int, console_port: int) -> Started:
+        """Load everything; raises ImageError for what does not fit or is not right."""
+        kernel, pages = self._kernel, len(self._frames_of)
+        for page, frame in enumerate(self._frames_of):
+            self._own.set_physical(frame, page)
+        end = -(-kernel.end // PAGE_SIZE)
+        layout = _Layout(end, pages)
+        if end > pages:
+            layout.take(0, "the kernel")
+        for address, data in kernel.segments:
+            self._write(address, data)
+        start_info = layout.take(1, "the kernel")
+        store, console = layout.take(1, "the kernel"), layout.take(1, "the kernel")
+        tables_at, table_pages, stack = self._place_tables(layout)
+        list_pages = -(-8 * pages // PAGE_SIZE)
+        p2m = layout.take(list_pages, "the list of frames")
+        p2m_tables = layout.take(_tables_below_root(list_pages), "the list of frames")
+        if kernel.p2m_base is None:
+            raise self._image.fail("has no note of where the list of frames goes (XEN_ELFNOTE_INIT_P2M)")
+        self._write(p2m * PAGE_SIZE, struct.pack(f"<{pages}Q", *self._frames_of))
+
+        root = self._frames_of[tables_at]
+        all_tables = {*range(tables_at, tables_at + table_pages), *range(p2m_tables, layout.next)}
+        self._map(root, tables_at + 1, kernel.address(0), range(self._mapped_end), all_tables)
+        self._map(root, p2m_tables, kernel.p2m_base, range(p2m, p2m + list_pages), set())
+        module = self._place_module(layout, initrd)
+        self._write_start_info(
+            start_info, command_line,
+            store=(self._frames_of[store], store_port), console=(self._frames_of[console], console_port),
+            tables=(kernel.address(tables_at * PAGE_SIZE), table_pages),
+            p2m=(kernel.p2m_base, p2m, layout_pages(list_pages)), module=module,
+        )  # fmt: skip
+        if kernel.hypercall_page is not None:
+            self._write(kernel.hypercall_page - kernel.virtual_base, hypercall_page())
+        self._tables.pin(root, L4)
+        self._tables.get_kind(root, L4)  # the processor's
+        return Started(
+            entry=kernel.entry,
+            start_info=kernel.address(start_info * PAGE_SIZE),
+            stack=kernel.address((stack + 1) * PAGE_SIZE),
+            root=root,
+            store_frame=self._frames_of[store],
+            console_frame=self._frames_of[console],
+        )
+
+    def _write(self, address: int, data: bytes) -> None:
+        """Put `data` at an address in the domain's own memory, page by page where its frames lie."""
+        memory, at = self._frames.memory, 0
+        while at < len(data):
+            page, offset = divmod(address + at, PAGE_SIZE)
+            if page >= len(self._frames_of):
+                raise self._image.fail(
+                    f"does not fit into {len(self._frames_of) // 256} MiB of RAM; give it more --memory"
+                )
+            run = self._run(page, -(-(offset + len(data) - at) // PAGE_SIZE))
+            length = min(run * PAGE_SIZE - offset, len(data) - at)
+            memory.write(self._frames_of[page] * PAGE_SIZE + offset, data[at : at + length])
+            at += length
+
+    def _run(self, page: int, most: int) -> int:
+        """How many pages from `page` on lie in frames that follow each other."""
+        frames, count = self._frames_of, 1
+        most = min(most, len(frames) - page)
+        while count < most and frames[page + count] == frames[page] + count:
+            count += 1
+        return count
+
+    def _place_tables(self, layout: _Layout) -> tuple[int, int, int]:
+        """(first page of the page tables, how many, page of the boot stack): they map themselves and the stack.
+
+        What they map ends 4 MiB aligned with at least 512 KiB to spare.
+        """
+        at = layout.next
+        count = 1
+        while True:
+            end = self._kernel.address((at + count + 1) * PAGE_SIZE) + _SMALLEST_PADDING
+            end = -(-end // _ALIGNMENT) * _ALIGNMENT
+            mapped = (end - self._kernel.address(0)) // PAGE_SIZE
+            needed = 1 + _tables_below_root(mapped, self._kernel.address(0))
+            if needed <= count:
+                break
+            count = needed
+        self._mapped_end = min(mapped, len(self._frames_of))
+        tables = layout.take(count, "the page tables")
+        return tables, count, layout.take(1, "the boot stack")
+
+    def _place_module(self, layout: _Layout, initrd: bytes | None) -> tuple[int, int]:
+        """(page, length) of the ramdisk."""
+        if not initrd:
+            return 0, 0
+        if not self._kernel.unmapped_module:
+            raise self._image.fail("wants its ramdisk mapped, which is not done (XEN_ELFNOTE_MOD_START_PFN)")
+        page = layout.take(-(-len(initrd) // PAGE_SIZE), f"the initrd of {-(-len(initrd) // MIB)} MiB")
+        self._write(page * PAGE_SIZE, initrd)
+        return page, len(initrd)
+
+    def _map(self, root: int, tables_at: int, address: int, pages: range, read_only: set[int]) -> None:
+        """Map `pages` from linear `address` on, with tables of levels 1 to 3 from page `tables_at` on."""
+        words, frames_of = self._frames.words, self._frames_of
+        for page in pages:
+            linear = address + (page - pages.start) * PAGE_SIZE
+            table = root
+            for shift in (39, 30, 21):
+                at = table * 512 + (linear >> shift & 511)
+                if not words[at]:
+                    words[at] = frames_of[tables_at] << 12 | _KERNEL_RIGHTS
+                    tables_at += 1
+                table = entry_frame(words[at])
+            rights = _KERNEL_RIGHTS & ~_WRITE if page in read_only else _KERNEL_RIGHTS
+            words[table * 512 + (linear >> 12 & 511)] = frames_of[page] << 12 | rights
+
+    def _write_start_info(
+        self, page: int, command_line: str, *,
+        store: tuple[int, int], console: tuple[int, int], tables: tuple[int, int], p2m: tuple[int, int, int],
+        module: tuple[int, int],
+    ) -> None:  # fmt: skip
+        text = os.fsencode(command_line)
+        if len(text) >= MAX_GUEST_CMDLINE:
+            raise self._image.fail(
+                f"takes a command line of {MAX_GUEST_CMDLINE - 1} bytes, not {len(text)}; shorten --append"
+            )
+        if b"\0" in text:
+            raise ImageError("a kernel command line cannot hold a NUL character; change --append")
+        info = struct.pack(
+            "<32sQQI4xQI4xQI4xQQQQQ", START_INFO_MAGIC, len(self._frames_of), self._own.shared_info * PAGE_SIZE,
+            SIF_MOD_START_PFN if module[1] else 0, *store, *console, *tables, p2m[0], *module,
+        ) + struct.pack(f"<{MAX_GUEST_CMDLINE}sQQ", text, p2m[1], p2m[2])  # fmt: skip
+        self._write(page * PAGE_SIZE, info)
+
+
+def layout_pages(list_pages: int) -> int:
+    """Pages of the list of frames together with the page tables that map it."""
+    return list_pages + _tables_below_root(list_pages)
+
+
+def _tables_below_root(pages: int, address: int = 0) -> int:
+    """How many page tables of levels 1 to 3 map `pages` from `address` on."""
+    last = address + pages * PAGE_SIZE - 1
+    return sum((last >> shift) - (address >> shift) + 1 for shift in (21, 30, 39))
+
+
+def hypercall_page() -> bytes:
+    """The page through which older guests make hypercalls: 32 bytes of code for each number.
+
+    Arguments are in place as for SYSCALL; rcx and r11, which it destroys, are kept.
+    IRET takes its frame on the stack and never returns.
+    """
+    page = bytearray(b"\xcc" * PAGE_SIZE)
+    for number in range(PAGE_SIZE // 32):
+        # push rcx; push r11; mov eax, number; syscall; pop r11; pop rcx; ret
+        code = b"\x51\x41\x53\xb8" + struct.pack("<I", number) + b"\x0f\x05\x41\x5b\x59\xc3"
+        if number == 23:  # push rcx; push r11; push rax; mov eax, 23; syscall
+            code = b"\x51\x41\x53\x50\xb8" + struct.pack("<I", number) + b"\x0f\x05"
+        page[32 * number : 32 * number + len(code)] = code
+    return bytes(page)

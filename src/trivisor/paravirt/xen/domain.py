@@ -1,0 +1,311 @@
+"""A PV domain while it runs: the supervisor of its processor, and its way to everything else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from trivisor.machine.deprivileged import GS, DeprivilegedCpu
+from trivisor.machine.exits import Exit, Halt, Hypercall, Kicked
+from trivisor.machine.stop import Crash
+from trivisor.paravirt.xen import hypercalls, privileged, traps
+from trivisor.paravirt.xen.abi import (
+    DOMID_SELF,
+    EFAULT,
+    ENOSYS,
+    FLAT_RING3_CS64,
+    FLAT_RING3_SS,
+    HYPERCALLS,
+    VCPU_INFO_CR2,
+)
+from trivisor.paravirt.xen.cpuid import guest_cpuid
+from trivisor.paravirt.xen.errors import DomainCrash, HypercallError, Preempted
+from trivisor.paravirt.xen.events import EventChannels
+from trivisor.paravirt.xen.frames import Frames
+from trivisor.paravirt.xen.grants import GrantTable
+from trivisor.paravirt.xen.own_memory import GDT_ADDRESS, OwnMemory
+from trivisor.paravirt.xen.page_table_writes import page_table_write
+from trivisor.paravirt.xen.page_tables import PageTables
+from trivisor.paravirt.xen.platform import Platform
+from trivisor.paravirt.xen.time import SystemTime
+from trivisor.paravirt.xen.vcpu_state import NO_TRAP, VcpuState
+from trivisor.x86.exceptions import (
+    DEVICE_NOT_AVAILABLE,
+    GENERAL_PROTECTION,
+    INVALID_OPCODE,
+    PAGE_FAULT,
+    PF_PRESENT,
+    PF_USER,
+    PF_WRITE,
+    GuestException,
+)
+from trivisor.x86.flags import DF
+
+OWN_ID = 1
+"""The domain's number."""
+_RAX, _RCX, _RDX, _RSI, _RDI, _R8, _R9, _R10, _R11 = 0, 1, 2, 6, 7, 8, 9, 10, 11
+
+
+class Domain:
+    """One domain on one processor (`machine.deprivileged.Supervisor`); `cpu` is set when it has one."""
+
+    cpu: DeprivilegedCpu
+
+    def __init__(
+        self,
+        platform: Platform,
+        frames: Frames,
+        own: OwnMemory,
+        tables: PageTables,
+        events: EventChannels,
+        grants: GrantTable,
+        clock: SystemTime,
+        console_output: Callable[[bytes], None],
+    ) -> None:
+        self.platform = platform
+        self.memory = platform.memory
+        self.view = platform.memory.view
+        self.frames = frames
+        self.own = own
+        self.tables = tables
+        self.events = events
+        self.grants = grants
+        self.time = clock
+        self.console_output = console_output
+        self.pages = 0
+        """How many pages of memory it has at most."""
+        self.state = VcpuState()
+        self.halt: Exit | None = None
+        """What the hypercall that is being made has the engine do afterwards."""
+        self.following = 0
+        """Where the instruction after the SYSCALL of that hypercall is."""
+        self.observers: Callable[[type], list[Callable[[Any], None]]] = lambda kind: []
+        self._handlers = hypercalls.handlers(self)
+        self._counts: dict[str, list[int]] = {}
+        self._exceptions: dict[str, int] = {}
+        self._upcalls = 0
+        self._flat: dict[tuple[int, int], bool] = {}
+
+    # -- what the engine calls ------------------------------------------------------------------------------
+
+    def exception(self, vector: int, error_code: int | None, address: int | None) -> Exit | None:
+        try:
+            self._exception(vector, error_code, address)
+            return self._leave()
+        except DomainCrash as crash:
+            return self.crash(str(crash))
+
+    def system_call(self, following: int) -> Exit | None:
+        cpu, state = self.cpu, self.state
+        registers = cpu.registers
+        try:
+            if state.in_kernel:
+                self.following = following
+                registers[_RCX], registers[_R11] = following, cpu.rflags
+                cpu.rip = following
+                self._hypercall(registers)
+            elif state.syscall.address:
+                self._count("syscall")
+                registers[_RCX], registers[_R11] = following, cpu.rflags
+                cpu.rip = following
+                traps.enter_kernel(
+                    self, state.syscall.address, masks_events=state.syscall.masks_events, mask_flags=DF
+                )
+            else:
+                self.deliver(INVALID_OPCODE)
+            return self._leave()
+        except DomainCrash as crash:
+            return self.crash(str(crash))
+
+    def software_interrupt(self, vector: int, following: int) -> Exit | None:
+        cpu, trap = self.cpu, self.state.traps.get(vector, NO_TRAP)
+        try:
+            self._count("int")
+            if trap.dpl < (1 if self.state.in_kernel else 3):
+                self.deliver(GENERAL_PROTECTION, vector << 3 | 2)
+            else:
+                cpu.rip = following
+                traps.enter_kernel(self, trap.address, masks_events=trap.clears_events)
+            return self._leave()
+        except DomainCrash as crash:
+            return self.crash(str(crash))
+
+    def interrupt(self) -> Exit | None:
+        try:
+            if self.events.upcall_wanted():
+                self._upcall()
+        except DomainCrash as crash:
+            return self.crash(str(crash))
+        return None
+
+    def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        return guest_cpuid(self.cpu, self.platform.tsc_frequency, leaf, subleaf)
+
+    # -- what happens then ----------------------------------------------------------------------------------
+
+    def _leave(self) -> Exit | None:
+        """Before the guest goes on: the upcall, if one waits, and what the hypercall has the engine do."""
+        info, view = self.events.vcpu_info, self.view
+        if view[info] and not view[info + 1]:
+            self._upcall()
+            self.halt = None
+            return None
+        halt, self.halt = self.halt, None
+        return halt
+
+    def _upcall(self) -> None:
+        self._upcalls += 1
+        event = self.state.event
+        if not event.address:
+            raise DomainCrash("the guest unmasked events without a callback for them")
+        traps.enter_kernel(self, event.address, masks_events=True)
+
+    def _hypercall(self, registers: Any) -> None:
+        number = registers[_RAX] & 0xFFFFFFFF
+        started = time.perf_counter_ns()
+        arguments = (
+            registers[_RDI], registers[_RSI], registers[_RDX], registers[_R10], registers[_R8], registers[_R9]
+        )  # fmt: skip
+        try:
+            result = self.call(number, arguments)
+        except Preempted as rest:
+            for register, value in zip((_RDI, _RSI, _RDX, _R10, _R8, _R9), rest.arguments, strict=False):
+                registers[register] = value
+            self.cpu.rip = self.following - 2
+            return
+        registers[_RAX] = result & (1 << 64) - 1
+        count = self._counts.setdefault(HYPERCALLS.get(number, f"number {number}"), [0, 0])
+        count[0] += 1
+        count[1] += time.perf_counter_ns() - started
+
+    def call(self, number: int, arguments: tuple[int, ...]) -> int:
+        """Make one hypercall; the result is negative for an error.  Raises Preempted and DomainCrash."""
+        for observer in self.observers(Hypercall):
+            observer(Hypercall(number, arguments))
+        handler = self._handlers.get(number)
+        if handler is None:
+            return -ENOSYS
+        try:
+            return handler(*arguments)
+        except HypercallError as error:
+            return -error.number
+        except GuestException:
+            return -EFAULT
+
+    def _exception(self, vector: int, error_code: int | None, address: int | None) -> None:
+        name = f"exception {vector}"
+        self._exceptions[name] = self._exceptions.get(name, 0) + 1
+        if vector == PAGE_FAULT:
+            assert address is not None and error_code is not None
+            in_kernel = self.state.in_kernel
+            written = error_code & (PF_PRESENT | PF_WRITE) == PF_PRESENT | PF_WRITE
+            if in_kernel and written and page_table_write(self, address):
+                self._count("page table written")
+                return
+            self.page_fault(error_code & ~PF_USER | (0 if in_kernel else PF_USER), address)
+        elif vector == GENERAL_PROTECTION and privileged.execute(self):
+            self._count("privileged instruction")
+        elif vector == INVALID_OPCODE and privileged.forced(self):
+            self._count("forced emulation")
+        else:
+            if vector == DEVICE_NOT_AVAILABLE:
+                self.cpu.fpu_disabled = False
+            self.deliver(vector, error_code)
+
+    def _count(self, name: str) -> None:
+        self._exceptions[name] = self._exceptions.get(name, 0) + 1
+
+    def page_fault(self, error_code: int, address: int) -> None:
+        """Have the guest handle a page fault of its own."""
+        self.state.cr2 = address
+        info = self.events.vcpu_info
+        self.view[info + VCPU_INFO_CR2 : info + VCPU_INFO_CR2 + 8] = address.to_bytes(8, "little")
+        self.deliver(PAGE_FAULT, error_code)
+
+    def deliver(self, vector: int, error_code: int | None = None) -> None:
+        """Have the guest handle an exception."""
+        trap = self.state.traps.get(vector, NO_TRAP)
+        if not trap.address:
+            raise DomainCrash(f"exception {vector} at {self.cpu.rip:#x}, for which the guest has no handler")
+        traps.enter_kernel(self, trap.address, masks_events=trap.clears_events, error_code=error_code)
+
+    def crash(self, what: str) -> Exit:
+        """The domain ends."""
+        self.platform.stop(Crash(what))
+        return Kicked()
+
+    # -- what hypercalls and traps have in common -----------------------------------------------------------
+
+    def switch_mode(self) -> None:
+        """From the guest's kernel to its user mode or back: address space and GS base."""
+        cpu, state = self.cpu, self.state
+        state.in_kernel = not state.in_kernel
+        base = cpu.base(GS)
+        cpu.set_base(GS, state.other_gs)
+        state.other_gs = base
+        cpu.enter_space((state.kernel_root if state.in_kernel else state.user_root) << 12, state.in_kernel)
+
+    def block(self) -> None:
+        """Have the engine wait for an event when this hypercall is done."""
+        self.halt = Halt(True)
+
+    def flush(self) -> None:
+        """Empty the TLBs."""
+        self.frames.epoch += 1
+        self.cpu.flush()
+
+    def descriptor_tables_changed(self) -> None:
+        """The GDT or the LDT is another, or its content is."""
+        state = self.state
+        self._flat.clear()
+        self.cpu.set_descriptor_tables(GDT_ADDRESS, 0xFFFF, state.ldt_base, state.ldt_entries * 8 - 1)
+
+    def is_flat(self, code: int, stack: int) -> bool:
+        """Whether these selectors are of present flat 64-bit segments for ring 3, in the GDT."""
+        known = self._flat.get((code, stack))
+        if known is None:
+            code_is, stack_is = _is_flat_code(self._descriptor(code)), _is_flat_data(self._descriptor(stack))
+            known = self._flat[code, stack] = code_is and stack_is
+        return known
+
+    def _descriptor(self, selector: int) -> int:
+        """The descriptor that a selector of the GDT names, 0 for none."""
+        if selector in (FLAT_RING3_CS64, FLAT_RING3_SS):
+            return 0x00AFFB000000FFFF if selector == FLAT_RING3_CS64 else 0x00CFF3000000FFFF
+        page, entry = divmod(selector >> 3, 512)
+        if selector & 4 or page >= len(self.state.gdt_frames):
+            return 0
+        return self.frames.words[self.state.gdt_frames[page] * 512 + entry]
+
+    def check_self(self, domain: int, error: int) -> None:
+        """Fail with `error` unless a domain id in an argument is this domain's."""
+        if domain not in (DOMID_SELF, OWN_ID):
+            raise HypercallError(error)
+
+    # -- accounts -------------------------------------------------------------------------------------------
+
+    def statistics(self) -> dict[str, Any]:
+        """Hypercalls by name, how often and how long, and what else crossed into the hypervisor."""
+        counts = sorted(self._counts.items(), key=lambda item: -item[1][0])
+        return {
+            "hypercalls": {name: count for name, (count, _) in counts},
+            "hypercalls, seconds": {name: spent / 1e9 for name, (_, spent) in counts},
+            "into the guest's kernel": {
+                "upcalls": self._upcalls, **dict(sorted(self._exceptions.items(), key=lambda item: -item[1]))
+            },
+        }  # fmt: skip
+
+
+def _is_flat_code(raw: int) -> bool:
+    """Present, ring 3, 64-bit code, base 0."""
+    return raw >> 40 & 0xFE == 0xFA and raw >> 52 & 6 == 2 and _base(raw) == 0
+
+
+def _is_flat_data(raw: int) -> bool:
+    """Present, ring 3, writable data that grows up, base 0, the whole of 4 GiB."""
+    return raw >> 40 & 0xFE == 0xF2 and _base(raw) == 0 and raw >> 48 & 0xCF == 0xCF
+
+
+def _base(raw: int) -> int:
+    return raw >> 16 & 0xFFFFFF | raw >> 56 << 24

@@ -1,0 +1,119 @@
+"""The frame table: who owns each machine frame, what it is used as, and how often (Xen's struct page_info).
+
+A frame's **kind** is what it is used as: a page table of one level, a page of
+segment descriptors, or writable memory.  It can change only while nothing
+uses it as that (its kind count is 0), so a frame that is a page table has no
+writable mapping, and the other way round.  References count every use.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+
+from trivisor.machine.memory import PAGE_SIZE, GuestMemory
+from trivisor.paravirt.xen.abi import EBUSY, EINVAL, ENOMEM, EPERM
+from trivisor.paravirt.xen.errors import HypercallError
+
+NOBODY, XEN, DOMAIN = range(3)
+"""Owners.  A frame of Xen's that the domain may map is `DOMAIN`'s too, with a kind that never goes away."""
+
+NONE, L1, L2, L3, L4, DESCRIPTORS, WRITABLE = range(7)
+"""Kinds; those of page tables are their levels."""
+
+
+class Frames:
+    """The frames of one machine, by number."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.memory = memory
+        self.count = memory.span // PAGE_SIZE
+        """One more than the highest frame number; frames in the hole below 4 GiB are nobody's."""
+        self.owner = bytearray(self.count)
+        self.kind = bytearray(self.count)
+        self.kind_count = array("L", bytes(8 * self.count))
+        self.references = array("L", bytes(8 * self.count))
+        self.pinned = bytearray(self.count)
+        self.words = memory.view.cast("Q")
+        """The machine's memory in 64-bit words: frame number times 512 and the word in it."""
+        self._free: list[int] = []
+        self.owned = 0
+        """How many frames the domain has."""
+        self._writable_until = array("L", bytes(8 * self.count))
+        self.epoch = 1
+        """Counts flushes of the TLBs."""
+
+    def give_free(self, frames: Iterable[int]) -> None:
+        """These are free from now on; the first is allocated first."""
+        self._free = [*reversed(list(frames)), *self._free]
+
+    @property
+    def free(self) -> int:
+        """How many frames can still be allocated."""
+        return len(self._free)
+
+    def allocate(self) -> int:
+        """A free frame becomes the domain's, with one reference; ENOMEM when there is none."""
+        if not self._free:
+            raise HypercallError(ENOMEM)
+        frame = self._free.pop()
+        self.owner[frame] = DOMAIN
+        self.references[frame] = 1
+        self.owned += 1
+        return frame
+
+    def share(self, frame: int, *, writable: bool) -> None:
+        """A frame of Xen's that the domain may map, read-only or writable, but never use as something else."""
+        self.owner[frame] = DOMAIN
+        self.references[frame] = 1
+        self.kind[frame] = WRITABLE if writable else NONE
+        self.kind_count[frame] = 1
+
+    def owns(self, frame: int) -> bool:
+        """Whether the domain owns a frame, or Xen shares it with the domain."""
+        return frame < self.count and self.owner[frame] == DOMAIN
+
+    def get(self, frame: int) -> None:
+        """Take a reference; EPERM for a frame that is not the domain's."""
+        if frame >= self.count or self.owner[frame] != DOMAIN:
+            raise HypercallError(EPERM, f"frame {frame:#x} is not the domain's")
+        self.references[frame] += 1
+
+    def put(self, frame: int) -> None:
+        """Give a reference back; without any the frame is free."""
+        left = self.references[frame] - 1
+        self.references[frame] = left
+        if left == 0:
+            self.owner[frame] = NOBODY
+            self.owned -= 1
+            self._free.append(frame)
+
+    def release(self, frame: int) -> None:
+        """The domain gives a frame back: EBUSY while it is pinned or is one of Xen's, EPERM if it is not its own."""
+        if not self.owns(frame):
+            raise HypercallError(EPERM)
+        if self.pinned[frame] or (self.kind_count[frame] and self.kind[frame] != WRITABLE):
+            raise HypercallError(EBUSY)
+        self.put(frame)
+
+    def get_writable(self, frame: int) -> None:
+        """Use it as writable memory; EINVAL while it is a page table or descriptors."""
+        kind = self.kind
+        if self.kind_count[frame]:
+            if kind[frame] != WRITABLE:
+                raise HypercallError(EINVAL, f"frame {frame:#x} is in use as kind {kind[frame]}")
+        else:
+            kind[frame] = WRITABLE
+        self.kind_count[frame] += 1
+
+    def put_writable(self, frame: int) -> None:
+        """One use as writable memory less."""
+        left = self.kind_count[frame] - 1
+        self.kind_count[frame] = left
+        if left == 0:
+            self.kind[frame] = NONE
+            self._writable_until[frame] = self.epoch
+
+    def may_be_written_stale(self, frame: int) -> bool:
+        """Whether a TLB may still hold a writable mapping of it that is gone from the page tables."""
+        return self._writable_until[frame] == self.epoch

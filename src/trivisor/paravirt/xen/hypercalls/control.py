@@ -1,0 +1,133 @@
+"""Hypercalls about the hypervisor itself, and those that an unprivileged domain is refused."""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+from trivisor.paravirt.xen import abi
+from trivisor.paravirt.xen.abi import EINVAL, ENOSYS, EPERM, HYPERCALL_NUMBERS
+from trivisor.paravirt.xen.cpuid import VERSION
+from trivisor.paravirt.xen.errors import HypercallError, Preempted
+
+if TYPE_CHECKING:
+    from trivisor.paravirt.xen.domain import Domain
+    from trivisor.paravirt.xen.hypercalls import Handler
+
+_CAPABILITIES = b"xen-3.0-x86_64"
+_EXTRA_VERSION = b".0"
+_MULTICALL_SIZE = 64
+_AT_A_TIME = 256
+_LONGEST_MESSAGE = 4096
+_REFUSED = ("platform_op", "xsm_op", "sysctl", "domctl", "kexec_op", "hvm_op", "physdev_op_compat", "xenpmu_op")
+
+
+def handlers(domain: Domain) -> dict[int, Handler]:
+    """By number."""
+    calls = _Control(domain)
+    by_name: dict[str, Handler] = {
+        "xen_version": calls.xen_version,
+        "multicall": calls.multicall,
+        "console_io": calls.console_io,
+        "vm_assist": calls.vm_assist,
+        "physdev_op": calls.physdev_op,
+        **dict.fromkeys(_REFUSED, _refuse),
+    }
+    return {HYPERCALL_NUMBERS[name]: handler for name, handler in by_name.items()}
+
+
+def _refuse(*_: int) -> int:
+    raise HypercallError(EPERM)
+
+
+class _Control:
+    def __init__(self, domain: Domain) -> None:
+        self._domain = domain
+
+    def xen_version(self, command: int, argument: int, *_: int) -> int:
+        cpu = self._domain.cpu
+        match command:
+            case abi.XENVER_VERSION:
+                return VERSION[0] << 16 | VERSION[1]
+            case abi.XENVER_EXTRAVERSION:
+                cpu.store(argument, _EXTRA_VERSION.ljust(16, b"\0"))
+            case abi.XENVER_COMPILE_INFO:
+                cpu.store(argument, b"trivisor".ljust(64, b"\0") + bytes(16 + 32 + 32))
+            case abi.XENVER_CAPABILITIES:
+                cpu.store(argument, _CAPABILITIES.ljust(1024, b"\0"))
+            case abi.XENVER_CHANGESET:
+                cpu.store(argument, b"unavailable".ljust(64, b"\0"))
+            case abi.XENVER_PLATFORM_PARAMETERS:
+                cpu.store(argument, struct.pack("<Q", abi.HYPERVISOR_VIRT_START))
+            case abi.XENVER_GET_FEATURES:
+                (index,) = struct.unpack("<I", cpu.load(argument, 4))
+                bits = sum(1 << abi.FEATURES.index(name) for name in abi.OFFERED_FEATURES) if index == 0 else 0
+                if index:
+                    raise HypercallError(EINVAL)
+                cpu.store(argument + 4, struct.pack("<I", bits))
+            case abi.XENVER_PAGESIZE:
+                return abi.PAGE_SIZE
+            case abi.XENVER_GUEST_HANDLE:
+                cpu.store(argument, struct.pack("<QQ", 0, 0))
+            case abi.XENVER_COMMANDLINE | abi.XENVER_BUILD_ID:
+                raise HypercallError(EPERM)
+            case _:
+                raise HypercallError(ENOSYS)
+        return 0
+
+    def multicall(self, entries: int, count: int, *_: int) -> int:
+        """`count` of struct multicall_entry, one after the other; each has its own result."""
+        domain, cpu = self._domain, self._domain.cpu
+        count &= 0xFFFFFFFF
+        iret, multicall = HYPERCALL_NUMBERS["iret"], HYPERCALL_NUMBERS["multicall"]
+        for number in range(min(count, _AT_A_TIME)):
+            at = entries + _MULTICALL_SIZE * number
+            operation, _, *arguments = struct.unpack("<8Q", cpu.load(at, _MULTICALL_SIZE))
+            try:
+                result = -ENOSYS if operation in (iret, multicall) else domain.call(operation, tuple(arguments))
+            except Preempted as rest:
+                cpu.store(at + 16, struct.pack(f"<{len(rest.arguments)}Q", *rest.arguments))
+                raise Preempted(at, count - number) from None
+            cpu.store(at + 8, struct.pack("<q", result))
+        if count > _AT_A_TIME:
+            raise Preempted(entries + _MULTICALL_SIZE * _AT_A_TIME, count - _AT_A_TIME)
+        return 0
+
+    def console_io(self, command: int, count: int, buffer: int, *_: int) -> int:
+        """Xen's own console: what a guest says before it has one of its own goes to the same output."""
+        if command != abi.CONSOLEIO_WRITE:
+            raise HypercallError(EPERM)
+        if count > _LONGEST_MESSAGE:
+            raise HypercallError(EINVAL)
+        self._domain.console_output(self._domain.cpu.load(buffer, count))
+        return 0
+
+    def vm_assist(self, command: int, kind: int, *_: int) -> int:
+        assists = self._domain.state.assists
+        if kind not in abi.VMASST_TYPES:
+            raise HypercallError(EINVAL)
+        if command == abi.VMASST_ENABLE:
+            assists.add(kind)
+        elif command == abi.VMASST_DISABLE:
+            assists.discard(kind)
+        else:
+            raise HypercallError(ENOSYS)
+        return 0
+
+    def physdev_op(self, command: int, argument: int, *_: int) -> int:
+        """No hardware is this domain's; what it may do is keep its own I/O privilege level."""
+        domain = self._domain
+        match command:
+            case abi.PHYSDEVOP_SET_IOPL:
+                (level,) = struct.unpack("<I", domain.cpu.load(argument, 4))
+                if level > 3:
+                    raise HypercallError(EINVAL)
+                domain.state.iopl = level
+                return 0
+            case abi.PHYSDEVOP_SET_IOBITMAP:
+                return 0
+            case abi.PHYSDEVOP_IRQ_STATUS_QUERY | abi.PHYSDEVOP_EOI:
+                raise HypercallError(EINVAL)
+            case abi.PHYSDEVOP_PIRQ_EOI_GMFN_V1 | abi.PHYSDEVOP_PIRQ_EOI_GMFN_V2:
+                raise HypercallError(ENOSYS)
+        raise HypercallError(ENOSYS if command > 40 else EPERM)

@@ -1,0 +1,150 @@
+"""Putting a PV domain together: memory, frame table, Xen's own part, the domain, and the builder's work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from trivisor.boot.image import Image
+from trivisor.boot.xen_notes import read_xen_kernel
+from trivisor.machine.clock import Clock
+from trivisor.machine.deprivileged import DeprivilegedCpu
+from trivisor.machine.memory import MAXIMUM_RAM, PAGE_SIZE, GuestMemory
+from trivisor.machine.state import CpuState, Segment, Table
+from trivisor.paravirt.xen import abi
+from trivisor.paravirt.xen.builder import DomainBuilder
+from trivisor.paravirt.xen.console import ConsoleRing
+from trivisor.paravirt.xen.domain import OWN_ID, Domain
+from trivisor.paravirt.xen.events import EventChannels
+from trivisor.paravirt.xen.frames import Frames
+from trivisor.paravirt.xen.grants import BACK_END_DOMAIN, GrantTable
+from trivisor.paravirt.xen.own_memory import GDT_ADDRESS, OwnMemory, own_size
+from trivisor.paravirt.xen.page_tables import PageTables
+from trivisor.paravirt.xen.platform import Platform
+from trivisor.paravirt.xen.time import SystemTime
+from trivisor.paravirt.xen.toolstack import introduce
+from trivisor.paravirt.xen.xenstore.ring import StoreRing
+from trivisor.paravirt.xen.xenstore.store import Store
+from trivisor.x86.control import (
+    CR0_ET,
+    CR0_MP,
+    CR0_NE,
+    CR0_PE,
+    CR0_PG,
+    CR0_WP,
+    CR4_FSGSBASE,
+    CR4_OSFXSR,
+    CR4_OSXMMEXCPT,
+    CR4_OSXSAVE,
+    CR4_PAE,
+    EFER_LMA,
+    EFER_LME,
+    EFER_NXE,
+    EFER_SCE,
+)
+from trivisor.x86.flags import FIXED, IF
+
+_RSP, _RSI = 4, 6
+_LIMIT = 0xFFFFFFFF
+_CR0 = CR0_PG | CR0_WP | CR0_NE | CR0_ET | CR0_MP | CR0_PE
+
+
+class XenMachine:
+    """The memory and platform of one PV domain, before it has a processor; then, with one, the domain.
+
+    `size` is the domain's memory in bytes; the machine has Xen's own part beside it.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        clock: Clock,
+        *,
+        console_output: Callable[[bytes], None],
+        tsc: Callable[[], int],
+        tsc_frequency: int,
+        on_stop: Callable[[], None],
+    ) -> None:
+        self.memory = GuestMemory(min(size + own_size(size), MAXIMUM_RAM))
+        self._output = console_output
+        frames = self._frames = Frames(self.memory)
+        own = self._own = OwnMemory(self.memory, frames)
+        ram = [
+            page
+            for start, length in self.memory.regions()
+            for page in range(start // PAGE_SIZE, (start + length) // PAGE_SIZE)
+            if page >= own.end
+        ]
+        pages = min(size // PAGE_SIZE, len(ram))
+        frames.give_free(ram)
+        self.events = EventChannels(self.memory, own.shared_info * PAGE_SIZE)
+        self.platform = Platform(
+            self.memory, clock, self.events, tsc=tsc, tsc_frequency=tsc_frequency, on_stop=on_stop
+        )
+        time = SystemTime(self.memory, clock, tsc_frequency, lambda: self.platform.tsc())
+        tables = self._tables = PageTables(
+            frames, own.slots, lambda: self.domain.flush(),
+            lambda frame: self.domain.cpu.memory_written(frame * PAGE_SIZE, PAGE_SIZE),
+        )  # fmt: skip
+        grants = GrantTable(frames, own.grant_frames)
+        self.domain = Domain(self.platform, frames, own, tables, self.events, grants, time, console_output)
+        self.domain.pages = pages
+
+    def close(self) -> None:
+        """Give the memory back to the host."""
+        self._frames.words.release()
+        self.memory.close()
+
+    def start(self, cpu: DeprivilegedCpu, image: Image, initrd: bytes | None, command_line: str) -> CpuState:
+        """Build the domain; returns the state with which its processor begins.  Raises ImageError."""
+        domain, events, own = self.domain, self.events, self._own
+        domain.cpu = cpu
+        kernel = read_xen_kernel(image)
+        frames_of = [self._frames.allocate() for _ in range(domain.pages)]
+        store_port = events.allocate_unbound(BACK_END_DOMAIN)
+        console_port = events.allocate_unbound(BACK_END_DOMAIN)
+        builder = DomainBuilder(kernel, image, self._frames, own, self._tables, frames_of)
+        started = builder.build(initrd, command_line, store_port, console_port)
+        console = self.platform.console = ConsoleRing(
+            self.memory, started.console_frame * PAGE_SIZE, self._output, lambda: events.set_pending(console_port)
+        )
+        events.bind_back_end(console_port, console.guest_sent)
+        store = Store()
+        introduce(store, OWN_ID, domain.pages)
+        ring = StoreRing(
+            self.memory, started.store_frame * PAGE_SIZE, store, OWN_ID, lambda: events.set_pending(store_port)
+        )
+        events.bind_back_end(store_port, ring.guest_sent)
+        shared = own.shared_info * PAGE_SIZE
+        self.memory.write(shared + 1, b"\1")  # events are masked at first
+        domain.time.write(shared + abi.VCPU_INFO_TIME)
+        domain.time.write_wallclock(shared + abi.SHARED_WALLCLOCK)
+        domain.state.kernel_root = started.root
+        domain.state.cr0, domain.state.cr4 = _CR0, CR4_PAE
+        return _first_state(started.entry, started.stack, started.start_info, started.root)
+
+
+def _first_state(entry: int, stack: int, start_info: int, root: int) -> CpuState:
+    def empty() -> Segment:
+        return Segment(0, 0, 0, 0)
+
+    state = CpuState(
+        rip=entry,
+        rflags=FIXED | IF,
+        cs=Segment(abi.FLAT_RING3_CS64, 0, _LIMIT, 0xA0FB),
+        ss=Segment(abi.FLAT_RING3_SS, 0, _LIMIT, 0xC0F3),
+        ds=empty(),
+        es=empty(),
+        fs=empty(),
+        gs=empty(),
+        ldtr=Segment(0, 0, 0, 0x10000),
+        tr=Segment(0, 0, 0, 0x8B),
+        gdtr=Table(GDT_ADDRESS, 0xFFFF),
+        idtr=Table(0, 0),
+        cr0=_CR0,
+        cr3=root * PAGE_SIZE,
+        cr4=CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT | CR4_OSXSAVE | CR4_FSGSBASE,
+        efer=EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE,
+    )
+    state.gpr[_RSP] = stack
+    state.gpr[_RSI] = start_info
+    return state

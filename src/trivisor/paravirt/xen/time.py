@@ -1,0 +1,63 @@
+"""The PV clock: time from the TSC, as the guest computes it itself (xen.h, struct vcpu_time_info)."""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Callable
+
+from trivisor.machine.clock import Clock, Timer
+from trivisor.machine.memory import GuestMemory
+from trivisor.paravirt.xen.abi import PVCLOCK_TSC_STABLE
+
+_SECOND = 1_000_000_000
+_FAR_FUTURE = 1 << 62
+
+
+def scale(frequency: int) -> tuple[int, int]:
+    """(multiplier, shift) for nanoseconds out of counts of a TSC at `frequency` Hz; the multiplier fills 32 bits."""
+    shift = 0
+    while frequency > 2 * _SECOND:
+        frequency >>= 1
+        shift -= 1
+    while frequency <= _SECOND:
+        frequency <<= 1
+        shift += 1
+    return (_SECOND << 32) // frequency, shift
+
+
+class SystemTime:
+    """Nanoseconds since the domain started, by its TSC, and the timers that hang on them."""
+
+    def __init__(self, memory: GuestMemory, clock: Clock, frequency: int, tsc: Callable[[], int]) -> None:
+        self._memory = memory
+        self._clock = clock
+        self._tsc = tsc
+        self._multiplier, self._shift = scale(frequency)
+        self._start = tsc()
+        self._wallclock = time.time_ns()
+
+    def now(self) -> int:
+        """The system time, exactly as the guest computes it from what `write` told."""
+        delta = (self._tsc() - self._start) & ((1 << 64) - 1)
+        delta = delta << self._shift if self._shift >= 0 else delta >> -self._shift
+        return delta * self._multiplier >> 32
+
+    def at(self, deadline: int, callback: Callable[[], None]) -> Timer:
+        """Have `callback()` called once the system time reaches `deadline` (ns)."""
+        delay = min(max(deadline - self.now(), 0), _FAR_FUTURE)
+        return self._clock.at(self._clock.now() + delay, callback)
+
+    def write(self, address: int) -> None:
+        """Tell it at the physical `address` of a struct vcpu_time_info."""
+        version = self._memory.read_u32(address) + 2 & ~1 & 0xFFFFFFFF
+        data = struct.pack(
+            "<IIQQIbBxx", version, 0, self._start, 0, self._multiplier, self._shift, PVCLOCK_TSC_STABLE
+        )
+        self._memory.write(address, data)
+
+    def write_wallclock(self, address: int) -> None:
+        """Tell the time of day at system time 0 at the physical `address` of wc_version (xen.h, struct shared_info)."""
+        seconds, nanoseconds = divmod(self._wallclock, _SECOND)
+        data = struct.pack("<4I", 2, seconds & 0xFFFFFFFF, nanoseconds, seconds >> 32)
+        self._memory.write(address, data)

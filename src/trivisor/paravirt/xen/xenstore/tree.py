@@ -1,0 +1,99 @@
+"""The store's tree: immutable nodes, so that a transaction is a root of its own and a snapshot costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+Permissions = tuple[tuple[int, str], ...]
+"""(domain, one of n, r, w, b): the first is the owner and what everybody else may; then single domains."""
+
+LONGEST_VALUE = 2048
+LONGEST_PATH = 3072
+_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-/_@+:.,")
+
+
+class StoreError(Exception):
+    """A request that fails; the text is the error's name, as it goes over the wire."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node with its value, its rights and what is below it."""
+
+    value: bytes = b""
+    permissions: Permissions = ((0, "n"),)
+    children: Mapping[str, Node] = field(default_factory=dict)
+
+    @property
+    def owner(self) -> int:
+        return self.permissions[0][0]
+
+    def allows(self, domain: int, right: str) -> bool:
+        """Whether a domain may read ("r") or write ("w") here; domain 0 and the owner may do all."""
+        if domain in (0, self.owner):
+            return True
+        granted = next((mode for who, mode in self.permissions[1:] if who == domain), self.permissions[0][1])
+        return granted in ("b", right)
+
+    def count(self, owner: int) -> int:
+        """How many nodes here and below are a domain's."""
+        return (self.owner == owner) + sum(child.count(owner) for child in self.children.values())
+
+
+def split(path: str) -> list[str]:
+    """The names along an absolute path; StoreError for one that is none."""
+    if not path.startswith("/") or len(path) > LONGEST_PATH or not _CHARACTERS.issuperset(path):
+        raise StoreError("EINVAL")
+    if path == "/":
+        return []
+    names = path[1:].split("/")
+    if not all(names):
+        raise StoreError("EINVAL")
+    return names
+
+
+def find(root: Node, path: str) -> Node | None:
+    """The node at an absolute path."""
+    node: Node | None = root
+    for name in split(path):
+        assert node is not None
+        node = node.children.get(name)
+        if node is None:
+            return None
+    return node
+
+
+def put(root: Node, names: list[str], node: Node, domain: int) -> Node:
+    """A root with `node` at `names`; nodes missing on the way are made, the domain's, with their parent's rights."""
+    if not names:
+        return node
+    child = root.children.get(names[0])
+    if child is None:
+        child = Node(permissions=inherited(root, domain))
+    return replace(root, children={**root.children, names[0]: put(child, names[1:], node, domain)})
+
+
+def inherited(parent: Node, domain: int) -> Permissions:
+    """The rights of a new node: its parent's, but owned by the unprivileged domain that makes it."""
+    if domain == 0:
+        return parent.permissions
+    return ((domain, parent.permissions[0][1]), *parent.permissions[1:])
+
+
+def remove(root: Node, names: list[str]) -> Node:
+    """A root without the node at `names`, which is there and is not the root."""
+    children = dict(root.children)
+    if len(names) == 1:
+        del children[names[0]]
+    else:
+        children[names[0]] = remove(children[names[0]], names[1:])
+    return replace(root, children=children)
+
+
+def below(path: str, node: Node) -> Iterator[str]:
+    """The paths of all nodes below one."""
+    for name, child in node.children.items():
+        inner = f"{path.rstrip('/')}/{name}"
+        yield inner
+        yield from below(inner, child)

@@ -1,0 +1,99 @@
+"""Kernels for Xen: notes found and checked, and the payload of a bzImage unpacked however it was packed."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import struct
+from collections.abc import Callable
+
+import lz4.block
+import pytest
+import zstandard
+
+from trivisor.boot.image import Image, ImageError
+from trivisor.boot.xen_notes import XenKernel, read_xen_kernel
+
+BASE = 0xFFFFFFFF80000000
+NOTES = {
+    6: b"linux\0", 5: b"xen-3.0\0", 3: struct.pack("<Q", BASE), 4: struct.pack("<Q", 0),
+    1: struct.pack("<Q", BASE + 0x1000010), 15: struct.pack("<Q", 1 << 39), 16: struct.pack("<I", 1),
+    10: b"!writable_page_tables|pae_pgdir_above_4gb\0",
+}  # fmt: skip
+
+
+def kernel(notes: dict[int, bytes]) -> bytes:
+    """An ELF file of one segment at 16 MiB, with a note segment."""
+    raw = b""
+    for kind, value in notes.items():
+        raw += struct.pack("<3I4s", 4, len(value), kind, b"Xen\0") + value + bytes(-len(value) % 4)
+    code = b"\xf4" * 300
+    header = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9) + struct.pack(
+        "<HHIQQQIHHHHHH", 2, 62, 1, 0x1000000, 64, 0, 0, 64, 56, 2, 0, 0, 0
+    )
+    at = 64 + 2 * 56
+    load = struct.pack("<IIQQQQQQ", 1, 7, at, BASE + 0x1000000, 0x1000000, len(code), 5000, 1)
+    note = struct.pack("<IIQQQQQQ", 4, 4, at + len(code), 0, 0, len(raw), len(raw), 4)
+    return header + load + note + code + raw
+
+
+def read(write_image: Callable[[bytes], str], data: bytes) -> XenKernel:
+    with Image(write_image(data)) as image:
+        return read_xen_kernel(image)
+
+
+def check(found: XenKernel) -> None:
+    assert found.segments == ((0x1000000, b"\xf4" * 300),)
+    assert (found.start, found.end) == (0x1000000, 0x1000000 + 5000)
+    assert (found.entry, found.virtual_base) == (BASE + 0x1000010, BASE)
+    assert found.p2m_base == 1 << 39 and found.unmapped_module and found.hypercall_page is None
+    assert found.features == {"writable_page_tables"} and found.guest_os == "linux"
+    assert found.address(0x2000) == BASE + 0x2000
+
+
+def test_a_vmlinux(write_image) -> None:
+    check(read(write_image, kernel(NOTES)))
+
+
+def lz4_legacy(data: bytes) -> bytes:
+    blocks = [lz4.block.compress(data[i : i + (8 << 20)], store_size=False) for i in range(0, len(data), 8 << 20)]
+    return b"\x02\x21\x4c\x18" + b"".join(struct.pack("<I", len(block)) + block for block in blocks)
+
+
+@pytest.mark.parametrize(
+    "pack", [gzip.compress, lzma.compress, bz2.compress, lz4_legacy, zstandard.compress, bytes],
+    ids=["gzip", "xz", "bzip2", "lz4", "zstd", "not packed"],
+)  # fmt: skip
+def test_the_payload_of_a_bzimage(write_image, bzimage, pack: Callable[[bytes], bytes]) -> None:
+    elf = kernel(NOTES)
+    payload = pack(elf) + struct.pack("<I", len(elf))
+    image = bytearray(bzimage(b"\x90" * 64 + payload))
+    struct.pack_into("<II", image, 0x248, 64, len(payload))
+    check(read(write_image, bytes(image)))
+    struct.pack_into("<II", image, 0x248, 64, len(payload) + 1000)
+    with pytest.raises(ImageError, match="get a whole copy"):
+        read(write_image, bytes(image))
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({}, "no Xen notes"),
+        ({18: struct.pack("<I", 0x1000000)}, "no Xen PV entry"),
+        (NOTES | {5: b"xen-9.0\0"}, "xen-9.0"),
+        (NOTES | {4: struct.pack("<Q", 1 << 50)}, "damaged"),
+    ],
+)
+def test_what_is_no_pv_kernel(write_image, changed: dict[int, bytes], said: str) -> None:
+    with pytest.raises(ImageError, match=said):
+        read(write_image, kernel(changed))
+
+
+def test_a_damaged_payload(write_image, bzimage) -> None:
+    for start in (b"\x1f\x8b", b"\xfd7zXZ\0", b"\x02\x21\x4c\x18", b"\x28\xb5\x2f\xfd", b"BZh", b"????"):
+        payload = start + b"\x01" * 60 + struct.pack("<I", 4096)
+        image = bytearray(bzimage(payload))
+        struct.pack_into("<II", image, 0x248, 0, len(payload))
+        with pytest.raises(ImageError):
+            read(write_image, bytes(image))

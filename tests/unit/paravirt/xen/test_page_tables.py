@@ -1,0 +1,181 @@
+"""Page tables: whatever a guest asks for, nothing writable leads to a page table or to a frame that is not its own."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from trivisor.paravirt.xen import abi
+from trivisor.paravirt.xen.frames import L1, L4, NONE, WRITABLE, Frames
+
+P, W, U, LARGE, NX = 1, 2, 4, 0x80, 1 << 63
+_ADDRESS = (1 << 52) - 4096
+
+
+def entries(frames: Frames, table: int) -> list[int]:
+    return frames.words[table * 512 : table * 512 + 512].tolist()
+
+
+def check(guest) -> None:
+    """The invariant, and that every count is what the tables in use make it."""
+    frames = guest.frames
+    kinds: dict[int, int] = {}
+    writable: dict[int, int] = {}
+    for table in range(frames.count):
+        if not (L1 <= frames.kind[table] <= L4 and frames.kind_count[table]):
+            continue
+        level = frames.kind[table]
+        for at, entry in enumerate(entries(frames, table)):
+            if not entry & P or (level == L4 and abi.FIRST_XEN_SLOT <= at <= abi.LAST_XEN_SLOT):
+                continue
+            target = (entry & _ADDRESS) >> 12
+            assert frames.owns(target), f"level {level} entry leads to {target:#x}, which is not the domain's"
+            if level > 1:
+                assert frames.kind[target] == level - 1 and not entry & LARGE
+                kinds[target] = kinds.get(target, 0) + 1
+            elif entry & W:
+                assert frames.kind[target] == WRITABLE
+                writable[target] = writable.get(target, 0) + 1
+    for frame in range(frames.count):
+        kind, count = frames.kind[frame], frames.kind_count[frame]
+        if not count or frame < guest.domain.own.end:
+            continue
+        root = frame == guest.domain.state.kernel_root
+        if L1 <= kind <= L4:
+            assert count == kinds.get(frame, 0) + frames.pinned[frame] + root
+        elif kind == WRITABLE:
+            assert count == writable.get(frame, 0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_updates_keep_the_invariant(guest, seed: int) -> None:
+    random_ = random.Random(seed)
+    frames = guest.frames
+    own = [guest.frame() for _ in range(12)] + [guest.domain.state.kernel_root]
+    foreign = [0, 1, guest.domain.own.shared_info, guest.domain.own.spare.stop, frames.count - 1, frames.count + 7]
+    done = 0
+    for _ in range(4000):
+        frame = random_.choice(own + foreign)
+        target = random_.choice(own if random_.random() < 0.9 else foreign)
+        flags = random_.choice((0, P, P | U, P | W, P | W | U, P | W | U | 0x60, P | LARGE, P | W | NX, P | 0x18, W))
+        index = random_.choice((0, 1, 2, 255, 256, 260, 271, 272, 511))
+        choice = random_.random()
+        if choice < 0.7:
+            result = guest.update(frame, index, target << 12 | flags, random_.choice((0, 0, 0, 2, 3)))
+        elif choice < 0.85:
+            result = guest.extended(random_.randrange(4), frame)
+        elif choice < 0.95:
+            result = guest.extended(abi.MMUEXT_UNPIN_TABLE, frame)
+        else:
+            result = guest.extended(random_.choice((abi.MMUEXT_NEW_BASEPTR, abi.MMUEXT_CLEAR_PAGE)), frame)
+        done += result == 0
+    check(guest)
+    assert done > 200
+
+
+def test_a_table_that_maps_itself_writable_is_refused(guest) -> None:
+    table = guest.frame()
+    guest.frames.words[table * 512] = table << 12 | P | W
+    assert guest.extended(abi.MMUEXT_PIN_L1_TABLE, table) == -abi.EINVAL
+    assert guest.frames.kind_count[table] == 0 and guest.frames.references[table] == 1
+
+
+def test_a_pinned_table_is_not_writable_memory(guest) -> None:
+    table, other = guest.frame(), guest.frame()
+    assert guest.extended(abi.MMUEXT_PIN_L1_TABLE, table) == 0
+    assert guest.extended(abi.MMUEXT_PIN_L1_TABLE, other) == 0
+    assert guest.update(other, 0, table << 12 | P | W) == -abi.EINVAL
+    assert guest.update(other, 0, table << 12 | P) == 0
+    assert guest.extended(abi.MMUEXT_CLEAR_PAGE, table) == -abi.EINVAL
+    assert guest.extended(abi.MMUEXT_UNPIN_TABLE, table) == 0
+    assert guest.update(other, 0, table << 12 | P | W) == 0
+    assert guest.extended(abi.MMUEXT_PIN_L1_TABLE, table) == -abi.EINVAL
+
+
+def test_what_is_not_the_domains_cannot_be_mapped(guest) -> None:
+    table = guest.frame()
+    assert guest.extended(abi.MMUEXT_PIN_L1_TABLE, table) == 0
+    for frame in (0, guest.domain.own.end - 1, guest.frames.count, 1 << 39):
+        assert guest.update(table, 0, frame << 12 | P) == -abi.EPERM
+    assert entries(guest.frames, table)[0] == 0
+
+
+def test_the_machine_to_physical_table_is_read_only(guest) -> None:
+    table = guest.frame()
+    frame = (guest.domain.own.slots[0] & _ADDRESS) >> 12
+    for _ in range(2):
+        frame = (entries(guest.frames, frame)[0] & _ADDRESS) >> 12
+    shown = (entries(guest.frames, frame)[0] & _ADDRESS) >> 12
+    assert not entries(guest.frames, frame)[0] & W
+    assert guest.extended(abi.MMUEXT_PIN_L1_TABLE, table) == 0
+    assert guest.update(table, 0, shown << 12 | P | W) == -abi.EINVAL
+    assert guest.update(shown, 0, 5) == -abi.EINVAL
+
+
+def test_xens_entries_of_the_root_are_xens(guest) -> None:
+    root, table = guest.domain.state.kernel_root, guest.frame()
+    assert guest.extended(abi.MMUEXT_PIN_L3_TABLE, table) == 0
+    for slot in (256, 260, 271):
+        assert guest.update(root, slot, table << 12 | P | W | U) == -abi.EINVAL
+    assert guest.update(root, 272, table << 12 | P | W | U) == 0
+    assert entries(guest.frames, root)[256] == guest.domain.own.slots[0]
+
+
+def test_a_level_4_table_gets_xens_entries_when_it_is_pinned(guest) -> None:
+    root = guest.frame()
+    guest.frames.words[root * 512 + 256] = 0xDEAD << 12 | P | W
+    assert guest.extended(abi.MMUEXT_PIN_L4_TABLE, root) == 0
+    assert entries(guest.frames, root)[256:272] == guest.domain.own.slots
+
+
+def test_failed_validation_leaves_no_reference(guest) -> None:
+    good, bad, table = guest.frame(), guest.frame(), guest.frame()
+    words = guest.frames.words
+    words[table * 512], words[table * 512 + 1] = good << 12 | P | W, 0 << 12 | P
+    assert guest.extended(abi.MMUEXT_PIN_L1_TABLE, table) == -abi.EINVAL
+    upper = guest.frame()
+    words[upper * 512], words[upper * 512 + 1] = bad << 12 | P, table << 12 | P
+    assert guest.extended(abi.MMUEXT_PIN_L2_TABLE, upper) == -abi.EINVAL
+    for frame in (good, bad, table, upper):
+        assert (guest.frames.references[frame], guest.frames.kind_count[frame]) == (1, 0)
+    assert guest.frames.kind[bad] == NONE
+
+
+def test_accessed_and_dirty_bits_are_preserved_on_demand(guest) -> None:
+    table, page = guest.frame(), guest.frame()
+    guest.extended(abi.MMUEXT_PIN_L1_TABLE, table)
+    guest.update(table, 3, page << 12 | P | W | 0x60)
+    guest.update(table, 3, page << 12 | P | W, abi.MMU_PT_UPDATE_PRESERVE_AD)
+    assert entries(guest.frames, table)[3] == page << 12 | P | W | U | 0x60
+    guest.update(table, 3, page << 12 | P | W)
+    assert entries(guest.frames, table)[3] == page << 12 | P | W | U
+
+
+def test_the_tlb_is_flushed_before_a_page_that_was_writable_becomes_a_table(guest) -> None:
+    table, page = guest.frame(), guest.frame()
+    guest.extended(abi.MMUEXT_PIN_L1_TABLE, table)
+    guest.update(table, 0, page << 12 | P | W)
+    guest.update(table, 0, page << 12 | P)
+    before = guest.cpu.flushes
+    assert guest.extended(abi.MMUEXT_PIN_L1_TABLE, page) == 0
+    assert guest.cpu.flushes == before + 1
+    fresh = guest.frame()
+    guest.extended(abi.MMUEXT_PIN_L1_TABLE, fresh)
+    assert guest.cpu.flushes == before + 1
+
+
+def test_freeing_a_frame_that_is_still_mapped(guest) -> None:
+    table, page = guest.frame(), guest.frame()
+    guest.extended(abi.MMUEXT_PIN_L1_TABLE, table)
+    guest.update(table, 0, page << 12 | P | W)
+    guest.put("<Q", page, at=0x11000)
+    guest.put("<QQIIH6x", 0x11000, 1, 0, 0, abi.DOMID_SELF)
+    free = guest.frames.free
+    assert guest.call("memory_op", abi.XENMEM_DECREASE_RESERVATION, 0x10000) == 1
+    assert guest.frames.free == free, "it is not free while it is mapped"
+    guest.update(table, 0, 0)
+    assert guest.frames.free == free + 1
+    guest.put("<Q", table, at=0x11000)
+    guest.put("<QQIIH6x", 0x11000, 1, 0, 0, abi.DOMID_SELF)
+    assert guest.call("memory_op", abi.XENMEM_DECREASE_RESERVATION, 0x10000) == 0, "a pinned table stays"

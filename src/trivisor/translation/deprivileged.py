@@ -12,6 +12,7 @@ from trivisor.machine.memory import PAGE_SIZE
 from trivisor.translation.core import LDTR, MASK64
 from trivisor.translation.cpu import TranslationVcpu
 from trivisor.translation.emulator import segments
+from trivisor.translation.emulator.control_instructions import load_breakpoints
 from trivisor.x86.control import CR0_TS
 from trivisor.x86.descriptors import LDT, PRESENT
 from trivisor.x86.paging import Access
@@ -168,10 +169,8 @@ class Deprivileged:
         return self._vcpu.own_cpuid(leaf, subleaf)
 
     def set_debug_register(self, number: int, value: int) -> None:
-        core = self._core
-        core.dr[number] = value
-        core.debug.load(core.dr, core.cr4)
-        self._vcpu.mode_changed()
+        self._core.dr[number] = value
+        load_breakpoints(self._vcpu)
 
     def read_msr(self, index: int) -> int:
         return self._vcpu.msrs.read(index)

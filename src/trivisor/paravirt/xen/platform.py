@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from trivisor.machine.bus import Bus
 from trivisor.machine.clock import Clock
+from trivisor.machine.fast_ports import FastPorts
 from trivisor.machine.interrupts import InterruptController
 from trivisor.machine.memory import GuestMemory
 from trivisor.machine.vcpu import MsrHandler
@@ -31,6 +32,7 @@ class Platform:
         self.ports = Bus("port")
         self.mmio = Bus("memory")
         self.msrs: dict[int, MsrHandler] = {}
+        self.fast_ports = FastPorts()
         self.apic_id = 0
         self.tsc = tsc
         self.tsc_frequency = tsc_frequency

@@ -83,7 +83,10 @@ def _unpack_lz4(data: bytes, size: int) -> bytes:
     while at + 4 <= len(data) and done < size:
         (length,) = struct.unpack_from("<I", data, at)
         at += 4
-        block: bytes = lz4.block.decompress(data[at : at + length], uncompressed_size=_LZ4_BLOCK)
+        try:
+            block: bytes = lz4.block.decompress(data[at : at + length], uncompressed_size=_LZ4_BLOCK)
+        except lz4.block.LZ4BlockError as error:
+            raise ValueError(str(error)) from error
         pieces.append(block)
         at += length
         done += len(block)

@@ -342,7 +342,7 @@ class Emission:
                 continue
             if site >= 0:
                 write, size = bool(kind & KIND_WRITE), kind >> 16
-                code, missed, back = site_refill(site, self.mode.user, write, size)
+                code, missed, back = site_refill(site, self.mode.user_view, write, size)
                 at = len(out)
                 out += code
                 pack_into("<i", out, at + back - 4, jump + CHECK_TAIL - (at + back))

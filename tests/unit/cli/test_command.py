@@ -21,8 +21,8 @@ from trivisor.boot import ImageError
 from trivisor.cli import session
 from trivisor.cli.main import main
 from trivisor.guests.debian import GuestUnavailable
-from trivisor.monitor.techniques import TECHNIQUES, Technique
 from trivisor.monitor.outcome import Outcome, StopReason
+from trivisor.monitor.techniques import TECHNIQUES, Technique
 
 POWERED_OFF = Outcome(StopReason.POWEROFF, "the guest powered off")
 Behaviour = Callable[["FakeMachine"], Outcome]

@@ -45,12 +45,13 @@ class Assembly:
         memory: GuestMemory,
         board: Board,
         vcpu: Vcpu,
+        keeper: Keeper | None = None,
         more_statistics: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self.memory = memory
         self.board = board
         self.vcpu = vcpu
-        self.keeper: Keeper | None = None
+        self.keeper = keeper
         """Of the engine's translations, if they are kept."""
         self._more_statistics = more_statistics
         self._closed = False
@@ -131,7 +132,7 @@ def _assemble_xen(
     except BaseException:
         xen.memory.close()
         raise
-    machine = Assembly(xen.memory, xen.platform, vcpu, xen.domain.statistics)
+    machine = Assembly(xen.memory, xen.platform, vcpu, more_statistics=xen.domain.statistics)
     try:
         if plan.keep:
             machine.keeper = _keeper(vcpu, plan.kernel, b"xen")

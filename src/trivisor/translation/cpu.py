@@ -259,7 +259,7 @@ class TranslationVcpu:
         if bits != 64:
             set_windows(core)
             segmented = segmentation(core)
-        guarded, no_avx = self._guards(bits == 64 and cpl != 3)
+        guarded, no_avx = self._guards(bits == 64 and (cpl != 3 or self.guest_kernel))
         key = (
             bits, ss & DB, cpl == 3, guarded, no_avx, cr4 & CR4_TSD, bool(core.debug.code), segmented,
             self.guest_kernel,

@@ -126,7 +126,7 @@ class BlockStore:
         """A better block in place of this one, with its site caches (see `Translator.tune`); None if there is none."""
         page = block.key & ~0xFFF
         length = self.tables.template_length(block.template)
-        if block.second or mode.debug or not self.mmu.memory.is_ram(page, 0x1000):
+        if block.second or mode.debug or mode.aligned or not self.mmu.memory.is_ram(page, 0x1000):
             return None
         started = time.perf_counter_ns()
         rip, key = block.rip, block.key

@@ -36,8 +36,10 @@ from trivisor.translation.segmentation import segmentation, set_windows
 from trivisor.translation.state_transfer import get_state, set_state
 from trivisor.translation.translator.features import decoder_features
 from trivisor.translation.translator.instructions import XSAVE_FAMILY
+from trivisor.translation.translator.recipe import ALIGNMENT
 from trivisor.translation.tuner import Tuner
 from trivisor.x86.control import (
+    CR0_AM,
     CR0_EM,
     CR0_PG,
     CR0_TS,
@@ -55,7 +57,7 @@ from trivisor.x86.control import (
 )
 from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, host_cpuid, host_xgetbv, xsave_area
 from trivisor.x86.descriptors import DB, LONG
-from trivisor.x86.exceptions import BREAKPOINT, NMI, GuestException
+from trivisor.x86.exceptions import ALIGNMENT_CHECK, BREAKPOINT, NMI, GuestException
 from trivisor.x86.flags import AC, RF, TF
 from trivisor.x86.msr import DEBUGCTL_BTF, IA32_DEBUGCTL
 
@@ -76,6 +78,12 @@ _SUPERVISED = {Code.SYSCALL: -1, Code.INT_IMM8: -1, Code.INT3: BREAKPOINT}
         "POLL_BAD", "EXIT_A", "EXIT_B", "HOST_FAULT_IP", "PORT_QUEUED",
     )
 )  # fmt: skip
+
+
+def _check_alignment(linear: int, size: int) -> None:
+    """Raise #AC for an access by ring 3 that is not aligned."""
+    if linear & ALIGNMENT.get(size, 1) - 1:
+        raise GuestException(ALIGNMENT_CHECK, 0)
 
 
 class TranslationVcpu:
@@ -212,12 +220,16 @@ class TranslationVcpu:
         return self.guest_cpuid.query(leaf, subleaf, cr4=core.cr4, xcr0=core.xcr0, apic_enabled=enabled)
 
     def load(self, linear: int, size: int, *, system: bool = False) -> int:
+        if self._aligned and not system:
+            _check_alignment(linear, size)
         value = self.mmu.load(linear, size, self.core.cpl == 3 and not system, implicit=system)
         if self.core.debug.pages:
             self.core.debug.accessed(linear, size, write=False)
         return value
 
     def store(self, linear: int, size: int, value: int, *, system: bool = False) -> None:
+        if self._aligned and not system:
+            _check_alignment(linear, size)
         self.mmu.store(linear, size, value, self.core.cpl == 3 and not system)
         if self.core.debug.pages:
             self.core.debug.accessed(linear, size, write=True)
@@ -260,9 +272,10 @@ class TranslationVcpu:
             set_windows(core)
             segmented = segmentation(core)
         guarded, no_avx = self._guards(bits == 64 and (cpl != 3 or self.guest_kernel))
+        aligned = self._aligned = bool(cpl == 3 and cr0 & CR0_AM and core.rflags & AC)
         key = (
             bits, ss & DB, cpl == 3, guarded, no_avx, cr4 & CR4_TSD, bool(core.debug.code), segmented,
-            self.guest_kernel,
+            self.guest_kernel, aligned,
         )  # fmt: skip
         mode = self._modes.get(key)
         if mode is None:
@@ -275,7 +288,8 @@ class TranslationVcpu:
                 stack_bits=64 if bits == 64 else 32 if ss & DB else 16,
                 other=(OTHER_TSD if cr4 & CR4_TSD else 0) | (OTHER_DEBUG if core.debug.code else 0),
                 guest_kernel=self.guest_kernel,
-                number=0 if segmented is None else self._segmented_number(),
+                aligned=aligned,
+                number=0 if segmented is None and not aligned else self._segmented_number(),
             )
         words = self._words
         core.mode = mode.key
@@ -292,7 +306,7 @@ class TranslationVcpu:
         words[OFFSETS["PAGING_NATIVE"] // 8] = 1 if native else 0
         natively = (
             native and mode.bits == 64 and not (core.nmi_blocked or debug.active) and ExceptionExit not in self.observed
-            and self.supervisor is None
+            and self.supervisor is None and not aligned
         )  # fmt: skip
         words[_NATIVE_EVENTS] = self._natively = 1 if natively else 0
         if natively:

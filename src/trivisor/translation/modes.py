@@ -49,10 +49,12 @@ class Mode:
     stack_bits: int = 64
     other: int = 0
     """A number that sets apart modes that differ in what else matters."""
+    aligned: bool = False
+    """CPL 3 with CR0.AM and RFLAGS.AC: accesses that are not aligned raise #AC."""
     guest_kernel: bool = False
     """CPL 3, but a paravirtual guest's kernel: it has the TLB and the jump cache that are a kernel's elsewhere."""
     number: int = field(default=0, compare=False)
-    """Of a mode with a segmentation: what sets it apart from the others of its engine."""
+    """Of a mode with a segmentation, or `aligned`: what sets it apart from the others of its engine."""
 
     key: int = field(init=False, compare=False)
     """The mode in twelve bits: part of every block's key."""
@@ -60,7 +62,7 @@ class Mode:
     def __post_init__(self) -> None:
         # The native helpers look at the three lowest bits; the fourth of a flat mode is `block_tables.PLAIN`.
         key = {16: 0, 32: 1, 64: 2}[self.bits] | (4 if self.user_view else 0)
-        if self.segmentation is None:
+        if self.segmentation is None and not self.aligned:
             key |= (16 if self.guarded else 0) | {16: 0, 32: 32, 64: 64}[self.stack_bits] | self.other << 7
             key |= (512 if self.no_avx else 0) | (1024 if self.guest_kernel else 0)
         else:

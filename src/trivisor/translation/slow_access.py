@@ -21,8 +21,8 @@ from trivisor.translation.translator import priority
 from trivisor.translation.translator.recipe import KIND_CHUNK, KIND_JUDGED
 from trivisor.translation.translator.registers import GPR
 from trivisor.translation.translator.vector_access import BYTE_MOVES
-from trivisor.x86.exceptions import GENERAL_PROTECTION, STACK_FAULT, X87_ERROR, GuestException
-from trivisor.x86.paging import Access
+from trivisor.x86.exceptions import ALIGNMENT_CHECK, GENERAL_PROTECTION, STACK_FAULT, X87_ERROR, GuestException
+from trivisor.x86.paging import Access, is_canonical
 
 if TYPE_CHECKING:
     from trivisor.translation.cpu import TranslationVcpu
@@ -120,6 +120,8 @@ def _described(cpu: TranslationVcpu) -> Prepared | None:
     write, user = bool(description & 1), bool(description & 2)
     check, size, chunk = description >> 4 & 15, description >> 16, description & KIND_CHUNK
     kind = Access.WRITE if write else Access.READ
+    if cpu.mode.aligned and is_canonical(linear ^ 1 << 62) and not is_canonical(linear):
+        raise GuestException(ALIGNMENT_CHECK, 0)
     try:
         found = mmu.walk(linear, kind, user)
     except GuestException as fault:

@@ -252,7 +252,7 @@ def _popf(size: int) -> Handler:
         (image,) = top(cpu, size, 1)
         core.rflags = _popped_flags(core, image, size, iret=False)
         release(core, size)
-        if (old ^ image) & TF:
+        if (old ^ image) & (TF | AC):
             cpu.mode_changed()
 
     return execute

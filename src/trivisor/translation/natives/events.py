@@ -316,6 +316,8 @@ iret:
     mov ecx, [r15+32]
     cmp rcx, [rbp+KNOWN_SS_SELECTOR]
     jne iret_python
+    test dword [r15+16], FLAG_AC ; alignment checks are a mode of their own
+    jnz iret_python
     ; data segments of the kernel would have to be emptied
     mov rcx, [rbp+DS_SELECTOR]
     or rcx, [rbp+ES_SELECTOR]
@@ -479,7 +481,7 @@ sysret_native:
     je syscall_python
     test byte [rsp+EFER], 1
     jz syscall_python
-    test dword [rsp+GPR_R11], FLAG_TF
+    test dword [rsp+GPR_R11], FLAG_TF|FLAG_AC
     jnz syscall_python
     cmp qword [rsp+OPENED_COUNT], 0
     jne syscall_python

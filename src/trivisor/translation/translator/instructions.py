@@ -165,7 +165,10 @@ class InstructionMaker:
         form: Form | None = None,
     ) -> Recipe:
         """The recipe of one decoded instruction; `raw` are its bytes."""
-        recipe = Recipe(self.mode.user_view, self.near, length=len(raw), prepared=prepared, single=single, form=form)
+        recipe = Recipe(
+            self.mode.user_view, self.near, length=len(raw), prepared=prepared, single=single, form=form,
+            aligned=self.mode.aligned,
+        )  # fmt: skip
         self._raw = raw
         self._offsets = offsets
         self._baked = False

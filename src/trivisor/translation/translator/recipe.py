@@ -31,6 +31,9 @@ RESTORE = asm("mov r11, rax\n movzx eax, word [rsp+FLAGS_AX]\n add al, 0x7f\n sa
 POLL = asm("mov r11, [rsp+POLL]\n mov r11d, [r11]")
 
 
+ALIGNMENT = {2: 2, 4: 4, 8: 8, 10: 8}
+"""By the size of an access, what #AC wants its address to be a multiple of (Intel SDM 3A table 6-7)."""
+
 KIND_WRITE = 1
 KIND_USER = 2
 KIND_PARKED = 4
@@ -164,7 +167,9 @@ def site_refill(site: int, user: bool, write: bool, size: int) -> tuple[bytes, i
 
 
 @lru_cache(maxsize=1 << 14)
-def fragment(source: str, user: bool, first: int, prepared: int, form: Form | None = None) -> Fragment:
+def fragment(
+    source: str, user: bool, first: int, prepared: int, form: Form | None = None, aligned: bool = False
+) -> Fragment:
     """Assemble text in which these lines stand for more:
 
     `retry` - an access that misses starts again here;
@@ -209,6 +214,10 @@ def fragment(source: str, user: bool, first: int, prepared: int, form: Form | No
                 tag, host = site_fields(site, user)
                 index = ""
             kinds.append((kind, size, retries, site))
+            if aligned and size in ALIGNMENT:
+                # An odd address is made one that no TLB knows; Python sees what it was.
+                passed = f"aligned_{len(kinds) - 1}"
+                lines.append(f"test r10d, {ALIGNMENT[size] - 1}\n jz {passed}\n btc r10, 62\n {passed}:")
             lines.append(
                 f"""{index}
                 xor r10, [{tag}]
@@ -331,6 +340,8 @@ class Recipe:
     """Of a repeated string instruction do one element only."""
     form: Form | None = None
     """How it reaches memory, if not by the TLB alone."""
+    aligned: bool = False
+    """Its accesses raise #AC where they are not aligned."""
     reads: int = 0
     """Flags (iced's bits) that the op needs."""
     writes: int = 0
@@ -370,7 +381,7 @@ class Recipe:
 
         `loops`: it jumps around its checks.
         """
-        made = fragment(source, self.user, self.checks, self.prepared, self.form)
+        made = fragment(source, self.user, self.checks, self.prepared, self.form, self.aligned)
         self.checks += made.checks
         self.items.append(Item(False, made.code, made.misses, made.escapes, made.restart, loops))
         self.clobbers = True

@@ -34,6 +34,27 @@ def _flat_segments(code: str, data: str) -> str:
     """
 
 
+def _drop_data(segment: str) -> str:
+    """Empty a data segment register that CPL 3 may not have; its base stays (see `segments.drop_privileged_data`)."""
+    return f"""
+    mov eax, [rbp+{segment}_ATTRIBUTES]
+    test al, 0x80
+    jz iret_keep_{segment}
+    mov ecx, eax
+    and ecx, 0x60
+    cmp ecx, 0x60
+    je iret_keep_{segment}
+    and eax, 0x1c
+    cmp eax, 0x1c ; conforming code
+    je iret_keep_{segment}
+    xor eax, eax
+    mov [rbp+{segment}_SELECTOR], rax
+    mov [rbp+{segment}_LIMIT], rax
+    mov [rbp+{segment}_ATTRIBUTES], rax
+iret_keep_{segment}:
+    """
+
+
 EVENTS = f"""
 ; The host address of r13, linear, for the supervisor; r12 = kind.  The bytes meant must lie in one page.
 ; ZF set: rdi = host address.  Keeps rbx, rbp, r12, r13, r15.
@@ -318,12 +339,6 @@ iret:
     jne iret_python
     test dword [r15+16], FLAG_AC ; alignment checks are a mode of their own
     jnz iret_python
-    ; data segments of the kernel would have to be emptied
-    mov rcx, [rbp+DS_SELECTOR]
-    or rcx, [rbp+ES_SELECTOR]
-    or rcx, [rbp+FS_SELECTOR]
-    or rcx, [rbp+GS_SELECTOR]
-    jnz iret_python
     mov rbx, [rbp+KNOWN_CS]
     call same_descriptor
     jnz iret_python
@@ -331,6 +346,12 @@ iret:
     mov rbx, [rbp+KNOWN_SS]
     call same_descriptor
     jnz iret_python
+    mov rcx, [rbp+DS_SELECTOR]
+    or rcx, [rbp+ES_SELECTOR]
+    or rcx, [rbp+FS_SELECTOR]
+    or rcx, [rbp+GS_SELECTOR]
+    jnz iret_data
+iret_user:
     mov rax, [rbp+KNOWN_CS_SELECTOR]
     mov [rbp+CS_SELECTOR], rax
     mov qword [rbp+CS_ATTRIBUTES], CODE_64_USER
@@ -341,6 +362,10 @@ iret:
     mov [rbp+SS_LIMIT], rax
     {_enter_mode("USER", 3)}
     jmp iret_commit
+iret_data:
+    ; the user may not keep the kernel's data segments
+    {"".join(_drop_data(segment) for segment in ("DS", "ES", "FS", "GS"))}
+    jmp iret_user
 iret_kernel:
     mov ecx, [r15+32]
     cmp rcx, [rbp+SS_SELECTOR]

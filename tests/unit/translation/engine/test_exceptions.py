@@ -471,3 +471,19 @@ def test_an_access_that_leaves_ram_for_a_device_at_the_stack(machine: Make) -> N
     assert device.log[1][:3] == ("read", 0x100, 8)
 
 
+
+
+def test_iretq_empties_data_segments_natively_too(machine: Make) -> None:
+    """The second return to the same user segments is the native helper's."""
+    m = machine(
+        "again: mov eax, KERNEL_DS\n mov ds, eax\n mov fs, eax\n mov eax, USER_DS|3\n mov es, eax\n xor eax, eax\n mov gs, eax\n"
+        "mov ecx, 0xc0000100\n mov eax, 0x1234000\n xor edx, edx\n wrmsr\n"
+        "push USER_DS|3\n push USER_STACK\n push 0x202\n push USER_CS|3\n push user\n iretq\n"
+        "user: mov ebx, ds\n mov ebp, es\n mov esi, fs\n int 0x80\n kernel: dec r8d\n jnz again\n hlt"
+    )
+    m.gate(0x80, "kernel", dpl=3)
+    before = m.vcpu.statistics()["native helpers"]["iret"]
+    m.halt(r8=3)
+    assert m.vcpu.statistics()["native helpers"]["iret"] >= before + 1
+    assert (m["rbx"], m["rbp"], m["rsi"]) == (0, 0x20 | 3, 0)
+    assert m.core.segments[4].base == 0x1234000, "the base of FS stays"

@@ -239,7 +239,8 @@ class Mmu:
         words, page = self.core.words, linear & ~0xFFF & ((1 << 64) - 1)
         physical = found.physical & ~0xFFF
         writable = (found.writable or (not user and not self.core.cr0 & _CR0_WP)) and found.dirty
-        if self.paging().mode is paging.Mode.NONE:
+        paged = self.paging().mode is not paging.Mode.NONE
+        if not paged:
             writable = True
         elif found.key_forbids_writing and (user or self.core.cr0 & _CR0_WP):
             writable = False
@@ -250,7 +251,7 @@ class Mmu:
         words[at + 1] = page if writable else page ^ 0x1000
         words[at + 2] = self.memory.base + physical
         info = self._info(linear, found)
-        if not user and found.user and self.core.cr4 & CR4_SMAP:
+        if paged and not user and found.user and self.core.cr4 & CR4_SMAP:
             # To be closed again when RFLAGS.AC, which has let it through, is cleared.
             info |= INFO_OPENED
             count = words[_OPENED_COUNT]

@@ -333,6 +333,15 @@ def test_the_bios_ticks(real: Real) -> None:
     assert m["rsp"] == TOP
 
 
+def test_smap_means_nothing_without_paging(real: Real) -> None:
+    m = real("mov [0], ax\n mov bx, [0]\n hlt")
+    state = m.vcpu.state
+    state.cr4 |= 1 << 21
+    m.vcpu.state = state
+    m.halt(rax=0x1234)
+    assert m["rbx"] == 0x1234
+
+
 def test_single_steps(real: Real) -> None:
     m = real("pushf\n or byte [bp-1], 1\n popf\n inc ax\n inc ax\n hlt")
     m.memory.write_u32(0x7000 + 4, CODE_SEGMENT << 16 | 0x100)

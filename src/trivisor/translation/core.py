@@ -106,6 +106,8 @@ class Core:
     idtr_limit = _q("IDTR_LIMIT")
     cpl = _q("CPL")
     mode = _q("MODE")
+    pkru = _q("PKRU")
+    pkrs = _q("PKRS")
     interrupt_flag = _q("IF")  # 0 or 0x200
 
     def __init__(self, memory: GuestMemory) -> None:
@@ -122,8 +124,6 @@ class Core:
         """ES, CS, SS, DS, FS, GS, LDTR, TR."""
         self.dr = [0, 0, 0, 0, 0, 0, 0xFFFF0FF0, 0x400]
         self.debug = DebugUnit()
-        self.pkru = self.pkrs = 0
-        """The rights by protection key, of user pages and of the supervisor's."""
         self.interrupt_shadow = False
         """Interrupts are held off until one more instruction has run (STI, MOV SS, POP SS)."""
         self.nmi_blocked = False

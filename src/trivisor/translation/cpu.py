@@ -302,8 +302,10 @@ class TranslationVcpu:
         self.blocks.set_breakpoints(debug.code)
         words[_WATCHING] = 1 if debug.pages else 0
         self._mind_observers()
-        native = core.efer & EFER_LMA and cr0 & CR0_PG and not cr4 & (CR4_LA57 | CR4_PKE | CR4_PKS)
+        native = core.efer & EFER_LMA and cr0 & CR0_PG and not cr4 & CR4_LA57
         words[OFFSETS["PAGING_NATIVE"] // 8] = 1 if native else 0
+        words[OFFSETS["KEYS_USER"] // 8] = core.pkru if cr4 & CR4_PKE and long else 0
+        words[OFFSETS["KEYS_SUPERVISOR"] // 8] = core.pkrs if cr4 & CR4_PKS and long else 0
         natively = (
             native and mode.bits == 64 and not (core.nmi_blocked or debug.active) and ExceptionExit not in self.observed
             and self.supervisor is None and not aligned

@@ -159,6 +159,10 @@ _FIELDS = (
     "WATCHING",  # 1 when there are data breakpoints: TLB misses go to Python
     "SAMPLE_COUNT",  # of SAMPLES that have been taken
     "PAGING_NATIVE",  # 1 when the native walker may be used (long mode, 4-level)
+    "PKRU",
+    "PKRS",
+    "KEYS_USER",  # the same where CR4 has them count, else 0
+    "KEYS_SUPERVISOR",
     "PHYSICAL_LIMIT_MASK",  # reserved physical address bits of a page-table entry
     "KNOWN_CS",  # descriptor that IRET loaded last to user mode, raw; with its selector
     "KNOWN_CS_SELECTOR",

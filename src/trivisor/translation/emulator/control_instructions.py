@@ -348,6 +348,7 @@ def _wrpkru(cpu: Cpu, instruction: Instruction) -> None:
         raise general_protection()
     core.pkru = core.regs[RAX] & MASK32
     cpu.flush_tlb(keep_global=False)
+    cpu.mode_changed()
 
 
 def _cache_control(cpu: Cpu, instruction: Instruction) -> None:

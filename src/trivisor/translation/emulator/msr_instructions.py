@@ -92,7 +92,7 @@ def _need_pks(cpu: Cpu) -> None:
 
 def _read_pkrs(cpu: Cpu) -> int:
     _need_pks(cpu)
-    return cpu.core.pkrs
+    return int(cpu.core.pkrs)
 
 
 def _write_pkrs(cpu: Cpu, value: int) -> None:
@@ -101,6 +101,7 @@ def _write_pkrs(cpu: Cpu, value: int) -> None:
         raise GeneralProtection
     cpu.core.pkrs = value
     cpu.flush_tlb(keep_global=False)
+    cpu.mode_changed()
 
 
 def _read_tsc(cpu: Cpu) -> int:

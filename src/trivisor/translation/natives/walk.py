@@ -91,6 +91,10 @@ walk_large:
     or r8, rcx
     mov esi, 2
 walk_permission:
+    mov r10, [rbp+KEYS_USER]
+    or r10, [rbp+KEYS_SUPERVISOR]
+    jnz walk_keys
+walk_keys_allow:
     test r12b, KIND_USER
     jz walk_supervisor
     test r9b, 4
@@ -164,6 +168,22 @@ walk_note_huge:
     movzx ecx, cl
     mov byte [rbp+rcx+HUGE_PIECES], 1
     jmp walk_noted
+walk_keys:
+    ; a protection key that forbids nothing; others are Python's
+    test r12b, KIND_FETCH
+    jnz walk_keys_allow
+    mov rcx, rdx
+    shr rcx, 58
+    and ecx, 0x1e
+    mov r10, [rbp+KEYS_USER]
+    test r9b, 4
+    jnz walk_keys_look
+    mov r10, [rbp+KEYS_SUPERVISOR]
+walk_keys_look:
+    shr r10, cl
+    test r10b, 3
+    jz walk_keys_allow
+    jmp walk_slow
 walk_smap:
     ; data on user pages is out of reach unless RFLAGS.AC is set
     test r9b, 4

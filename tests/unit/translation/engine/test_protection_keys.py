@@ -39,6 +39,7 @@ def test_supervisor(
 ) -> None:
     m = guest(machine, f"mov cl, [rsi]\n {source}" if rights != 1 else source, cr4=cr4, page=page, wp=wp)
     setattr(m.core, register, rights << 2 * KEY)
+    m.vcpu.mode_changed()
     if error is None:
         m.halt(rsi=PAGE)
     else:
@@ -50,6 +51,7 @@ def test_supervisor(
 def test_user(machine: Make, source: str, rights: int, error: int) -> None:
     m = guest(machine, source, cr4=PKE, page=P | W | U, wp=False, cpl=3)
     m.core.pkru = rights << 2 * KEY
+    m.vcpu.mode_changed()
     assert m.fault(rsi=PAGE).error == error
 
 
@@ -57,6 +59,7 @@ def test_other_keys_and_other_pages_do_not_count(machine: Make) -> None:
     m = guest(machine, f"mov [rsi], eax\n mov [{DATA + 0x1000}], eax\n hlt", cr4=PKE | PKS, page=P | W | U)
     m.core.pkru = 0xFFFFFFFF & ~(3 << 2 * KEY | 3)
     m.core.pkrs = 0xFFFFFFFC
+    m.vcpu.mode_changed()
     m.halt(rsi=PAGE)
 
 

@@ -14,6 +14,8 @@ KIND_USER    equ 2
 KIND_PARKED  equ 4
 KIND_FETCH   equ 8
 KIND_CHUNK   equ 0x100
+; of a mode's key (`modes.Mode`): its TLBs are the user's
+MODE_IS_USER equ 4
 KIND_JUDGED  equ 0x200
 HOST_FLAGS   equ 0xcd5
 FLAG_TF      equ 0x100

@@ -33,8 +33,8 @@ dispatch:
     shl edx, 4
     lea rdi, [rbp+rdx+EXEC_TLB_KERNEL]
     lea rsi, [rbp+rdx+EXEC_TLB_USER]
-    cmp qword [rbp+CPL], 3
-    cmove rdi, rsi
+    test byte [rbp+MODE], MODE_IS_USER
+    cmovnz rdi, rsi
     mov rcx, rax
     and rcx, -4096
     cmp [rdi], rcx
@@ -76,8 +76,8 @@ dispatch_both_found:
 dispatch_small:
     test r8b, 1
     jnz dispatch_go
-    cmp qword [rbp+CPL], 3
-    je dispatch_go
+    test byte [rbp+MODE], MODE_IS_USER
+    jnz dispatch_go
     mov qword [rbp+KERNEL_JUMPS_LOCAL], 1
 dispatch_go:
     mov [rbp+SCRATCH_3], rdx
@@ -97,8 +97,8 @@ dispatch_fetch:
     je dispatch_leave
     mov r13, rdi
     mov r12d, KIND_FETCH
-    cmp qword [rbp+CPL], 3
-    jne dispatch_walk
+    test byte [rbp+MODE], MODE_IS_USER
+    jz dispatch_walk
     or r12d, KIND_USER
 dispatch_walk:
     inc qword [rbp+COUNT_EXEC_TLB_MISS]
@@ -137,8 +137,8 @@ dispatch_second:
     lea r13, [rbp+rdx+EXEC_TLB_KERNEL]
     lea rsi, [rbp+rdx+EXEC_TLB_USER]
     xor r12d, r12d
-    cmp qword [rbp+CPL], 3
-    jne dispatch_second_kernel
+    test byte [rbp+MODE], MODE_IS_USER
+    jz dispatch_second_kernel
     mov r13, rsi
     mov r12d, KIND_USER
 dispatch_second_kernel:

@@ -84,8 +84,8 @@ miss_code:
     shl edx, 4
     lea rcx, [rbp+rdx+EXEC_TLB_KERNEL]
     lea rsi, [rbp+rdx+EXEC_TLB_USER]
-    cmp qword [rbp+CPL], 3
-    cmove rcx, rsi
+    test byte [rbp+MODE], MODE_IS_USER
+    cmovnz rcx, rsi
     and rax, -4096
     cmp [rcx], rax
     jne miss_slow

@@ -39,6 +39,9 @@ class DeprivilegedCpu(Protocol):
     dr: list[int]
     """The debug registers DR0 to DR7; to be changed by `set_debug_register` alone."""
     xcr0: int
+    fsgsbase: bool
+    """CR4.FSGSBASE: RDFSBASE and its like do not raise #UD."""
+
     @property
     def xcr0_supported(self) -> int:
         """The bits that XCR0 may have."""

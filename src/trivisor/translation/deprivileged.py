@@ -13,7 +13,7 @@ from trivisor.translation.core import LDTR, MASK64
 from trivisor.translation.cpu import TranslationVcpu
 from trivisor.translation.emulator import segments
 from trivisor.translation.emulator.control_instructions import load_breakpoints
-from trivisor.x86.control import CR0_TS
+from trivisor.x86.control import CR0_TS, CR4_FSGSBASE
 from trivisor.x86.descriptors import LDT, PRESENT
 from trivisor.x86.paging import Access
 
@@ -62,6 +62,14 @@ class Deprivileged:
     def xcr0(self, value: int) -> None:
         self._core.xcr0 = value
         self._vcpu.mode_changed()
+
+    @property
+    def fsgsbase(self) -> bool:
+        return bool(self._core.cr4 & CR4_FSGSBASE)
+
+    @fsgsbase.setter
+    def fsgsbase(self, value: bool) -> None:
+        self._core.cr4 = self._core.cr4 & ~CR4_FSGSBASE | (CR4_FSGSBASE if value else 0)
 
     @property
     def xcr0_supported(self) -> int:

@@ -37,6 +37,7 @@ _STATUS_WORD = OFFSETS["FPU"] + 2
 _EXCEPTION_SUMMARY = 0x80
 _BOUNCE_SLOT = 8192
 _MAXIMUM_PREPARED = 4
+_STACK_BASES = {Register.RSP, Register.RBP, Register.ESP, Register.EBP}
 _READ_AND_WRITTEN = {OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE}
 
 _info = InstructionInfoFactory()
@@ -156,7 +157,13 @@ def _described(cpu: TranslationVcpu) -> Prepared | None:
 def _stack_fault(cpu: TranslationVcpu, check: int) -> GuestException:
     """The exception for an address that is not canonical: #SS for one relative to SS (Intel SDM 1, 3.3.7.1)."""
     instruction = cpu.blocks.instruction(cpu.mode, cpu.core.linear_rip)
-    by_stack = [used.segment == Register.SS for used in _info.info(instruction).used_memory()]
+    wide = cpu.mode.bits == 64  # where an override by ES, CS, SS or DS does not count
+    by_stack = [
+        used.base in _STACK_BASES and used.segment not in (Register.FS, Register.GS)
+        if wide
+        else used.segment == Register.SS
+        for used in _info.info(instruction).used_memory()
+    ]
     if all(by_stack) or (any(by_stack) and (check == 0) == (instruction.mnemonic == Mnemonic.POP)):
         return GuestException(STACK_FAULT, 0)
     return GuestException(GENERAL_PROTECTION, 0)

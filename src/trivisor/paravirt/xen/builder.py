@@ -1,9 +1,9 @@
 """The domain builder: what a PV guest finds in memory when it starts (xen.h, "Start-of-day memory layout").
 
-From the kernel's end on lie, each on pages of its own: start_info, the
-xenstore and console rings, the initial page tables and the boot stack; then,
-not mapped there, the list of frames (mapped where the kernel wants it) and the
-ramdisk.
+From the kernel's end on lie, each on pages of its own: the ramdisk and the list
+of frames, start_info, the xenstore and console rings, the initial page tables
+and the boot stack.  For kernels that ask for it the list of frames is mapped
+elsewhere and the ramdisk nowhere; these come last.
 """
 
 from __future__ import annotations
@@ -82,26 +82,32 @@ class DomainBuilder:
             layout.take(0, "the kernel")
         for address, data in kernel.segments:
             self._write(address, data)
+        module = (0, 0) if kernel.unmapped_module else self._place_module(layout, initrd)
+        list_pages = -(-8 * pages // PAGE_SIZE)
+        p2m = layout.take(list_pages, "the list of frames") if kernel.p2m_base is None else 0
+        p2m_address = kernel.address(p2m * PAGE_SIZE) if kernel.p2m_base is None else kernel.p2m_base
         start_info = layout.take(1, "the kernel")
         store, console = layout.take(1, "the kernel"), layout.take(1, "the kernel")
         tables_at, table_pages, stack = self._place_tables(layout)
-        list_pages = -(-8 * pages // PAGE_SIZE)
-        p2m = layout.take(list_pages, "the list of frames")
-        p2m_tables = layout.take(_tables_below_root(list_pages), "the list of frames")
-        if kernel.p2m_base is None:
-            raise self._image.fail("has no note of where the list of frames goes (XEN_ELFNOTE_INIT_P2M)")
+        p2m_tables, p2m_pages = layout.next, list_pages
+        if kernel.p2m_base is not None:
+            p2m = layout.take(list_pages, "the list of frames")
+            p2m_tables = layout.take(_tables_below_root(list_pages), "the list of frames")
+            p2m_pages += _tables_below_root(list_pages)
         self._write(p2m * PAGE_SIZE, struct.pack(f"<{pages}Q", *self._frames_of))
 
         root = self._frames_of[tables_at]
         all_tables = {*range(tables_at, tables_at + table_pages), *range(p2m_tables, layout.next)}
         self._map(root, tables_at + 1, kernel.address(0), range(self._mapped_end), all_tables)
-        self._map(root, p2m_tables, kernel.p2m_base, range(p2m, p2m + list_pages), set())
-        module = self._place_module(layout, initrd)
+        if kernel.p2m_base is not None:
+            self._map(root, p2m_tables, kernel.p2m_base, range(p2m, p2m + list_pages), set())
+        if kernel.unmapped_module:
+            module = self._place_module(layout, initrd)
         self._write_start_info(
             start_info, command_line,
             store=(self._frames_of[store], store_port), console=(self._frames_of[console], console_port),
             tables=(kernel.address(tables_at * PAGE_SIZE), table_pages),
-            p2m=(kernel.p2m_base, p2m, layout_pages(list_pages)), module=module,
+            p2m=(p2m_address, p2m, p2m_pages), module=module,
         )  # fmt: skip
         if kernel.hypercall_page is not None:
             self._write(kernel.hypercall_page - kernel.virtual_base, hypercall_page())
@@ -158,14 +164,12 @@ class DomainBuilder:
         return tables, count, layout.take(1, "the boot stack")
 
     def _place_module(self, layout: _Layout, initrd: bytes | None) -> tuple[int, int]:
-        """(page, length) of the ramdisk."""
+        """(page, length) of the ramdisk; for a kernel that wants it mapped its linear address and length."""
         if not initrd:
             return 0, 0
-        if not self._kernel.unmapped_module:
-            raise self._image.fail("wants its ramdisk mapped, which is not done (XEN_ELFNOTE_MOD_START_PFN)")
         page = layout.take(-(-len(initrd) // PAGE_SIZE), f"the initrd of {-(-len(initrd) // MIB)} MiB")
         self._write(page * PAGE_SIZE, initrd)
-        return page, len(initrd)
+        return page if self._kernel.unmapped_module else self._kernel.address(page * PAGE_SIZE), len(initrd)
 
     def _map(self, root: int, tables_at: int, address: int, pages: range, read_only: set[int]) -> None:
         """Map `pages` from linear `address` on, with tables of levels 1 to 3 from page `tables_at` on."""
@@ -194,16 +198,12 @@ class DomainBuilder:
             )
         if b"\0" in text:
             raise ImageError("a kernel command line cannot hold a NUL character; change --append")
+        flags = SIF_MOD_START_PFN if module[1] and self._kernel.unmapped_module else 0
         info = struct.pack(
             "<32sQQI4xQI4xQI4xQQQQQ", START_INFO_MAGIC, len(self._frames_of), self._own.shared_info * PAGE_SIZE,
-            SIF_MOD_START_PFN if module[1] else 0, *store, *console, *tables, p2m[0], *module,
+            flags, *store, *console, *tables, p2m[0], *module,
         ) + struct.pack(f"<{MAX_GUEST_CMDLINE}sQQ", text, p2m[1], p2m[2])  # fmt: skip
         self._write(page * PAGE_SIZE, info)
-
-
-def layout_pages(list_pages: int) -> int:
-    """Pages of the list of frames together with the page tables that map it."""
-    return list_pages + _tables_below_root(list_pages)
 
 
 def _tables_below_root(pages: int, address: int = 0) -> int:

@@ -31,7 +31,6 @@ from trivisor.x86.control import (
     CR0_PE,
     CR0_PG,
     CR0_WP,
-    CR4_FSGSBASE,
     CR4_OSFXSR,
     CR4_OSXMMEXCPT,
     CR4_OSXSAVE,
@@ -142,7 +141,7 @@ def _first_state(entry: int, stack: int, start_info: int, root: int) -> CpuState
         idtr=Table(0, 0),
         cr0=_CR0,
         cr3=root * PAGE_SIZE,
-        cr4=CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT | CR4_OSXSAVE | CR4_FSGSBASE,
+        cr4=CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT | CR4_OSXSAVE,
         efer=EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE,
     )
     state.gpr[_RSP] = stack

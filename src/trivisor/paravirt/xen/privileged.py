@@ -12,13 +12,13 @@ from iced_x86 import Code, Instruction, Mnemonic, Register
 
 from trivisor.machine.deprivileged import FS, GS
 from trivisor.machine.vcpu import GeneralProtection
-from trivisor.paravirt.xen.abi import FORCED_EMULATION
+from trivisor.paravirt.xen.abi import FORCED_EMULATION, VMASST_ARCHITECTURAL_IOPL
 from trivisor.paravirt.xen.debug_registers import set_debug_register
 from trivisor.paravirt.xen.decode import fetch, memory_address
 from trivisor.paravirt.xen.errors import HypercallError
 from trivisor.paravirt.xen.hypercalls.mmu import load_kernel_root
 from trivisor.x86 import msr
-from trivisor.x86.control import CR0_TS, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, xcr0_is_valid
+from trivisor.x86.control import CR0_TS, CR4_FSGSBASE, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, xcr0_is_valid
 from trivisor.x86.exceptions import GuestException
 
 if TYPE_CHECKING:
@@ -80,7 +80,9 @@ def _cpuid(domain: Domain, instruction: Instruction) -> bool:
 
 
 def _io_allowed(domain: Domain) -> bool:
-    level = 1 if domain.state.in_kernel else 3
+    level = 3
+    if domain.state.in_kernel:  # which counts as ring 1 unless the guest asked for the architecture's way
+        level = 0 if VMASST_ARCHITECTURAL_IOPL in domain.state.assists else 1
     return level <= domain.state.iopl
 
 
@@ -103,14 +105,9 @@ def _out(domain: Domain, instruction: Instruction) -> bool:
     return _io_allowed(domain)
 
 
-def _interrupt_flag(value: bool) -> _Handler:
-    def execute(domain: Domain, instruction: Instruction) -> bool:
-        if not _io_allowed(domain):
-            return False
-        domain.view[domain.events.vcpu_info + 1] = 0 if value else 1
-        return True
-
-    return execute
+def _interrupt_flag(domain: Domain, instruction: Instruction) -> bool:
+    """CLI and STI do nothing where they are allowed: POPF could not undo them, since it does not trap (as on Xen)."""
+    return _io_allowed(domain)
 
 
 def _halt(domain: Domain, instruction: Instruction) -> bool:
@@ -186,6 +183,7 @@ def _write_control(domain: Domain, number: int, value: int) -> bool:
                 return False
         case 4:
             state.cr4 = value
+            domain.cpu.fsgsbase = bool(value & CR4_FSGSBASE)
         case _:
             return False
     return True
@@ -217,8 +215,8 @@ def _read_msr(domain: Domain, index: int) -> int | None:
             return cpu.tsc()
         case msr.IA32_MISC_ENABLE:
             return _MISC_ENABLE_FAST_STRINGS
-        case msr.IA32_BIOS_SIGN_ID:
-            return 0  # no microcode update
+        case msr.IA32_BIOS_SIGN_ID | msr.IA32_DEBUGCTL:
+            return 0  # no microcode update; nothing is recorded
     if index in _MITIGATIONS:
         try:
             return cpu.read_msr(index)
@@ -265,10 +263,14 @@ def _xsetbv(domain: Domain, instruction: Instruction) -> bool:
     return True
 
 
-_ANYWHERE: dict[int, _Handler] = {Mnemonic.IN: _in, Mnemonic.OUT: _out, Mnemonic.CPUID: _cpuid}
+_ANYWHERE: dict[int, _Handler] = {
+    Mnemonic.IN: _in,
+    Mnemonic.OUT: _out,
+    Mnemonic.CPUID: _cpuid,
+    Mnemonic.CLI: _interrupt_flag,
+    Mnemonic.STI: _interrupt_flag,
+}
 _IN_KERNEL: dict[int, _Handler] = {
-    Mnemonic.CLI: _interrupt_flag(False),
-    Mnemonic.STI: _interrupt_flag(True),
     Mnemonic.HLT: _halt,
     Mnemonic.WBINVD: _nothing,
     Mnemonic.INVD: _nothing,

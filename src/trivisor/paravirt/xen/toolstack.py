@@ -6,6 +6,9 @@ from trivisor.paravirt.xen.xenstore.store import Store
 
 BACK_END = "/local/domain/0/backend"
 
+_CONTROL = tuple(f"control/{name}" for name in ("feature-poweroff", "feature-reboot", "feature-suspend", "sysrq"))
+"""Where the guest tells what it can be asked for."""
+
 
 def home(domain: int) -> str:
     """The domain's own part of the store."""
@@ -32,7 +35,7 @@ def introduce(store: Store, domain: int, pages: int) -> None:
     }
     for name, value in values.items():
         store.write(f"{own}/{name}", value)
-    for name in ("control/shutdown", "device", "data", "attr", "error", "drivers", "feature"):
+    for name in ("control/shutdown", *_CONTROL, "device", "data", "attr", "error", "drivers", "feature"):
         store.make(f"{own}/{name}")
         store.set_permissions(f"{own}/{name}", writable)
 

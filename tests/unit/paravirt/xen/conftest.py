@@ -31,6 +31,7 @@ class StillCpu:
         self.xcr0 = 1
         self.xcr0_supported = 7
         self.fpu_disabled = False
+        self.fsgsbase = False
         self.memory = bytearray(_ROOM)
         self.selectors = [0, abi.FLAT_RING3_CS64, abi.FLAT_RING3_SS, 0, 0, 0]
         self.bases = {4: 0, 5: 0}

@@ -79,16 +79,18 @@ class _Control:
         """`count` of struct multicall_entry, one after the other; each has its own result."""
         domain, cpu = self._domain, self._domain.cpu
         count &= 0xFFFFFFFF
-        iret, multicall = HYPERCALL_NUMBERS["iret"], HYPERCALL_NUMBERS["multicall"]
+        multicall = HYPERCALL_NUMBERS["multicall"]
         for number in range(min(count, _AT_A_TIME)):
             at = entries + _MULTICALL_SIZE * number
             operation, _, *arguments = struct.unpack("<8Q", cpu.load(at, _MULTICALL_SIZE))
             try:
-                result = -ENOSYS if operation in (iret, multicall) else domain.call(operation, tuple(arguments))
+                result = -ENOSYS if operation == multicall else domain.call(operation, tuple(arguments))
             except Preempted as rest:
                 cpu.store(at + 16, struct.pack(f"<{len(rest.arguments)}Q", *rest.arguments))
                 raise Preempted(at, count - number) from None
-            cpu.store(at + 8, struct.pack("<q", result))
+            if not domain.state.in_kernel:
+                return result  # an iret has left the kernel, and the rest of the calls with it
+            cpu.store(at + 8, (result & (1 << 64) - 1).to_bytes(8, "little"))
         if count > _AT_A_TIME:
             raise Preempted(entries + _MULTICALL_SIZE * _AT_A_TIME, count - _AT_A_TIME)
         return 0

@@ -450,6 +450,7 @@ class InstructionMaker:
         recipe.takes_form = slotted <= 1 and not high
         body = self.on_host_address(instruction, high, write, access in _READS, size, offset=recipe.before)
         self._op(recipe, instruction, body)
+        memory_forms.hide_pointers(recipe, instruction)
 
     def _op(self, recipe: Recipe, instruction: Instruction, code: bytes) -> None:
         """Add the instruction as it was encoded last, within `code`, and share the recipe if all constants allow."""

@@ -70,7 +70,26 @@ def xsave(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> 
     )
     body = maker.on_host_address(host, False, saves, True, 64)
     recipe.items.append(Item(False, body))
+    if saves:
+        recipe.clobber("test al, 1\n jz no_x87\n mov qword [r10+8], 0\n mov qword [r10+16], 0\n no_x87:")
     recipe.code("mov rax, [rsp+SPILL]\n mov rdx, [rsp+SPILL_2]")
+
+
+_POINTERS = {
+    **dict.fromkeys((Code.FNSTENV_M14BYTE, Code.FNSAVE_M94BYTE), "mov dword [r10+6], 0\n mov dword [r10+10], 0"),
+    **dict.fromkeys(
+        (Code.FNSTENV_M28BYTE, Code.FNSAVE_M108BYTE),
+        "mov dword [r10+12], 0\n mov word [r10+16], 0\n mov dword [r10+20], 0\n mov word [r10+24], 0",
+    ),
+    **dict.fromkeys((Code.FXSAVE_M512BYTE, Code.FXSAVE64_M512BYTE), "mov qword [r10+8], 0\n mov qword [r10+16], 0"),
+}
+"""What takes the x87's last instruction and operand pointers out of a stored state: they are the host's addresses."""
+
+
+def hide_pointers(recipe: Recipe, instruction: Instruction) -> None:
+    """After an instruction that has stored x87 state at [r10]."""
+    if (source := _POINTERS.get(instruction.code)) is not None:
+        recipe.clobber(source)
 
 
 def xlat(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:

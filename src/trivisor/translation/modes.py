@@ -84,11 +84,6 @@ class Mode:
         """Real or virtual-8086 mode."""
         return self.segmentation is not None and self.segmentation.real
 
-    @property
-    def plain_stack(self) -> bool:
-        """The stack segment is flat, and the stack pointer as wide as the code."""
-        return self.stack_bits == self.bits and not self.checks("SS")
-
     def checks(self, segment: str) -> bool:
         """Whether accesses by a segment register are held against its base, limit and type."""
         if self.bits == 64:

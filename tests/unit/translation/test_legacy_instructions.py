@@ -65,7 +65,7 @@ def test_aam_by_zero(cpu: Any) -> None:
     assert cpu.fault(bytes.fromhex("d400")) == (0, None)
 
 
-def test_flags_through_ah_and_xlat(cpu: Any) -> None:
+def test_flags_through_ah(cpu: Any) -> None:
     core = cpu.long_mode().core
     core.rflags = 2 | CF | ZF | OF
     cpu.advanced("lahf")
@@ -73,10 +73,6 @@ def test_flags_through_ah_and_xlat(cpu: Any) -> None:
     core.regs[RAX] = 0x8000
     cpu.advanced("sahf")
     assert core.rflags == 2 | 0x80 | OF
-    core.regs[RAX], core.regs[RBX] = 0xFF05, 0x10000
-    cpu.put(0x10005, 1, 0x77)
-    cpu.advanced("xlatb")
-    assert core.regs[RAX] == 0xFF77
 
 
 def test_enter_with_nested_frames(cpu: Any, layout: Any) -> None:

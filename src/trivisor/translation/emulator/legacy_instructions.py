@@ -11,7 +11,6 @@ from trivisor.translation.emulator.operands import (
     in_64bit_mode,
     invalid_opcode,
     linear_address,
-    memory_address,
 )
 from trivisor.translation.emulator.stack import push, release, set_stack_pointer, stack_mask, top
 from trivisor.x86.exceptions import DIVIDE_ERROR, GuestException
@@ -157,10 +156,6 @@ def _salc(cpu: Cpu, instruction: Instruction) -> None:
     _set_al(cpu.core, 0xFF if cpu.core.rflags & CF else 0)
 
 
-def _xlat(cpu: Cpu, instruction: Instruction) -> None:
-    _set_al(cpu.core, cpu.load(memory_address(cpu.core, instruction, 1), 1))
-
-
 _AH_FLAGS = SF | ZF | AF | PF | CF
 
 
@@ -195,7 +190,6 @@ STRAIGHT: dict[int, Handler] = {
     Code.AAM_IMM8: _aam,
     Code.AAD_IMM8: _aad,
     Code.SALC: _salc,
-    Code.XLAT_M8: _xlat,
     Code.LAHF: _lahf,
     Code.SAHF: _sahf,
 }

@@ -37,6 +37,8 @@ class Frames:
         self.words = memory.view.cast("Q")
         """The machine's memory in 64-bit words: frame number times 512 and the word in it."""
         self._free: list[int] = []
+        self._allocated = bytearray(self.count)
+        """Frames that the domain has not given back; it may have given back some that are still in use."""
         self.owned = 0
         """How many frames the domain has."""
         self._writable_until = array("L", bytes(8 * self.count))
@@ -59,6 +61,7 @@ class Frames:
         frame = self._free.pop()
         self.owner[frame] = DOMAIN
         self.references[frame] = 1
+        self._allocated[frame] = 1
         self.owned += 1
         return frame
 
@@ -68,6 +71,11 @@ class Frames:
         self.references[frame] = 1
         self.kind[frame] = WRITABLE if writable else NONE
         self.kind_count[frame] = 1
+
+    def hold_writable(self, frame: int) -> None:
+        """Xen itself writes to this frame of the domain's from now on: it stays writable memory."""
+        self.get(frame)
+        self.get_writable(frame)
 
     def owns(self, frame: int) -> bool:
         """Whether the domain owns a frame, or Xen shares it with the domain."""
@@ -89,11 +97,12 @@ class Frames:
             self._free.append(frame)
 
     def release(self, frame: int) -> None:
-        """The domain gives a frame back: EBUSY while it is pinned or is one of Xen's, EPERM if it is not its own."""
-        if not self.owns(frame):
+        """The domain gives a frame back: EBUSY while it is a page table, EPERM if it is not the domain's to give."""
+        if not self.owns(frame) or not self._allocated[frame]:
             raise HypercallError(EPERM)
         if self.pinned[frame] or (self.kind_count[frame] and self.kind[frame] != WRITABLE):
             raise HypercallError(EBUSY)
+        self._allocated[frame] = 0
         self.put(frame)
 
     def get_writable(self, frame: int) -> None:

@@ -103,6 +103,8 @@ class XenMachine:
         console_port = events.allocate_unbound(BACK_END_DOMAIN)
         builder = DomainBuilder(kernel, image, self._frames, own, self._tables, frames_of)
         started = builder.build(initrd, command_line, store_port, console_port)
+        for frame in (started.store_frame, started.console_frame):
+            self._frames.hold_writable(frame)
         console = self.platform.console = ConsoleRing(
             self.memory, started.console_frame * PAGE_SIZE, self._output, lambda: events.set_pending(console_port)
         )

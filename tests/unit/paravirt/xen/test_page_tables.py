@@ -179,3 +179,32 @@ def test_freeing_a_frame_that_is_still_mapped(guest) -> None:
     guest.put("<Q", table, at=0x11000)
     guest.put("<QQIIH6x", 0x11000, 1, 0, 0, abi.DOMID_SELF)
     assert guest.call("memory_op", abi.XENMEM_DECREASE_RESERVATION, 0x10000) == 0, "a pinned table stays"
+
+
+def release(guest, frame: int) -> int:
+    guest.put("<Q", frame, at=0x11000)
+    guest.put("<QQIIH6x", 0x11000, 1, 0, 0, abi.DOMID_SELF)
+    return guest.call("memory_op", abi.XENMEM_DECREASE_RESERVATION, 0x10000)
+
+
+def test_frames_that_xen_writes_to_stay_what_they_are(guest) -> None:
+    """Else a guest could have Xen itself write into a page table of its."""
+    own = guest.domain.own
+    ring = guest.frame()
+    guest.frames.hold_writable(ring)
+    for frame in (own.shared_info, own.grant_frames[0], ring):
+        assert guest.extended(abi.MMUEXT_PIN_L1_TABLE, frame) == -abi.EINVAL
+    free = guest.frames.free
+    assert release(guest, own.shared_info) == release(guest, own.grant_frames[0]) == 0
+    assert (release(guest, ring), release(guest, ring)) == (1, 0), "once"
+    assert guest.frames.free == free and guest.extended(abi.MMUEXT_PIN_L1_TABLE, ring) == -abi.EINVAL
+
+
+def test_a_frame_is_given_back_once(guest) -> None:
+    table, page = guest.frame(), guest.frame()
+    guest.extended(abi.MMUEXT_PIN_L1_TABLE, table)
+    guest.update(table, 0, page << 12 | P | W)
+    assert (release(guest, page), release(guest, page)) == (1, 0)
+    free = guest.frames.free
+    guest.update(table, 0, 0)
+    assert guest.frames.free == free + 1 and not guest.frames.owns(page)

@@ -154,7 +154,7 @@ class Machine:
         long = self.bits == 64
         s.cr0, s.cr3, s.cr4 = (0x80010033 if long else 0x33), PML4, 0x620 if long else 0x600
         s.efer = 0xD01 if long else 0
-        if self.vcpu.xcr0_supported:
+        if getattr(self.vcpu, "xcr0_supported", 0):  # the translation engine's code looks at CR4.OSXSAVE
             s.cr4, s.xcr0 = s.cr4 | 1 << 18, self.vcpu.xcr0_supported
         code = (USER_CS if long else USER_CS32) if cpl else (KERNEL_CS if long else KERNEL_CS32)
         data = USER_DS if cpl else KERNEL_DS

@@ -188,7 +188,6 @@ EXCEPTIONS = [
         vector=x.ALIGNMENT_CHECK,
         error=0,
         at="here",
-        pending={"translation": "no alignment checks"},
     ),
     Program(
         "a privileged instruction in ring 3",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trivisor import StopReason, VirtualMachine
-from trivisor.guests.test_kernel import FAILED, STATUS, build
+from trivisor.guests.test_kernel import STATUS, build
 from trivisor.machine.exits import PortOut
 
 pytestmark = [pytest.mark.boot, pytest.mark.timeout(60)]
@@ -116,16 +116,6 @@ def test_a_triple_fault_dumps_the_state(kernel: Path) -> None:
     for what in ("rax=", "rip=", "cr0=", "cr3=", " cs=0008", "idt       base=0000000000000000  limit=0000"):
         assert what in text
     assert "  ud2" in text, "the instruction at rip"
-
-
-def test_what_is_missing_is_named_with_its_address(kernel: Path) -> None:
-    run = command(kernel, "--append", "task")
-    if run.returncode == FAILED and "unexpected interrupt" in run.stdout:
-        pytest.fail("tasks can be switched now: this test wants another instruction")
-    assert (run.returncode, run.stdout) == (3, report(kernel, "task"))
-    assert run.stderr.startswith("trivisor: unsupported: ") and run.stderr.count("\n") == 1
-    assert "iret at 0x1001" in run.stderr
-    assert run.stderr.count(" at 0x") == 1
 
 
 def test_stepping(kernel: Path) -> None:

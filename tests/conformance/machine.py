@@ -21,7 +21,7 @@ from trivisor.machine.exits import Exit
 from trivisor.machine.state import GPR_NAMES, CpuState
 from trivisor.machine.vcpu import Surroundings, Vcpu
 from trivisor.translation.cpu import TranslationVcpu
-from trivisor.x86.flags import RF
+from trivisor.x86.flags import AC, RF
 
 PORTS = 0x500
 """Where the recording device stands on the port bus."""
@@ -152,7 +152,7 @@ def observe(guest: Guest, exit_: Exit) -> Observation:
         registers=dict(zip(GPR_NAMES, state.gpr, strict=True)),
         segments={name: (one.selector, one.base) for name, one in state.segments().items()},
         rip=state.rip,
-        flags=state.rflags & ~ARITHMETIC,
+        flags=state.rflags & ~(ARITHMETIC | AC),  # a KVM that emulates ring 0 drops AC at an exception
         cr2=state.cr2,
         dr6=state.dr[6],
         frame=_without_resume_flag(guest.frame_of(state)) if at_handler else None,

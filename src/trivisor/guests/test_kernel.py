@@ -3,8 +3,7 @@
 It runs in 32-bit protected mode, reports what the boot loader told it on COM1,
 takes ten timer interrupts through the 8259A and ends the run through port
 0xf4.  The last word of its command line can ask for another end: `spin` loops
-forever, `halt` halts with interrupts off, `triple` ends in a triple fault and
-`task` returns to another task by hardware.
+forever, `halt` halts with interrupts off and `triple` ends in a triple fault.
 """
 
 from __future__ import annotations
@@ -172,12 +171,6 @@ triple:
     lidt [no_idt]
     ud2
 
-task:                              ; a return to the task before, by hardware
-    pushfd
-    or dword [esp], 0x4000
-    popfd
-    iretd
-
 ; ---- interrupts ----
 
 make_idt:
@@ -300,12 +293,11 @@ unexpected_text: db "unexpected interrupt", 10, 0
 spin_word: db "spin", 0
 halt_word: db "halt", 0
 triple_word: db "triple", 0
-task_word: db "task", 0
 pic_set_up:                        ; ports and values: vectors 0x20 to 0x2f, IRQ 0 alone unmasked
     db 0x20, 0x11, 0x21, 0x20, 0x21, 0x04, 0x21, 0x01, 0x21, 0xFE
     db 0xA0, 0x11, 0xA1, 0x28, 0xA1, 0x02, 0xA1, 0x01, 0xA1, 0xFF, 0, 0
 align 8
-endings: dd spin_word, spin, halt_word, halt, triple_word, triple, task_word, task, 0
+endings: dd spin_word, spin, halt_word, halt, triple_word, triple, 0
 ticks: dd 0
 gdt: dq 0, 0x00CF9B000000FFFF, 0x00CF93000000FFFF
 gdt_pointer:

@@ -47,7 +47,7 @@ from trivisor.x86 import msr
 from trivisor.x86.cpuid import USUAL_CPU, CpuChoice
 from trivisor.x86.exceptions import DOUBLE_FAULT
 
-KICK_SIGNAL = signal.SIGRTMIN + 10
+KICK_SIGNAL = signal.SIGRTMIN + 11
 _MASK64 = (1 << 64) - 1
 _EXIT_REASON = abi.RunHeader.exit_reason.offset // 4
 _IMMEDIATE_EXIT = abi.RunHeader.immediate_exit.offset

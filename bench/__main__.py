@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import kernel_report, report
+from bench import kernel_report, report, system
 from bench.boot import run_boots
 from bench.compute import run_compute
 from bench.guests.kernels import NAMES
@@ -51,9 +51,12 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured as JSON")
     arguments = parser.parse_args(words)
     unknown = [part for part in arguments.parts if part not in _PARTS]
-    unknown += [name for name in arguments.only or () if name not in NAMES]
+    unknown += [name for name in arguments.only or () if name not in (*NAMES, *system.NAMES)]
     if unknown:
         parser.error(f"there is no {unknown[0]}")
+    if arguments.only and not arguments.parts:
+        kernels = {"compute": NAMES, "system": system.NAMES}
+        arguments.parts = [part for part, names in kernels.items() if not set(names).isdisjoint(arguments.only)]
     arguments.parts = arguments.parts or list(_PARTS)
     return arguments
 
@@ -76,6 +79,12 @@ def _compute(arguments: argparse.Namespace, said: Said) -> Shown:
     return lambda console: kernel_report.print_compute(console, found), found.as_json()
 
 
+def _system(arguments: argparse.Namespace, said: Said) -> Shown:
+    names = [name for name in system.NAMES if arguments.only is None or name in arguments.only]
+    found = system.run_system(arguments.runs, names, said, qemu=not arguments.skip_qemu)
+    return lambda console: kernel_report.print_system(console, found, system.OPERATIONS_EACH), found.as_json()
+
+
 def _boot(arguments: argparse.Namespace, said: Said) -> Shown:
     start = time_starts(_STARTS)
     boots = run_boots(arguments.runs, said, qemu=not arguments.skip_qemu)
@@ -90,7 +99,7 @@ def _boot(arguments: argparse.Namespace, said: Said) -> Shown:
     return show, report.boots_as_json(boots, start)
 
 
-_PARTS = {"compute": _compute, "boot": _boot}
+_PARTS = {"compute": _compute, "system": _system, "boot": _boot}
 
 
 def time_starts(count: int) -> list[float]:

@@ -49,7 +49,8 @@ def print_compute(console: Console, found: Comparison) -> None:
 
 def print_system(console: Console, found: Comparison, operations: dict[str, int]) -> None:
     """Cycles of one operation, side by side; `operations` are how many a repetition has."""
-    table = titled_table(console, "System kernels: cycles an operation (medians)", "", TRIVISOR, TCG, "over TCG")
+    title = "System kernels: cycles of the TSC an operation (medians)"
+    table = titled_table(console, title, "", TRIVISOR, TCG, "speed over TCG")
     for name in found.names:
         each = [cycles and cycles / operations[name] for cycles in (found.cycles(m, name) for m in (TRIVISOR, TCG))]
         speed = _inverse(found.ratio(TRIVISOR, TCG, name))

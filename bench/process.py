@@ -28,6 +28,17 @@ def time_to_line(command: Sequence[str], line: bytes, *, limit: float, end_with:
 
     Raises `Failed` when it ends before that or takes more than `limit` seconds.
     """
+    wall, cpu, _ = _run(command, line, limit, end_with)
+    return Timing(wall, cpu)
+
+
+def output_to_line(command: Sequence[str], line: bytes, *, limit: float, end_with: int = signal.SIGKILL) -> bytes:
+    """What `time_to_line` reads up to the line."""
+    return _run(command, line, limit, end_with)[2]
+
+
+def _run(command: Sequence[str], line: bytes, limit: float, end_with: int) -> tuple[float, float, bytes]:
+    """Run it to the line: seconds by the clock, seconds of processor time, and the output."""
     started = time.perf_counter()
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
@@ -46,7 +57,7 @@ def time_to_line(command: Sequence[str], line: bytes, *, limit: float, end_with:
     if line not in output:
         last = output.decode(errors="replace").strip().rpartition("\n")[2]
         raise Failed(f"{command[0]} did not print {line.decode()!r} within {limit:g} s; its last line: {last!r}")
-    return Timing(wall, cpu)
+    return wall, cpu, bytes(output)
 
 
 def _read_until(descriptor: int, line: bytes, deadline: float) -> bytearray:

@@ -16,7 +16,7 @@ from bench.machines import TCG, TRIVISOR, have_qemu, run_image
 from bench.process import Failed, output_to_line
 from bench.records import Comparison, Record, parse
 from trivisor.guests.debian import default_guest
-from trivisor.guests.initramfs import CONSOLE_COMMAND_LINE
+from trivisor.guests.initramfs import console_command_line
 
 FORK = "fork"
 """The kernel that needs Linux."""
@@ -56,7 +56,7 @@ def _run_linux(machine: str, initramfs: Path, said: Callable[[str], None]) -> di
     else:
         command = [
             sys.executable, "-m", "trivisor", "run", str(guest.kernel), "--initrd", str(initramfs),
-            "--append", CONSOLE_COMMAND_LINE,
+            "--append", console_command_line(),
         ]  # fmt: skip
     output = output_to_line(command, b"fork: done", limit=_LIMIT_SECONDS, end_with=signal.SIGTERM)
     found = _RECORD.search(output.decode(errors="replace").replace("\r", ""))

@@ -121,6 +121,7 @@ class Pc:
             has_x2apic="x2apic" not in absent,
         )  # fmt: skip
         self.interrupts: InterruptController = self.local_apic
+        self.virtual_apic = self.local_apic.virtual
         self.io_apic = IoApic(self._deliver)
         self._io_apic_pin_0 = self.io_apic.line(0)
         self.pic = DualPic(self._pic_output)
@@ -213,7 +214,7 @@ class Pc:
         self._local_apic_base: int | None = APIC_BASE
         self.mmio.attach(APIC_BASE, _APIC_WINDOW, self.local_apic)
 
-    def _move_local_apic(self, base: int) -> None:
+    def _move_local_apic(self, base: int) -> bool:
         """The window goes to `base`; where another device or RAM answers, it is hidden behind that."""
         if self._local_apic_base is not None:
             self.mmio.detach(self._local_apic_base)
@@ -221,6 +222,7 @@ class Pc:
         with suppress(ValueError):
             self.mmio.attach(base, _APIC_WINDOW, self.local_apic)
             self._local_apic_base = base
+        return self._local_apic_base is not None
 
     def _attach_test_device(self) -> None:
         """The lines are those of the I/O APIC's pins, where the ISA interrupts reach the 8259 pair as well."""

@@ -17,6 +17,7 @@ from trivisor.machine.clock import Clock
 from trivisor.machine.interrupts import InterruptSource
 from trivisor.machine.memory import PHYSICAL_ADDRESS_BITS
 from trivisor.machine.vcpu import GeneralProtection
+from trivisor.machine.virtual_apic import END_ASK, END_NOTHING, END_READY, VirtualApic
 
 APIC_BASE = 0xFEE00000
 """Where the window stands after RESET; `IA32_APIC_BASE` moves it."""
@@ -65,8 +66,9 @@ _X2APIC_ACCEPTED = {
 """What WRMSR takes without #GP: the registers that can be written, and their bits that are not reserved."""
 
 
-def _stay(base: int) -> None:
+def _stay(base: int) -> bool:
     """The window of an APIC that is on no bus."""
+    return True
 
 
 def _nothing() -> None:
@@ -104,20 +106,24 @@ class LocalApic:
         self.on_pending: Callable[[], None] = _nothing
         """Called when an interrupt becomes deliverable that was not before."""
         self.on_nmi: Callable[[], None] = _nothing
-        self.on_moved: Callable[[int], None] = _stay
-        """Called with the window's new physical address."""
+        self.on_moved: Callable[[int], bool] = _stay
+        """Called with the window's new physical address; returns whether it can be seen there."""
         self.on_end_of_interrupt: Callable[[int], None] = _ignore_vector
         """The EOI message for a level-triggered vector, for the I/O APICs."""
         self.timer = ApicTimer(clock, tsc, tsc_frequency, crystal_frequency, self._timer_expired)
+        self.virtual = VirtualApic()
+        """The task priority is kept there, and some EOIs arrive there."""
         self._base = APIC_BASE | GLOBAL_ENABLE | BSP
+        self._visible = True  # nothing else hides the window
+        self._place()
         self._lint0_level = self._lint1_level = False
         self._extint_open = False
         """Whether the 8259's INTR reaches the processor."""
         self._readers: dict[int, Callable[[], int]] = {
             ID: self._read_id,
             VERSION: lambda: _VERSION_VALUE,
-            TPR: lambda: self._tpr,
-            PPR: lambda: self._ppr,
+            TPR: lambda: self.virtual.tpr,
+            PPR: self._priority,
             LDR: self._read_ldr,
             SVR: lambda: self._svr,
             ESR: lambda: self._esr,
@@ -153,10 +159,11 @@ class LocalApic:
     def _reset(self) -> None:
         """The state after power-up or INIT (10.4.7.1)."""
         self._id = self.apic_id & 0xFF
-        self._tpr = self._ppr = self._ldr = self._esr = self._errors = self._icr = self._destination = 0
+        self.virtual.tpr = self._ldr = self._esr = self._errors = self._icr = self._destination = 0
         self._dfr = 0xFFFFFFFF
         self._svr = 0xFF
         self._irr = self._isr = self._tmr = 0
+        self.virtual.take_end()
         self._lvt = dict.fromkeys(_LVT_WRITABLE, MASKED)
         self._ready = False
         self._extint_message = False
@@ -181,6 +188,7 @@ class LocalApic:
             self._extint_message = False
             self._update()
             return self.pic.acknowledge()
+        self._catch_up()
         if not self._ready:
             return self._svr & 0xFF  # withdrawn since (10.9): the spurious vector, without a bit in ISR
         vector = self._irr.bit_length() - 1
@@ -192,7 +200,7 @@ class LocalApic:
     @property
     def cr8(self) -> int:
         """The task priority as CR8 shows it, 0 to 15 (10.8.6)."""
-        return self._tpr >> 4
+        return self.virtual.tpr >> 4
 
     @cr8.setter
     def cr8(self, value: int) -> None:
@@ -313,13 +321,20 @@ class LocalApic:
         if (mode & X2APIC_ENABLE and not old) or (mode == GLOBAL_ENABLE and old & X2APIC_ENABLE):
             raise GeneralProtection
         if address != self._base & self._address_mask:
-            self.on_moved(address)
+            self._visible = self.on_moved(address)
         self._base = address | BSP | mode
+        self._place()
         if not mode:
             self._reset()
         elif mode & ~old & X2APIC_ENABLE:
             self._icr = self._destination = 0
         self._update()
+
+    def _place(self) -> None:
+        """Say where the registers are."""
+        mode = self._base & (GLOBAL_ENABLE | X2APIC_ENABLE)
+        window = self._base & self._address_mask if mode == GLOBAL_ENABLE and self._visible else None
+        self.virtual.place(window, x2apic=bool(mode & X2APIC_ENABLE))
 
     def read_tsc_deadline(self) -> int:
         """RDMSR of IA32_TSC_DEADLINE, 0x6e0: 0 when not armed (10.5.4.1)."""
@@ -340,6 +355,7 @@ class LocalApic:
         if number in self._lvt:
             return self._lvt[number]
         if ISR <= number < ESR:
+            self._catch_up()
             bank = (self._isr, self._tmr, self._irr)[(number - ISR) >> 3]
             return bank >> 32 * (number & 7) & 0xFFFFFFFF
         reader = self._readers.get(number)
@@ -363,11 +379,12 @@ class LocalApic:
         self._dfr = value | 0x0FFFFFFF
 
     def _write_tpr(self, value: int) -> None:
-        self._tpr = value & 0xFF
+        self.virtual.tpr = value & 0xFF
         self._update()
 
     def _write_eoi(self, value: int) -> None:
         """End the most urgent interrupt in service (10.8.5)."""
+        self._catch_up()
         if not self._isr:
             return
         vector = self._isr.bit_length() - 1
@@ -447,11 +464,11 @@ class LocalApic:
 
     def _update(self) -> None:
         """Work out again what the processor may be interrupted with, after any change (10.8.3)."""
-        in_service = max(self._isr.bit_length() - 1, 0)
-        self._ppr = self._tpr if self._tpr >> 4 >= in_service >> 4 else in_service & 0xF0
+        self._catch_up()
         enabled = bool(self._base & GLOBAL_ENABLE)
         was_ready = self._ready
-        self._ready = enabled and (self._irr.bit_length() - 1) >> 4 > self._ppr >> 4
+        self._ready = enabled and (self._irr.bit_length() - 1) >> 4 > self._priority() >> 4
+        self._allow()
         was_open = self._extint_open
         self._extint_open = (
             not enabled or self._extint_message or self._lvt[LVT_LINT0] & (MASKED | 0x700) == EXTINT << 8
@@ -460,6 +477,26 @@ class LocalApic:
             self.on_pending()
         elif self._extint_open and not was_open:
             self._extint_raised()
+
+    def _priority(self) -> int:
+        """The processor priority (10.8.3.1)."""
+        self._catch_up()
+        tpr, in_service = self.virtual.tpr, max(self._isr.bit_length() - 1, 0)
+        return tpr if tpr >> 4 >= in_service >> 4 else in_service & 0xF0
+
+    def _catch_up(self) -> None:
+        """An interrupt may have been ended without our being asked."""
+        if self.virtual.take_end():
+            self._isr &= ~(1 << self._isr.bit_length() - 1)
+            self._allow()
+
+    def _allow(self) -> None:
+        """Say what may be done without asking, as nothing would come of it."""
+        end = END_ASK
+        if not self._irr:
+            vector = self._isr.bit_length() - 1
+            end = END_NOTHING if vector < 0 else END_ASK if self._tmr >> vector & 1 else END_READY
+        self.virtual.allow(tpr=not self._irr, end=end)
 
     def _extint_raised(self) -> None:
         if self.pic is not None and self.pic.pending():

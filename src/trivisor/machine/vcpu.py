@@ -13,6 +13,7 @@ from trivisor.machine.fast_ports import FastPorts
 from trivisor.machine.interrupts import InterruptController
 from trivisor.machine.memory import GuestMemory
 from trivisor.machine.state import CpuState
+from trivisor.machine.virtual_apic import VirtualApic
 
 MsrHandler = tuple[Callable[[], int], Callable[[int], None]]
 """Reader and writer of one MSR; either may raise `GeneralProtection`."""
@@ -31,6 +32,7 @@ class Surroundings(Protocol):
     mmio: Bus
     clock: Clock
     interrupts: InterruptController
+    virtual_apic: VirtualApic
     msrs: dict[int, MsrHandler]
     """MSRs that live outside the processor core (the local APIC's)."""
     apic_id: int

@@ -14,7 +14,19 @@ from iced_x86 import Code, Instruction, Mnemonic
 from trivisor.machine import tsc
 from trivisor.machine.cpuid import GuestCpuid, guest_cpuid
 from trivisor.machine.deprivileged import Supervisor
-from trivisor.machine.exits import DebugStop, ExceptionExit, Exit, Halt, Kicked, MsrRead, MsrWrite, Unsupported
+from trivisor.machine.exits import (
+    CpuidExit,
+    DebugStop,
+    ExceptionExit,
+    Exit,
+    Halt,
+    Kicked,
+    MmioRead,
+    MmioWrite,
+    MsrRead,
+    MsrWrite,
+    Unsupported,
+)
 from trivisor.machine.host_timer import HostTimer
 from trivisor.machine.msrs import MsrFile
 from trivisor.machine.state import CpuState
@@ -22,7 +34,8 @@ from trivisor.machine.vcpu import Surroundings
 from trivisor.translation import slow_access, wild_jumps
 from trivisor.translation.block_store import BlockStore
 from trivisor.translation.block_tables import Block
-from trivisor.translation.core import CS, MASK64, SS, Core
+from trivisor.translation.core import CS, MASK64, RCX, SS, Core
+from trivisor.translation.cpuid_table import CpuidTable
 from trivisor.translation.emulator import events, system
 from trivisor.translation.emulator.contract import UnsupportedFeature, notify
 from trivisor.translation.emulator.debug_exceptions import debug_exception
@@ -59,7 +72,7 @@ from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, host_cpuid, host_xgetbv, xs
 from trivisor.x86.descriptors import DB, LONG
 from trivisor.x86.exceptions import ALIGNMENT_CHECK, BREAKPOINT, NMI, GuestException
 from trivisor.x86.flags import AC, RF, TF
-from trivisor.x86.msr import DEBUGCTL_BTF, IA32_DEBUGCTL
+from trivisor.x86.msr import DEBUGCTL_BTF, IA32_APIC_BASE, IA32_DEBUGCTL
 
 CODE_CACHE_SIZE = 64 << 20
 
@@ -70,13 +83,14 @@ _SUPERVISED = {Code.SYSCALL: -1, Code.INT_IMM8: -1, Code.INT3: BREAKPOINT}
 """Instructions that are a supervisor's, and their vectors."""
 
 (
-    _MODE, _NATIVE_EVENTS, _NATIVE_MSRS, _WATCHING, _OPENED_COUNT, _PENDING, _ARMED, _POLL, _GOOD, _BAD, _EXIT_A,
+    _MODE, _NATIVE_EVENTS, _NATIVE_MSRS, _NATIVE_MMIO, _WATCHING, _OPENED_COUNT, _PENDING, _ARMED, _POLL, _GOOD, _BAD,
+    _EXIT_A,
     _EXIT_B, _FAULT_IP, _PORT_QUEUED,
 ) = (
     OFFSETS[name] // 8
     for name in (
-        "MODE", "NATIVE_EVENTS", "NATIVE_MSRS", "WATCHING", "OPENED_COUNT", "PENDING", "ARMED", "POLL", "POLL_GOOD",
-        "POLL_BAD", "EXIT_A", "EXIT_B", "HOST_FAULT_IP", "PORT_QUEUED",
+        "MODE", "NATIVE_EVENTS", "NATIVE_MSRS", "NATIVE_MMIO", "WATCHING", "OPENED_COUNT", "PENDING", "ARMED", "POLL",
+        "POLL_GOOD", "POLL_BAD", "EXIT_A", "EXIT_B", "HOST_FAULT_IP", "PORT_QUEUED",
     )
 )  # fmt: skip
 
@@ -164,6 +178,8 @@ class TranslationVcpu:
             EXITS["EXIT_INTERRUPT"]: self._on_interrupt,
         }
         self._names = {number: name.removeprefix("EXIT_").lower() for name, number in EXITS.items()}
+        self._cpuid_table = CpuidTable(self.core)
+        self._words[OFFSETS["VIRTUAL_APIC"] // 8] = board.virtual_apic.address
         self._ports = PortGate(self.core, board, self.observed)
         self._next: int | None = None  # host address to go on at, instead of looking rip up
         self.state = CpuState()
@@ -216,9 +232,12 @@ class TranslationVcpu:
         """CPUID without a hypervisor's changes."""
         core = self.core
         enabled = True
-        if 0x1B in self.board.msrs:
-            enabled = bool(self.board.msrs[0x1B][0]() & 0x800)
-        return self.guest_cpuid.query(leaf, subleaf, cr4=core.cr4, xcr0=core.xcr0, apic_enabled=enabled)
+        if IA32_APIC_BASE in self.board.msrs:
+            enabled = bool(self.board.msrs[IA32_APIC_BASE][0]() & 0x800)
+        answer = self.guest_cpuid.query(leaf, subleaf, cr4=core.cr4, xcr0=core.xcr0, apic_enabled=enabled)
+        if self.supervisor is None:
+            self._cpuid_table.enter(leaf, subleaf, answer)
+        return answer
 
     def load(self, linear: int, size: int, *, system: bool = False) -> int:
         if self._aligned and not system:
@@ -302,6 +321,7 @@ class TranslationVcpu:
         debug = core.debug
         self.blocks.set_breakpoints(debug.code)
         words[_WATCHING] = 1 if debug.pages else 0
+        self._cpuid_table.clear()  # CR4 and XCR0 are told of
         self._mind_observers()
         native = core.efer & EFER_LMA and cr0 & CR0_PG and not cr4 & CR4_LA57
         words[OFFSETS["PAGING_NATIVE"] // 8] = 1 if native else 0
@@ -351,6 +371,10 @@ class TranslationVcpu:
         """What somebody watches is not done natively."""
         observed = self.observed
         self._words[_NATIVE_MSRS] = 0 if MsrRead in observed or MsrWrite in observed else 1
+        self._words[_NATIVE_MMIO] = 0 if MmioRead in observed or MmioWrite in observed else 1
+        if self._cpuid_table.closed != (CpuidExit in observed):
+            self._cpuid_table.closed = CpuidExit in observed
+            self._cpuid_table.clear()
         self._ports.look()
 
     def _claim_jumps(self, mode: Mode) -> None:
@@ -682,7 +706,10 @@ class TranslationVcpu:
             if vector < 0:
                 vector = instruction.immediate8
             return self._after(supervisor.software_interrupt(vector, instruction.next_ip))
-        return self._after(system.execute(self, instruction))
+        result = system.execute(self, instruction)
+        if instruction.mnemonic == Mnemonic.WRMSR and self.core.regs[RCX] & 0xFFFFFFFF == IA32_APIC_BASE:
+            self._cpuid_table.clear()
+        return self._after(result)
 
     def _after(self, result: Exit | None) -> Exit | None:
         """What comes of an instruction that Python or a supervisor did."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from itertools import count
 
-from trivisor.machine import fast_ports
+from trivisor.machine import fast_ports, virtual_apic
 
 STACK_SIZE = 512 * 1024
 """Bytes below the state block; deep enough for the host's signal frames (AMX makes them 11 KiB)."""
@@ -33,6 +33,7 @@ BLOCK_TABLE_ENTRIES = 1 << 18
 BLOCK_TABLE_ENTRY_SIZE = 32  # linear address; physical page | mode key; host address of the checked entry; -
 FPU_AREA_SIZE = 4096
 OPENED_PAGES = 16
+CPUID_ENTRIES = 256
 SITES = 128
 """Site caches of one view: what tuned code keeps of the TLB, for single places in it."""
 SITE_SIZE = 16  # tag; host address of the page
@@ -97,6 +98,7 @@ _FIELDS = (
     "CROSS_HIGH",
     "CROSS_HIGH_LENGTH",
     "NATIVE_MSRS",  # 1 when nobody watches RDMSR and WRMSR
+    "NATIVE_MMIO",  # 1 when nobody watches accesses to devices
     "NATIVE_EVENTS",  # 1 when exceptions, IRET and the like may be done natively
     "MODE_KERNEL",  # mode keys of 64-bit code at CPL 0 and 3
     "MODE_USER",
@@ -118,6 +120,9 @@ _FIELDS = (
     "INVALIDATE",  # addresses of helpers that instructions call (natives/assists.py): INVLPG
     "PORT_IN",  # IN AL and OUT of AL
     "PORT_OUT",
+    "READ_CR8",
+    "WRITE_CR8",
+    "CPUID",
     "READ_MSR",
     "WRITE_MSR",
     "RAISE",  # ... and of those that end a block: an exception; INT n
@@ -172,6 +177,8 @@ _FIELDS = (
     "KNOWN_KERNEL_CS_SELECTOR",
     "EVENT",  # what `deliver` delivers: an EVENT_ constant of natives/common.py
     "EVENT_RIP",  # ... and the rip that its frame gets
+    "VIRTUAL_APIC",  # host address of machine.virtual_apic.VirtualApic's words
+    "CPUID_TABLE",  # host address of cpuid_table.CpuidTable's entries
     "PORTS",  # host address of machine.fast_ports.FastPorts.words
     "PORT_QUEUE",  # host address of bytes written to QUEUE_PORT that its device has not got yet
     "PORT_QUEUED",  # how many they are
@@ -199,6 +206,9 @@ _FIELDS = (
     "COUNT_INVALIDATION",
     "COUNT_PORT_IN",
     "COUNT_PORT_OUT",
+    "COUNT_CPUID",
+    "COUNT_CR8",
+    "COUNT_APIC",
     "COUNT_READ_MSR",
     "COUNT_WRITE_MSR",
     "COUNT_TAKEN_UP",  # blocks made of a template
@@ -303,6 +313,15 @@ SYMBOLS: dict[str, int] = {
     "JUMP_CACHE_ENTRIES": JUMP_CACHE_ENTRIES,
     "BLOCK_TABLE_ENTRIES": BLOCK_TABLE_ENTRIES,
     "BLOCK_SECOND": BLOCK_SECOND,
+    "APIC_TPR": virtual_apic.TPR,
+    "APIC_TPR_FREE": virtual_apic.TPR_FREE,
+    "APIC_END": virtual_apic.END,
+    "APIC_WINDOW": virtual_apic.WINDOW,
+    "APIC_X2APIC": virtual_apic.X2APIC,
+    "END_ASK": virtual_apic.END_ASK,
+    "END_READY": virtual_apic.END_READY,
+    "END_DONE": virtual_apic.END_DONE,
+    "CPUID_ENTRIES": CPUID_ENTRIES,
     "PORT_READS": fast_ports.READS,
     "PORT_LATCHES": fast_ports.LATCHES,
     "PORT_DROPS": fast_ports.DROPS,

@@ -138,7 +138,7 @@ class Mmu:
         kind = _KINDS[access] | (KIND_USER if user else 0)
         status = self.native_walker(linear, kind)
         words = self._words
-        if status == 0:
+        if status in (0, 4):
             info, rights = words[_WALKED_INFO], words[_WALKED_RIGHTS]
             return Translation(
                 words[_WALKED_PHYSICAL] | linear & 0xFFF,

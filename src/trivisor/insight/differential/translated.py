@@ -32,6 +32,7 @@ from trivisor.machine.interrupts import InterruptController
 from trivisor.machine.memory import MIB, GuestMemory
 from trivisor.machine.state import SEGMENT_NAMES, CpuState, Segment, Table
 from trivisor.machine.vcpu import MsrHandler
+from trivisor.machine.virtual_apic import VirtualApic
 from trivisor.translation.cpu import TranslationVcpu
 from trivisor.translation.layout import OFFSETS
 from trivisor.x86.descriptors import DPL
@@ -75,6 +76,7 @@ class _Board:
         self.memory = GuestMemory(16 * MIB)
         self.ports = Bus("ports")
         self.fast_ports = FastPorts()
+        self.virtual_apic = VirtualApic()
         self.mmio = Bus("mmio")
         self.clock = Clock()
         self.interrupts: InterruptController = _NoInterrupts()

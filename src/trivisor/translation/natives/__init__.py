@@ -9,7 +9,7 @@ from functools import cache
 
 from trivisor.translation.block_tables import TABLE_SYMBOLS
 from trivisor.translation.layout import OFFSETS, SYMBOLS
-from trivisor.translation.natives import assists, blocks, entry, events, flush, lookup, miss, walk
+from trivisor.translation.natives import apic, assists, blocks, entry, events, flush, lookup, miss, walk
 from trivisor.translation.natives.common import CONSTANTS
 from trivisor.x86.assembler import Program, assemble
 
@@ -29,6 +29,7 @@ def helpers(xsave_mask: int) -> Program:
             miss.MISS,
             events.EVENTS,
             assists.ASSISTS,
+            apic.APIC,
             flush.C_FUNCTIONS,
             flush.JUMP_FLUSHES,
         )
@@ -57,6 +58,9 @@ POINTERS = {
     "INVALIDATE": "invalidate",
     "PORT_IN": "port_in",
     "PORT_OUT": "port_out",
+    "READ_CR8": "read_cr8",
+    "WRITE_CR8": "write_cr8",
+    "CPUID": "cpuid",
     "READ_MSR": "read_msr",
     "WRITE_MSR": "write_msr",
     "FAULT_DE": "fault_de",

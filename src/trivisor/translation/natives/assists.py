@@ -146,7 +146,7 @@ write_msr:
     jne assist_escape
     lea r11d, [rcx+0x3fffff00]
     cmp r11d, 2
-    ja assist_escape
+    ja write_apic_msr
     mov r10d, edx
     shl r10, 32
     mov r11d, eax
@@ -167,6 +167,30 @@ write_fs_base:
     ret
 write_gs_base:
     mov [rsp+8+GS_BASE], r10
+    ret
+
+; CPUID: what Python has answered before.
+cpuid:
+    mov r10d, ecx
+    shl r10d, 5
+    xor r10d, eax
+    mov r11d, eax
+    shr r11d, 26
+    xor r10d, r11d
+    and r10d, CPUID_ENTRIES-1
+    shl r10d, 5
+    add r10, [rsp+8+CPUID_TABLE]
+    cmp dword [r10+24], 0
+    je assist_escape
+    cmp [r10], eax
+    jne assist_escape
+    cmp [r10+4], ecx
+    jne assist_escape
+    inc qword [rsp+8+COUNT_CPUID]
+    mov eax, [r10+8]
+    mov ebx, [r10+12]
+    mov ecx, [r10+16]
+    mov edx, [r10+20]
     ret
 
 ; call [RAISE]; dq rip; dd vector; dd error: an exception; error code -1 for none.

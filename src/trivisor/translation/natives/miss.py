@@ -48,6 +48,8 @@ miss_go:
 miss_failed:
     cmp eax, 1
     je miss_fault
+    cmp eax, 4
+    je miss_device
     cmp eax, 3
     jne miss_slow
     ; a write to a page with translated code: harmless when its lines have none

@@ -42,6 +42,7 @@ WALK = f"""
 ; walk 4-level paging: rax = linear, r12 = kind.
 ; eax = 0: rdi = physical page, rdx = leaf entry (A and D now as they must be), esi = bits of TLB_INFO,
 ;          r9 = all entries anded (W, U)
+; eax = 4: the same, but the page is not RAM
 ; eax = 1: page fault, edx = error code;  eax = 2: not for us.
 ; Keeps rbx, rbp, r12, r13, r15.  Accessed bits are set on the way, as the processor may.
 walk:
@@ -138,13 +139,16 @@ walk_done:
     test esi, 6
     jnz walk_note_large
 walk_noted:
+    xor eax, eax
     cmp rdi, [rbp+RAM_LOW_END]
     jb walk_is_ram
     mov rcx, 0x100000000
     cmp rdi, rcx
-    jb walk_slow
+    jb walk_device
     cmp rdi, [rbp+RAM_HIGH_END]
-    jae walk_slow
+    jb walk_is_ram
+walk_device:
+    mov eax, 4
 walk_is_ram:
     bt edx, 8
     jnc walk_ok
@@ -152,7 +156,6 @@ walk_is_ram:
     jz walk_ok
     or esi, 1
 walk_ok:
-    xor eax, eax
     ret
 walk_note_large:
     ; INVLPG must look for all pieces of a large page

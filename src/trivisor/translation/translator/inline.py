@@ -46,6 +46,8 @@ def table(maker: InstructionMaker) -> dict[int, Make]:
     """.split():
         out[getattr(Mnemonic, text)] = bind(strings.element_string)
     out[Mnemonic.INVLPG] = bind(sensitive.invlpg)
+    out[Mnemonic.CLTS] = bind(sensitive.clts)
+    out[Mnemonic.CPUID] = bind(sensitive.cpuid)
     out[Mnemonic.IN] = bind(sensitive.port)
     out[Mnemonic.OUT] = bind(sensitive.port)
     out[Mnemonic.RDMSR] = bind(sensitive.msr)

@@ -231,6 +231,14 @@ def invlpg(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) ->
     recipe.clobber("assist INVALIDATE")
 
 
+def clts(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """CLTS at CPL 0, if the flag is clear already."""
+    if maker.mode.user or maker.mode.guarded:
+        recipe.ends = CallOut()
+        return
+    recipe.clobber("cmp byte [rsp+CPL], 0\n je allowed\n escape\n allowed:")
+
+
 def port(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
     """IN and OUT of AL at CPL 0; Python does the other sizes."""
     reads = instruction.mnemonic == Mnemonic.IN
@@ -254,6 +262,11 @@ def msr(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> No
     recipe.clobber(f"assist {'READ_MSR' if instruction.mnemonic == Mnemonic.RDMSR else 'WRITE_MSR'}")
 
 
+def cpuid(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """CPUID, at any privilege level."""
+    recipe.clobber("assist CPUID")
+
+
 _READABLE_CONTROL = {Register.CR0: "CR0", Register.CR2: "CR2", Register.CR3: "CR3", Register.CR4: "CR4"}
 
 
@@ -266,6 +279,13 @@ def mov(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> No
         place = f"[rsp+GPR_R{number}]" if number in DISPLACED else name(STACK if number == RSP else number, 8)
         recipe.code(f"mov r10, {place}")
         recipe.ends = Native("WRITE_CR3")
+    elif target == Register.CR8 and not maker.mode.user and maker.mode.bits == 64:
+        number = GPR[source][0]
+        place = f"[rsp+GPR_R{number}]" if number in DISPLACED else name(STACK if number == RSP else number, 8)
+        recipe.clobber(f"mov r10, {place}\n assist WRITE_CR8")
+    elif source == Register.CR8 and not maker.mode.user and maker.mode.bits == 64:
+        recipe.clobber("assist READ_CR8")
+        _store(recipe, GPR[target][0], "")
     elif source in _READABLE_CONTROL and not maker.mode.user:
         _store(recipe, GPR[target][0], f"mov r10, [rsp+{OFFSETS[_READABLE_CONTROL[source]]}]")
     elif source in SEGMENTS and target in GPR and GPR[target][1] >= 4:

@@ -270,3 +270,203 @@ def test_an_interrupt_whose_handler_is_missing(machine: Make) -> None:
     assert isinstance(m.run(), Halt)
     assert m.core.rip - HANDLERS >> 4 == 13
     assert m.frame().error == 0x50 * 8 + 3
+
+
+# -- the local APIC -----------------------------------------------------------------------------------------
+
+EOI, TPR, ISR_2, SELF_0X51 = 0xFEE000B0, 0xFEE00080, 0xFEE00120, 0x40051
+
+
+def test_the_task_priority_is_one_register_by_all_its_names(machine: Make) -> None:
+    m = machine(
+        f"""
+        mov eax, 5
+        stc
+        mov cr8, rax
+        setc bl
+        mov r9d, {TPR}
+        mov esi, [r9]
+        mov dword [r9], 0x73
+        mov r11, cr8
+        mov r10d, 2
+        mov cr8, r10
+        mov rdi, cr8
+        here: mov cr8, r9
+        hlt
+        """
+    )
+    frame = m.fault(rbx=0)
+    assert (frame.vector, frame.error, frame.rip) == (13, 0, m.labels["here"])
+    assert (m["rsi"], m["r11"], m["rdi"], m["rbx"]) == (0x50, 7, 2, 1)
+    assert natively(m, "cr8") == 4
+    assert natively(m, "apic") == 2
+    assert m.vcpu.state.cr8 == m.board.interrupts.cr8 == 2
+
+
+def test_an_interrupt_waits_for_the_task_priority(machine: Make) -> None:
+    """And comes as CR8 is lowered, though it could be written natively before."""
+    m = machine(
+        """
+        mov eax, 5
+        mov cr8, rax
+        mov ecx, 0xfee00300
+        mov dword [rcx], SELF_0X51
+        sti
+        nop
+        mov esi, ebx
+        xor eax, eax
+        mov cr8, rax
+        nop
+        cli
+        hlt
+        """.replace("SELF_0X51", str(SELF_0X51))
+    )
+    m.put("inc ebx\n iretq", m.origin + 0x800)
+    m.gate(0x51, m.origin + 0x800)
+    m.halt(rbx=0)
+    assert (m["rsi"], m["rbx"]) == (0, 1)
+
+
+def test_ends_of_interrupts(machine: Make) -> None:
+    """One natively, the ISR seen before and after; a second in service behind the first."""
+    m = machine("sti\n nop\n nop\n cli\n hlt")
+    m.put(
+        f"""
+        mov r8d, {ISR_2}
+        mov esi, [r8]
+        mov r9d, {EOI}
+        mov dword [r9], 0
+        mov edi, [r8]
+        mov dword [r9], 0
+        iretq
+        """,
+        m.origin + 0x800,
+    )
+    m.gate(0x51, m.origin + 0x800)
+    m.interrupt(0x51)
+    m.halt()
+    assert (m["rsi"], m["rdi"]) == (1 << 0x11, 0)
+    assert natively(m, "apic") == 2
+    assert m.board.local_apic.read(ISR_2 & 0xFFF, 4) == 0
+
+
+def test_the_end_of_an_interrupt_lets_the_next_one_come(machine: Make) -> None:
+    m = machine("sti\n nop\n nop\n cli\n hlt")
+    m.put(
+        f"""
+        inc ebx
+        mov r9d, 0xfee00300
+        cmp ebx, 2
+        ja done
+        mov dword [r9], {SELF_0X51}
+        done:
+        mov r9d, {EOI}
+        mov dword [r9], 0
+        iretq
+        """,
+        m.origin + 0x800,
+    )
+    m.gate(0x51, m.origin + 0x800)
+    m.interrupt(0x51)
+    m.halt(rbx=0)
+    assert m["rbx"] == 3
+    assert m.board.local_apic.read(ISR_2 & 0xFFF, 4) == 0
+
+
+def test_the_end_of_a_level_triggered_interrupt_is_told(machine: Make) -> None:
+    m = machine("sti\n nop\n nop\n cli\n hlt")
+    m.put(f"mov r9d, {EOI}\n mov dword [r9], 0\n iretq", m.origin + 0x800)
+    m.gate(0x51, m.origin + 0x800)
+    ended: list[int] = []
+    m.board.local_apic.on_end_of_interrupt = ended.append
+    m.board.local_apic.deliver(0x51, 0, True)
+    m.halt()
+    assert ended == [0x51]
+
+
+def test_x2apic_registers(machine: Make) -> None:
+    m = machine(
+        """
+        mov ecx, 0x1b
+        rdmsr
+        or eax, 0xc00
+        wrmsr
+        sti
+        nop
+        nop
+        cli
+        mov ecx, 0x808
+        mov eax, 0x35
+        xor edx, edx
+        wrmsr
+        mov rbx, cr8
+        mov ecx, 0x80b
+        mov eax, 1
+        here: wrmsr
+        hlt
+        """
+    )
+    m.put("mov ecx, 0x80b\n xor eax, eax\n xor edx, edx\n wrmsr\n iretq", m.origin + 0x800)
+    m.gate(0x51, m.origin + 0x800)
+    m.interrupt(0x51)
+    frame = m.fault()
+    assert (frame.vector, frame.error, frame.rip) == (13, 0, m.labels["here"])
+    assert m["rbx"] == 3
+    assert natively(m, "apic") == 2
+    assert m.board.local_apic.read_msr(0x812) == 0
+
+
+def test_the_registers_move_away(machine: Make) -> None:
+    m = machine(
+        f"""
+        mov r9d, {TPR}
+        mov dword [r9], 0x40
+        mov ecx, 0x1b
+        rdmsr
+        and eax, 0xfff
+        or eax, 0xd0000000
+        wrmsr
+        mov dword [r9], 0x50
+        mov rbx, cr8
+        mov r9d, 0xd0000080
+        mov dword [r9], 0x60
+        mov rsi, cr8
+        hlt
+        """
+    )
+    m.halt()
+    assert (m["rbx"], m["rsi"]) == (4, 6)
+
+
+def test_cpuid_is_remembered_while_it_holds(machine: Make) -> None:
+    m = machine(
+        """
+        mov ecx, 2
+        again:
+        push rcx
+        mov eax, 1
+        xor ecx, ecx
+        cpuid
+        mov r8d, ecx
+        pop rcx
+        loop again
+        mov rax, cr4
+        or eax, 0x40000
+        mov cr4, rax
+        mov eax, 1
+        cpuid
+        mov r9d, ecx
+        mov ecx, 0x1b
+        rdmsr
+        and eax, 0xfffff7ff
+        wrmsr
+        mov eax, 1
+        cpuid
+        mov r10d, edx
+        hlt
+        """
+    )
+    m.halt()
+    assert natively(m, "cpuid") == 1
+    assert (m["r8"] >> 27 & 1, m["r9"] >> 27 & 1) == (0, 1), "OSXSAVE"
+    assert m["r10"] >> 9 & 1 == 0, "APIC"

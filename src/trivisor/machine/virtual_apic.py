@@ -1,0 +1,63 @@
+"""What an engine may do with the local APIC without asking it: the task priority, and the end of an interrupt.
+
+Words in host memory that the APIC keeps true and that native code reads and
+writes, as VT-x has its virtual-APIC page for the same two (Intel SDM 3C 30.1).
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+TPR, TPR_FREE, END, WINDOW, X2APIC = range(0, 40, 8)
+"""Byte offsets of the words.
+
+`TPR`: the task priority; only its low byte counts.  `TPR_FREE`: nonzero while
+no interrupt waits, so that a change of it has no effect.  `END`: one of the
+constants below.  `WINDOW`: the physical address of the xAPIC registers while
+they are there, else all ones.  `X2APIC`: nonzero in x2APIC mode.
+"""
+_WORDS = 5
+_NOWHERE = (1 << 64) - 1
+
+END_ASK, END_READY, END_DONE, END_NOTHING = range(4)
+"""What a write to the EOI register does: the APIC must be asked; the most urgent interrupt in service ends, which has
+no further effect; it was written to after that, and the APIC does not know yet; nothing is in service."""
+
+
+class VirtualApic:
+    """The words; without a local APIC to look after them they allow nothing."""
+
+    def __init__(self) -> None:
+        self._words = (ctypes.c_uint64 * _WORDS)()
+        self._words[WINDOW // 8] = _NOWHERE
+
+    @property
+    def address(self) -> int:
+        """Host address of the words."""
+        return ctypes.addressof(self._words)
+
+    @property
+    def tpr(self) -> int:
+        """The task priority."""
+        return self._words[TPR // 8] & 0xFF
+
+    @tpr.setter
+    def tpr(self, value: int) -> None:
+        self._words[TPR // 8] = value
+
+    def allow(self, *, tpr: bool, end: int) -> None:
+        """Say what may be done from now on."""
+        self._words[TPR_FREE // 8] = tpr
+        self._words[END // 8] = end
+
+    def take_end(self) -> bool:
+        """Whether an interrupt was ended since the last time."""
+        if self._words[END // 8] != END_DONE:
+            return False
+        self._words[END // 8] = END_ASK
+        return True
+
+    def place(self, window: int | None, *, x2apic: bool) -> None:
+        """Say where the registers are."""
+        self._words[WINDOW // 8] = _NOWHERE if window is None else window
+        self._words[X2APIC // 8] = x2apic

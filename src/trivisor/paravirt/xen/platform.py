@@ -10,6 +10,7 @@ from trivisor.machine.fast_ports import FastPorts
 from trivisor.machine.interrupts import InterruptController
 from trivisor.machine.memory import GuestMemory
 from trivisor.machine.vcpu import MsrHandler
+from trivisor.machine.virtual_apic import VirtualApic
 from trivisor.paravirt.xen.console import ConsoleRing
 
 
@@ -33,6 +34,7 @@ class Platform:
         self.mmio = Bus("memory")
         self.msrs: dict[int, MsrHandler] = {}
         self.fast_ports = FastPorts()
+        self.virtual_apic = VirtualApic()
         self.apic_id = 0
         self.tsc = tsc
         self.tsc_frequency = tsc_frequency

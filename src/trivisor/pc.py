@@ -44,6 +44,7 @@ from trivisor.machine.clock import Clock
 from trivisor.machine.fast_ports import FastPorts
 from trivisor.machine.interrupts import InterruptController, Line
 from trivisor.machine.memory import LOW_RAM_LIMIT, GuestMemory
+from trivisor.machine.saving import Remembers
 from trivisor.machine.stop import DebugExit, PowerOff, Reset, StopReason
 from trivisor.machine.vcpu import MsrHandler
 from trivisor.x86.msr import IA32_APIC_BASE, IA32_TSC_DEADLINE
@@ -81,7 +82,7 @@ def crystal_frequency(tsc_frequency: int) -> int:
     return khz // ratio * 1000
 
 
-class Pc:
+class Pc(Remembers):
     """The board around one processor; implements `machine.vcpu.Surroundings`.
 
     `tsc()` is the time-stamp counter, at `tsc_frequency` Hz, until a processor tells its own.  `serial_output`
@@ -90,6 +91,8 @@ class Pc:
     `test_device` adds the device that kvm-unit-tests drives, and of the CPU
     features `absent` those count that the local APIC has to do with.
     """
+
+    remembered = ("clock", "pic", "io_apic", "local_apic", "devices")
 
     def __init__(
         self,
@@ -188,7 +191,18 @@ class Pc:
             ranges.append((1 << 32, high, E820_RAM))
         return [(start, end - start, kind) for start, end, kind in ranges]
 
+    @property
+    def devices(self) -> tuple[Remembers, ...]:
+        """The devices on the port bus but the interrupt controllers, and those that the buses only show in part."""
+        return (self.serial, self.pit, self.cmos, self.keyboard, self.pm, self.post, self.pci, *self._small)
+
+    @devices.setter
+    def devices(self, devices: tuple[Remembers, ...]) -> None:
+        assert devices == self.devices  # loading changes them in place
+
     def _attach_devices(self, reset: Callable[[], None]) -> None:
+        port_92, fw_cfg = SystemControlPortA(reset), FwCfg(self.memory.size, cpus=1)
+        self._small: list[Remembers] = [port_92, fw_cfg]
         windows: list[tuple[int, int, Device]] = [
             (0x20, 2, self.pic.master),
             (0x40, 4, self.pit),
@@ -197,12 +211,12 @@ class Pc:
             (0x64, 1, self.keyboard.command),
             (0x70, 2, self.cmos),
             (POST, 1, self.post),
-            (0x92, 1, SystemControlPortA(reset)),
+            (0x92, 1, port_92),
             (0xA0, 2, self.pic.slave),
             (0xF4, 4, DebugExitPort(lambda status: self._stop(DebugExit(status & 0xFF)))),
             (COM1, 8, self.serial),
             (0x4D0, 2, self.pic.elcr),
-            (FW_CFG_PORT, FW_CFG_LENGTH, FwCfg(self.memory.size, cpus=1)),
+            (FW_CFG_PORT, FW_CFG_LENGTH, fw_cfg),
             (PM_BASE, acpi_pm.WINDOW_LENGTH, self.pm),
             (0xCF8, 8, self.pci),
         ]
@@ -227,8 +241,10 @@ class Pc:
     def _attach_test_device(self) -> None:
         """The lines are those of the I/O APIC's pins, where the ISA interrupts reach the 8259 pair as well."""
         lines = [self.isa_line(n) if n < 16 and n != 2 else self.io_apic.line(n) for n in range(LINES)]
-        self.ports.attach(SCRATCH_PORT, SCRATCH_LENGTH, ScratchPorts())
-        self.mmio.attach(MEMORY_BASE, MEMORY_LENGTH, DeviceMemory())
+        scratch, memory = ScratchPorts(), DeviceMemory()
+        self._small += [scratch, memory]
+        self.ports.attach(SCRATCH_PORT, SCRATCH_LENGTH, scratch)
+        self.mmio.attach(MEMORY_BASE, MEMORY_LENGTH, memory)
         self.ports.attach(LINES_PORT, LINES, LinePorts(lines))
 
     def _pic_output(self, level: bool) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from trivisor.machine.clock import Clock
 from trivisor.machine.interrupts import Line
+from trivisor.machine.saving import Remembers
 
 EVENT_BLOCK, CONTROL_BLOCK, TIMER_BLOCK = 0, 4, 8
 """Offsets of PM1a_EVT_BLK (4 bytes), PM1a_CNT_BLK (2) and PM_TMR_BLK (4)."""
@@ -28,8 +29,10 @@ _CARRY_SHIFT = 23
 """The timer has 24 bits; its status bit is set whenever the highest changes."""
 
 
-class AcpiPm:
+class AcpiPm(Remembers):
     """The power management window.  `sci` is level-triggered; `on_power_off()` is called on entry to S5."""
+
+    remembered = ("_status", "_enabled", "_control", "_half")
 
     def __init__(self, clock: Clock, sci: Line, on_power_off: Callable[[], None]) -> None:
         self._clock = clock
@@ -41,6 +44,10 @@ class AcpiPm:
         self._half = 0
         """The timer's half turn (ticks >> 23) that the status bit has taken note of."""
         self._carry_awaited = False
+
+    def loaded(self) -> None:
+        self._carry_awaited = False  # a timer that was set before finds nothing to do
+        self._update_sci()
 
     def press_power_button(self) -> None:
         """Ask the guest to shut down: an SCI, if it listens."""

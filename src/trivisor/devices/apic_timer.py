@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from trivisor.machine.clock import Clock, Timer
+from trivisor.machine.saving import Remembers
 
 ONE_SHOT, PERIODIC, TSC_DEADLINE = 0, 1, 2
 """Timer modes, as in bits 17-18 of the LVT timer register."""
@@ -16,12 +17,14 @@ _SECOND = 1_000_000_000
 _FOREVER = 1 << 62
 
 
-class ApicTimer:
+class ApicTimer(Remembers):
     """Calls `fire()` whenever the count reaches zero or the TSC reaches the deadline.
 
     `tsc()` counts at `tsc_frequency` Hz; the counter runs at `crystal_frequency` Hz
     over the divide configuration.
     """
+
+    remembered = ("mode", "initial_count", "divide_config", "_divisor", "deadline", "_expiry")
 
     def __init__(
         self,
@@ -46,6 +49,12 @@ class ApicTimer:
         self.initial_count = 0
         self.divide_config = 0
         self._divisor = 2
+
+    def loaded(self) -> None:
+        """The processor sets a TSC deadline going, when it has its TSC."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._clock.at(self._expiry, self._count_expired) if self._expiry else None
 
     def set_mode(self, mode: int) -> None:
         """Change the mode; the reserved mode 3 never fires."""

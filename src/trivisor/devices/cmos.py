@@ -14,6 +14,7 @@ from collections.abc import Callable
 from trivisor.devices.bytewise import ByteDevice
 from trivisor.machine.clock import Clock, Timer
 from trivisor.machine.interrupts import Line
+from trivisor.machine.saving import Remembers, Saved
 
 _SECOND = 1_000_000_000
 _DAY = 86400
@@ -27,7 +28,7 @@ _SET, _PERIODIC, _ALARM, _UPDATE, _BINARY, _HOURS_24 = 0x80, 0x40, 0x20, 0x10, 0
 _AFTERNOON = 0x80
 
 
-class Cmos(ByteDevice):
+class Cmos(ByteDevice, Remembers):
     """Index register at offset 0, data at offset 1; IRQ 8.
 
     `low_memory` and `high_memory` are the bytes of RAM below and from 4 GiB,
@@ -35,6 +36,7 @@ class Cmos(ByteDevice):
     """
 
     length = 2
+    remembered = ("_index", "ram", "_flags", "_level", "_stopped", "_ahead", "_unseen")
 
     def __init__(
         self,
@@ -45,6 +47,8 @@ class Cmos(ByteDevice):
         wall_time: Callable[[], float] = time.time,
     ) -> None:
         self._clock = clock
+        self._wall_time = wall_time
+        self._ahead = self._unseen = 0  # while saving and loading: of the host's date, and of `_seen`
         self._irq8 = irq8
         self._index = 0
         self._timer: Timer | None = None
@@ -57,6 +61,20 @@ class Cmos(ByteDevice):
         self._offset = int(wall_time() * _SECOND) - clock.now()  # from guest time to the RTC's, ns
         self._seen = self._now()  # the RTC's time up to which the flags are right
         _describe_memory(self.ram, low_memory, high_memory)
+
+    def save(self) -> Saved:
+        """Saved as the difference from the host's date: the clock has its battery while the machine is off."""
+        now = self._now()
+        self._ahead, self._unseen = now - int(self._wall_time() * _SECOND), now - self._seen
+        return super().save()
+
+    def loaded(self) -> None:
+        self._offset = int(self._wall_time() * _SECOND) + self._ahead - self._clock.now()
+        self._seen = self._now() - self._unseen
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._update()
 
     def read_byte(self, offset: int) -> int:
         if offset == 0:

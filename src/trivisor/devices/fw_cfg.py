@@ -6,14 +6,18 @@ after the other, and zeros after its end.  There is no file directory and no DMA
 
 from __future__ import annotations
 
+from trivisor.machine.saving import Remembers
+
 PORT, LENGTH = 0x510, 2
 
 _SIGNATURE, _INTERFACES, _RAM_SIZE, _CPUS, _MAXIMUM_CPUS = 0x00, 0x01, 0x03, 0x05, 0x0F
 _TRADITIONAL_INTERFACE = 1
 
 
-class FwCfg:
+class FwCfg(Remembers):
     """Items for a machine with `ram_size` bytes and `cpus` processors."""
+
+    remembered = ("_item", "_at")
 
     def __init__(self, ram_size: int, cpus: int) -> None:
         self._items = {

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from trivisor.devices.bytewise import ByteDevice
 from trivisor.machine.interrupts import Line
+from trivisor.machine.saving import Remembers
 
 _STATUS_FULL, _STATUS_SYSTEM, _STATUS_COMMAND = 0x01, 0x04, 0x08
 _STATUS_UNLOCKED, _STATUS_TIMEOUT = 0x10, 0x40
@@ -25,9 +26,10 @@ _TRANSLATED = {0x01: 0x43, 0x02: 0x41, 0x03: 0x3F, 0x83: 0x41}
 """From scan code set 2 to 1, as far as it changes the answers of a keyboard."""
 
 
-class Keyboard:
+class Keyboard(Remembers):
     """An AT keyboard that answers every command; nobody presses its keys."""
 
+    remembered = ("_parameter_of", "_scan_code_set", "_last")
     _WITH_PARAMETER = (0xED, 0xF0, 0xF3)  # lamps, scan code set, typematic rate
 
     def __init__(self) -> None:
@@ -64,13 +66,15 @@ class Keyboard:
         return bytes((_ACK if 0xF4 <= value <= 0xFD else _RESEND,))
 
 
-class I8042:
+class I8042(Remembers):
     """The controller: `data` is the window of port 0x60, `command` that of port 0x64.
 
     `on_reset` is called when the guest pulls the processor's reset line.
     Without a keyboard, commands to it time out at once.  The A20 gate is kept
     but does nothing: address line 20 is always on.  Starts as a BIOS leaves it.
     """
+
+    remembered = ("_ram", "_status", "_output_port", "_output", "_queue", "_parameter_of", "_level", "_keyboard")
 
     def __init__(self, irq1: Line, on_reset: Callable[[], None], keyboard: bool = True) -> None:
         self._irq1 = irq1
@@ -197,8 +201,10 @@ class _Window(ByteDevice):
         self._write(value)
 
 
-class SystemControlPortA(ByteDevice):
+class SystemControlPortA(ByteDevice, Remembers):
     """Port 0x92: bit 0 resets the processor when it goes to 1; bit 1 is an A20 gate, kept without effect."""
+
+    remembered = ("_value",)
 
     def __init__(self, on_reset: Callable[[], None]) -> None:
         self._on_reset = on_reset

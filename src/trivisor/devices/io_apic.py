@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 from trivisor.machine.interrupts import Line
+from trivisor.machine.saving import Remembers
 
 PINS = 24
 VERSION = 0x20
@@ -28,8 +29,10 @@ Deliver = Callable[[int, bool, int, int, bool], bool]
 """Send (destination, logical, vector, delivery mode, level triggered); True when a local APIC accepted it."""
 
 
-class IoApic:
+class IoApic(Remembers):
     """Turns pin levels into interrupt messages.  As a `Device` it is the index and data window."""
+
+    remembered = ("_select", "_id", "_entries", "_levels")
 
     def __init__(self, deliver: Deliver) -> None:
         self._deliver = deliver

@@ -16,6 +16,7 @@ from trivisor.devices.apic_timer import ApicTimer
 from trivisor.machine.clock import Clock
 from trivisor.machine.interrupts import InterruptSource
 from trivisor.machine.memory import PHYSICAL_ADDRESS_BITS
+from trivisor.machine.saving import Remembers
 from trivisor.machine.vcpu import GeneralProtection
 from trivisor.machine.virtual_apic import END_ASK, END_NOTHING, END_READY, VirtualApic
 
@@ -79,13 +80,19 @@ def _ignore_vector(vector: int) -> None:
     """An EOI nobody waits for."""
 
 
-class LocalApic:
+class LocalApic(Remembers):
     """One processor's interrupt controller; also what the processor sees as its `InterruptController`.
 
     `tsc()` is the guest's time-stamp counter, which runs at `tsc_frequency` Hz;
     `crystal_frequency` Hz feeds the timer's count modes.  As a `Device` it is
     the 4 KiB xAPIC window.  After construction it is in its reset state.
     """
+
+    remembered = (
+        "_base", "_id", "_tpr", "_ppr", "_ldr", "_dfr", "_svr", "_esr", "_errors", "_icr", "_destination",
+        "_irr", "_isr", "_tmr", "_lvt", "_ready", "_extint_message", "_extint_open", "_lint0_level", "_lint1_level",
+        "timer",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -169,6 +176,9 @@ class LocalApic:
         self._extint_message = False
         self.timer.reset()
         self._update()
+
+    def loaded(self) -> None:
+        self.on_moved(self._base & self._address_mask)
 
     def enter_virtual_wire_mode(self) -> None:
         """Put the APIC in the state firmware leaves it in: 8259 through LINT0, NMI on LINT1."""

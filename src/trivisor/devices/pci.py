@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from trivisor.machine.saving import Remembers
+
 CONFIG_SIZE = 256
 
 
-class PciFunction:
+class PciFunction(Remembers):
     """One function's configuration space with its header of type 0 (section 6.1).
 
     A subclass, or the maker, fills `config` and sets in `writable` the bits
     that the guest may change; base address registers size themselves by that.
     `class_code` is base class, sub-class and interface, 24 bits.
     """
+
+    remembered = ("config",)
 
     def __init__(self, vendor: int, device: int, class_code: int, revision: int = 0) -> None:
         self.config = bytearray(CONFIG_SIZE)
@@ -65,13 +69,14 @@ class HostBridge(PciFunction):
         self.writable[0x72] = 0x78
 
 
-class PciConfig:
+class PciConfig(Remembers):
     """The eight ports of CONFIG_ADDRESS (offset 0) and CONFIG_DATA (offset 4).
 
     `on_reset` is called when the guest pulls the reset through offset 1.
     """
 
     _ADDRESS_BITS = 0x80FFFFFC
+    remembered = ("_address", "_reset_control", "functions")
 
     def __init__(self, on_reset: Callable[[], None] | None = None) -> None:
         self._functions: dict[int, PciFunction] = {}
@@ -90,6 +95,16 @@ class PciConfig:
         if key in self._functions:
             raise ValueError(f"{bus:02x}:{device:02x}.{function} is taken")
         self._functions[key] = item
+
+    @property
+    def functions(self) -> tuple[PciFunction, ...]:
+        """All functions, in the order of their addresses."""
+        return tuple(self._functions[key] for key in sorted(self._functions))
+
+    @functions.setter
+    def functions(self, functions: tuple[PciFunction, ...]) -> None:
+        if functions != self.functions:
+            raise ValueError("other functions on the bus")
 
     def read(self, offset: int, size: int) -> int:
         ones = (1 << 8 * size) - 1

@@ -10,12 +10,13 @@ from collections.abc import Callable
 
 from trivisor.devices.bytewise import ByteDevice
 from trivisor.machine.interrupts import Line, no_line
+from trivisor.machine.saving import Remembers
 
 _CASCADE = 2
 _CASCADE_BIT = 1 << _CASCADE
 
 
-class Pic8259(ByteDevice):
+class Pic8259(ByteDevice, Remembers):
     """One 8259A: offset 0 takes ICW1, OCW2 and OCW3; offset 1 the other ICWs and the mask.
 
     `slaves` has a bit for each input with a slave on it; `changed` is called
@@ -23,6 +24,10 @@ class Pic8259(ByteDevice):
     """
 
     length = 2
+    remembered = (
+        "level_inputs", "vector", "irr", "isr", "imr", "_inputs", "_awaited", "_first", "_auto_eoi",
+        "_rotate_on_auto_eoi", "_special_mask", "_fully_nested_slave", "_read_isr", "_poll",
+    )  # fmt: skip
 
     def __init__(self, vector: int, slaves: int, changed: Callable[[], None]) -> None:
         self._changed = changed
@@ -175,11 +180,12 @@ class Pic8259(ByteDevice):
             self._read_isr = bool(value & 0x01)
 
 
-class _EdgeLevelControl(ByteDevice):
+class _EdgeLevelControl(ByteDevice, Remembers):
     """ELCR1 and ELCR2: a 1 makes the input level-triggered; the system board's own inputs stay on edges."""
 
     length = 2
     _WRITABLE = (0xF8, 0xDE)
+    remembered = ("_values",)
 
     def __init__(self, master: Pic8259, slave: Pic8259) -> None:
         self._chips = (master, slave)
@@ -193,11 +199,13 @@ class _EdgeLevelControl(ByteDevice):
         self._chips[offset].set_level_inputs(self._values[offset])
 
 
-class DualPic:
+class DualPic(Remembers):
     """A master with a slave on input 2.  `output` is the processor's INTR pin.
 
     Starts masked, with the vectors that a BIOS gives (8 and 0x70).
     """
+
+    remembered = ("_level", "master", "slave", "elcr")
 
     def __init__(self, output: Line) -> None:
         self._output = output

@@ -9,6 +9,7 @@ from __future__ import annotations
 from trivisor.devices.bytewise import ByteDevice
 from trivisor.machine.clock import Clock, Timer
 from trivisor.machine.interrupts import Line
+from trivisor.machine.saving import Remembers
 
 FREQUENCY = 1_193_182
 """Hz of the counters' clock input."""
@@ -31,13 +32,18 @@ def _to_bcd(value: int) -> int:
     return sum(value // 10**digit % 10 << 4 * digit for digit in range(4))
 
 
-class Channel:
+class Channel(Remembers):
     """One counter.  Times are in pulses of the clock input since the machine was switched on.
 
     `start` is the pulse that loaded the counting element with `count`; it lies
     one ahead when that is yet to come.  While counting is suspended, `held`
     keeps how many pulses it had counted.
     """
+
+    remembered = (
+        "gate", "mode", "count", "start", "held", "_reload", "_reload_at", "_control", "_low_byte",
+        "_high_byte_next", "_latched_count", "_latched_status",
+    )  # fmt: skip
 
     def __init__(self, gate: bool) -> None:
         self.gate = gate
@@ -226,7 +232,7 @@ class Channel:
         return value & 0xFF if access == 1 else value >> 8
 
 
-class Pit8254(ByteDevice):
+class Pit8254(ByteDevice, Remembers):
     """Three counters at offsets 0 to 2 and the control word at 3; `speaker` is the window of port 0x61.
 
     Counter 0's output drives `irq0`.  In the periodic modes the wire stays
@@ -234,6 +240,7 @@ class Pit8254(ByteDevice):
     """
 
     length = 4
+    remembered = ("channels", "speaker")
 
     def __init__(self, clock: Clock, irq0: Line) -> None:
         self._clock = clock
@@ -242,6 +249,12 @@ class Pit8254(ByteDevice):
         self._edge: int | None = None  # the pulse at which the wire rises next
         self.channels = (Channel(True), Channel(True), Channel(False))
         self.speaker = SpeakerPort(self)
+
+    def loaded(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._arm(self.ticks(), 0)
 
     def ticks(self) -> int:
         """Pulses of the clock input so far."""
@@ -305,11 +318,13 @@ class Pit8254(ByteDevice):
         self._arm(now, earliest)
 
 
-class SpeakerPort(ByteDevice):
+class SpeakerPort(ByteDevice, Remembers):
     """System control port B (port 0x61): counter 2's gate and output, and the memory refresh toggle.
 
     82371SB PIIX3 data sheet, NMI status and control register.
     """
+
+    remembered = ("_control",)
 
     def __init__(self, pit: Pit8254) -> None:
         self._pit = pit

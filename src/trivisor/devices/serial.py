@@ -14,6 +14,7 @@ from trivisor.devices.bytewise import ByteDevice
 from trivisor.machine.clock import Clock, Timer
 from trivisor.machine.fast_ports import QUEUES, READS, FastPorts, FastRegister
 from trivisor.machine.interrupts import Line
+from trivisor.machine.saving import Remembers
 
 CRYSTAL = 1_843_200
 """Hz of the clock input; the baud rate is a sixteenth of it over the divisor."""
@@ -32,7 +33,7 @@ _TRIGGERS = (1, 4, 8, 14)
 _BYTES = tuple(bytes((value,)) for value in range(256))
 
 
-class Uart16550(ByteDevice):
+class Uart16550(ByteDevice, Remembers):
     """One serial port; eight byte registers.
 
     `output` is called with each byte as the guest sends it.  All methods
@@ -40,6 +41,10 @@ class Uart16550(ByteDevice):
     """
 
     length = 8
+    remembered = (
+        "_level", "_backlog", "_fifo", "_quiet_since", "_timed_out", "_thre", "_divisor", "_ier", "_lcr", "_mcr",
+        "_scr", "_fcr", "_lsr", "_msr", "_direct",
+    )  # fmt: skip
 
     def __init__(self, clock: Clock, irq: Line, output: Callable[[bytes], None]) -> None:
         self._clock = clock
@@ -70,6 +75,13 @@ class Uart16550(ByteDevice):
     def _publish(self) -> None:
         self._fast_data.set(QUEUES if self._direct else 0)
         self._fast_lsr.set(0 if self._lsr & _LSR_ERRORS else READS, self._lsr)
+
+    def loaded(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._publish()
+        self._arm()
 
     # The host's side
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trivisor.machine.interrupts import Line
+from trivisor.machine.saving import Remembers
 
 SCRATCH_PORT, SCRATCH_LENGTH = 0xE0, 16
 LINES_PORT = 0x2000
@@ -14,12 +15,14 @@ MEMORY_BASE, MEMORY_LENGTH = 0xFF000000, 0x10000
 _VALUE_LENGTH = 4
 
 
-class ScratchPorts:
+class ScratchPorts(Remembers):
     """Four bytes that keep what is written, at whatever size, and twelve that take anything.
 
     A write to the second four asks for a page to be flushed from the host's mappings: nothing that a guest
     could see comes of it.
     """
+
+    remembered = ("_value",)
 
     def __init__(self) -> None:
         self._value = bytearray(_VALUE_LENGTH)
@@ -33,8 +36,10 @@ class ScratchPorts:
             self._value[offset:end] = value.to_bytes(size, "little")[: end - offset]
 
 
-class DeviceMemory:
+class DeviceMemory(Remembers):
     """Memory that is reached as a device, so that every access to it is emulated."""
+
+    remembered = ("_bytes",)
 
     def __init__(self) -> None:
         self._bytes = bytearray(MEMORY_LENGTH)

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from itertools import count
 
+from trivisor.machine.saving import Remembers
+
 _FEW = 64
 """Cancelled timers that are not worth a purge."""
 
@@ -28,12 +30,14 @@ class Timer:
             self._on_cancel()
 
 
-class Clock:
+class Clock(Remembers):
     """Monotonic guest time that can be paused, and a queue of timers.
 
     The monitor calls `run_due` in the vCPU's thread; callbacks run there, so
     devices need no locks.  `source` gives host nanoseconds (tests pass their own).
     """
+
+    remembered = ("elapsed",)
 
     def __init__(self, source: Callable[[], int] = time.monotonic_ns) -> None:
         self._source = source
@@ -47,6 +51,15 @@ class Clock:
     def now(self) -> int:
         """Nanoseconds of guest time."""
         return self._source() - self._origin
+
+    @property
+    def elapsed(self) -> int:
+        """`now`, which can be set to go on from another machine's time: its devices must set their timers anew."""
+        return self.now()
+
+    @elapsed.setter
+    def elapsed(self, nanoseconds: int) -> None:
+        self._origin = self._source() - nanoseconds
 
     def at(self, deadline: int, callback: Callable[[], None]) -> Timer:
         """Have `callback()` called once guest time reaches `deadline` (ns)."""

@@ -109,8 +109,6 @@ class Program:
     device: list[tuple[str, int, int, int]] | None = None
     memory: dict[int, int] = field(default_factory=dict)
     """Doublewords at physical addresses."""
-    pending: dict[str, str] = field(default_factory=dict)
-    """Technique -> what it does not do yet, so that the program must fail there."""
     unless_emulated: str = ""
     """What a KVM that emulates ring 0 is known to do otherwise; the program is not tried there."""
 

@@ -6,10 +6,7 @@ import pytest
 
 from tests.conformance.machine import EMULATED, TECHNIQUES, UNAVAILABLE, Observation, Program, observe, prepare
 from tests.conformance.programs import PROGRAMS
-from trivisor.machine.exits import Halt, Unsupported
-
-NOT_YET = ("16-bit code", "a code segment with a base")
-"""What the translator says of modes that it does not have; a program joins by itself once it is there."""
+from trivisor.machine.exits import Halt
 
 
 def run(technique: str, program: Program) -> tuple[Observation, dict[str, int]]:
@@ -21,8 +18,6 @@ def run(technique: str, program: Program) -> tuple[Observation, dict[str, int]]:
     guest = prepare(technique, program)
     try:
         exit_ = guest.watched_run()
-        if isinstance(exit_, Unsupported) and exit_.what in NOT_YET:
-            pytest.skip(f"{technique} does not have {exit_.what} yet")
         for address, value in program.memory.items():
             assert guest.memory.read_u32(address) == value, hex(address)
         return observe(guest, exit_), guest.labels
@@ -33,15 +28,6 @@ def run(technique: str, program: Program) -> tuple[Observation, dict[str, int]]:
 @pytest.mark.parametrize("technique", TECHNIQUES)
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
 def test_the_architecture(program: Program, technique: str) -> None:
-    if technique in program.pending:
-        with pytest.raises(AssertionError):
-            check(technique, program)
-        pytest.skip(f"{technique} has {program.pending[technique]} yet")
-    check(technique, program)
-
-
-def check(technique: str, program: Program) -> None:
-    """The program's own expectations."""
     seen, labels = run(technique, program)
     assert seen.exit == Halt(False), seen
     if program.vector is None:
@@ -62,8 +48,6 @@ def check(technique: str, program: Program) -> None:
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
 def test_equal_results(program: Program) -> None:
-    if program.pending:
-        pytest.skip(f"known to differ: {program.pending}")
     first, _ = run(TECHNIQUES[0], program)
     for technique in TECHNIQUES[1:]:
         other, _ = run(technique, program)

@@ -89,6 +89,7 @@ class KvmVcpu:
         self._kicked = False
         self._look = True  # something waits that the run loop must see to before it enters the guest
         self._incomplete = False  # KVM has the rest of an instruction to do
+        self._stepping = False
         self._closed = False
         self._wake = threading.Event()
         self._kick_lock = threading.RLock()
@@ -110,6 +111,7 @@ class KvmVcpu:
         except BaseException:
             self.close()
             raise
+        self.xcr0_supported = self.guest_cpuid.xcr0_supported
         self.msrs = MsrFile(self.guest_cpuid, tsc_frequency=board.tsc_frequency)
         self.transferred_msrs = tuple(
             index for index in TRANSFERRED_MSRS if self.handle.get_msrs([index])
@@ -245,6 +247,7 @@ class KvmVcpu:
             self._single_step(False)
 
     def _single_step(self, on: bool) -> None:
+        self._stepping = on
         control = abi.GUESTDBG_ENABLE | abi.GUESTDBG_SINGLESTEP if on else 0
         self.handle.control(abi.SET_GUEST_DEBUG, abi.GuestDebug(control))
 
@@ -490,7 +493,7 @@ class KvmVcpu:
         instruction = bytes(error.insn_bytes[: error.insn_size]) if known else b""
         del error
         if suberror == abi.INTERNAL_ERROR_EMULATION and self._rescue is not None:
-            return self._rescue.take_over(instruction)
+            return self._rescue.take_over(instruction, single=self._stepping)
         what = f"KVM cannot emulate {instruction.hex(' ')}" if instruction else f"KVM internal error {suberror}"
         return Unsupported(what.strip(), self.state.rip)
 
@@ -512,6 +515,7 @@ class KvmVcpu:
         statistics: dict[str, Any] = {"exits": dict(sorted(self._counts.items(), key=lambda item: -item[1]))}
         if self._rescue is not None:
             statistics["given up by KVM, done by translation"] = dict(self._rescue.counts.most_common())
+            statistics["translation went on for a while"] = self._rescue.went_on
             python -= self._rescue.nanoseconds
         statistics["seconds"] = {
             "guest": self._guest_ns / 1e9,

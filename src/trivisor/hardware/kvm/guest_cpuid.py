@@ -16,6 +16,8 @@ BOARDS_OWN: Final = frozenset({"hypervisor", "apic", "x2apic", "tsc_deadline", "
 _EVERY_PROCESSOR_HAS: Final = frozenset({"sse3", "ssse3"})
 _DEAR: Final = frozenset({"cx16"})
 """What a guest does often in ring 0 and an emulator of ring 0 lacks; guests do without rather than wait."""
+_SHOWN_ANYWAY: Final = frozenset({"smap"})
+"""What kvm-pvm's guests see though they are not told, beside what translation tells of by itself."""
 
 
 def ring_0_is_emulated(system: System) -> bool:
@@ -45,7 +47,7 @@ def kvm_cpuid(system: System, board: Surroundings, choice: CpuChoice = USUAL_CPU
         tsc_frequency=board.tsc_frequency,
         crystal_frequency=board.crystal_frequency,
         apic_id=board.apic_id,
-        extra=choice.added,
+        extra=(choice.added | _SHOWN_ANYWAY if emulated else choice.added) - choice.removed,
         without=(missing - choice.added) | choice.removed,
         vendor=choice.vendor,
     )

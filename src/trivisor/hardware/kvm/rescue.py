@@ -2,7 +2,8 @@
 
 A KVM with VT-x or AMD-V under it never needs this.  One that emulates ring 0
 in the host's kernel (kvm-pvm) gives up on instructions that its emulator
-lacks; each hand-over costs two copies of the state.
+lacks.  A hand-over there and back takes about half a millisecond, so where one
+follows the other the substitute goes on for a while.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from iced_x86 import Decoder, Mnemonic
 
 from trivisor.machine.cpuid import GuestCpuid
-from trivisor.machine.exits import DebugStop, Exit
+from trivisor.machine.exits import DebugStop, Exit, Kicked
 from trivisor.machine.state import CpuState
 from trivisor.machine.vcpu import Vcpu
 from trivisor.x86 import msr
@@ -25,6 +26,8 @@ from trivisor.x86.descriptors import LONG
 if TYPE_CHECKING:
     from trivisor.hardware.kvm.cpu import KvmVcpu
 
+GO_ON = 20_000_000
+"""Nanoseconds of guest time for which the substitute goes on, when KVM has given up less than so long ago."""
 _NAMES = {number: name.lower() for name, number in vars(Mnemonic).items() if isinstance(number, int)}
 
 
@@ -37,9 +40,12 @@ class Rescue:
         self._other: Vcpu | None = None
         self.counts: Counter[str] = Counter()
         self.nanoseconds = 0
+        self.went_on = 0
+        """Times that the substitute did more than the one instruction."""
+        self._last = -GO_ON
 
-    def take_over(self, instruction: bytes) -> Exit | None:
-        """Have one instruction done; an exit when more came of it."""
+    def take_over(self, instruction: bytes, *, single: bool) -> Exit | None:
+        """Have one instruction done, and perhaps what follows unless `single`; an exit when one came of it."""
         started = time.perf_counter_ns()
         cpu = self._cpu
         state = cpu.state
@@ -53,13 +59,28 @@ class Rescue:
             other.tsc_offset = cpu.tsc_offset
             other.memory_written(0, cpu.board.memory.span)  # by the guest under KVM, and nobody kept count
             _hand_over(state, other)
-            exit_ = other.step()
+            exit_: Exit | None = other.step()
+            if isinstance(exit_, DebugStop) and not single:
+                exit_ = self._go_on(other) if started - self._last < GO_ON else None
             state = other.state
         finally:
             cpu.attach()
         _hand_over(state, cpu)
-        self.nanoseconds += time.perf_counter_ns() - started
-        return None if isinstance(exit_, DebugStop) else exit_
+        self._last = time.perf_counter_ns()
+        self.nanoseconds += self._last - started
+        return exit_
+
+    def _go_on(self, other: Vcpu) -> Exit | None:
+        """Let the substitute run for `GO_ON`."""
+        self.went_on += 1
+        clock = self._cpu.board.clock
+        timer = clock.at(clock.now() + GO_ON, other.kick)
+        try:
+            exit_ = other.run()
+        finally:
+            timer.cancel()
+        # The run loop looks itself whether anybody else wanted it.
+        return None if isinstance(exit_, Kicked) else exit_
 
     def kick(self) -> None:
         """Have the other processor come back, if it is at work."""

@@ -80,7 +80,7 @@ def get_state(cpu: KvmVcpu) -> CpuState:
         state.exception_pending = (events.exception.nr, error)
     area = bytearray(4096)
     handle.control(abi.GET_XSAVE, area)
-    state.xsave = bytes(area[: xsave_area(cpu.guest_cpuid.xcr0_supported)])
+    state.xsave = bytes(area[: xsave_area(cpu.xcr0_supported)])
     return state
 
 

@@ -16,7 +16,7 @@ from trivisor.devices.apic_timer import ApicTimer
 from trivisor.machine.clock import Clock
 from trivisor.machine.interrupts import InterruptSource
 from trivisor.machine.memory import PHYSICAL_ADDRESS_BITS
-from trivisor.machine.saving import Remembers
+from trivisor.machine.saving import Remembers, Saved
 from trivisor.machine.vcpu import GeneralProtection
 from trivisor.machine.virtual_apic import END_ASK, END_NOTHING, END_READY, VirtualApic
 
@@ -89,7 +89,7 @@ class LocalApic(Remembers):
     """
 
     remembered = (
-        "_base", "_id", "_tpr", "_ppr", "_ldr", "_dfr", "_svr", "_esr", "_errors", "_icr", "_destination",
+        "_base", "_id", "_tpr", "_ldr", "_dfr", "_svr", "_esr", "_errors", "_icr", "_destination",
         "_irr", "_isr", "_tmr", "_lvt", "_ready", "_extint_message", "_extint_open", "_lint0_level", "_lint1_level",
         "timer",
     )  # fmt: skip
@@ -177,8 +177,24 @@ class LocalApic(Remembers):
         self.timer.reset()
         self._update()
 
+    @property
+    def _tpr(self) -> int:
+        return self.virtual.tpr
+
+    @_tpr.setter
+    def _tpr(self, value: int) -> None:
+        self.virtual.tpr = value & 0xFF
+
+    def save(self) -> Saved:
+        """As `Remembers` has it, with every interrupt ended that the processor has ended."""
+        self._catch_up()
+        return super().save()
+
     def loaded(self) -> None:
-        self.on_moved(self._base & self._address_mask)
+        self.virtual.take_end()
+        self._visible = self.on_moved(self._base & self._address_mask)
+        self._place()
+        self._update()
 
     def enter_virtual_wire_mode(self) -> None:
         """Put the APIC in the state firmware leaves it in: 8259 through LINT0, NMI on LINT1."""

@@ -602,7 +602,7 @@ class TranslationVcpu:
         started = time.perf_counter_ns()
         clock, words = self.board.clock, self._words
         self.halted = True
-        self.tuner.stop()
+        self.tuner.pause()
         try:
             while True:
                 words[_PENDING] = 0
@@ -623,7 +623,7 @@ class TranslationVcpu:
                 wait = None if deadline is None else max(0, deadline - clock.now()) / 1e9
                 self._wake.wait(wait)
         finally:
-            self.tuner.start()
+            self.tuner.go_on()
             self._idle_ns += time.perf_counter_ns() - started
 
     def _single_step(self) -> Exit | None:

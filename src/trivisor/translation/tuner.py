@@ -36,6 +36,7 @@ class Tuner:
         self._misses = core.bytes.cast("I")
         self._state = core.address
         self._sampler: Sampler | None = None
+        self._running = False
         self._scattered: set[int] = set()
         """Linear addresses of instructions whose site caches missed too often."""
         self._flushes = 0
@@ -45,15 +46,26 @@ class Tuner:
         """Of tuned blocks: (offset of the instruction, site cache)."""
 
     def start(self) -> None:
-        """Sample the calling thread."""
+        """Sample the calling thread, until `stop`."""
         if self._sampler is None:
             self._sampler = Sampler(self._state)
+        self._running = True
         self._sampler.every(PERIOD)
 
     def stop(self) -> None:
-        """Sample no more, for the time being."""
+        """Sample no more."""
+        self._running = False
+        self.pause()
+
+    def pause(self) -> None:
+        """Let no samples wake the thread, until `go_on`."""
         if self._sampler is not None:
             self._sampler.every(0)
+
+    def go_on(self) -> None:
+        """The end of a pause; does nothing where nothing was sampled before."""
+        if self._running and self._sampler is not None:
+            self._sampler.every(PERIOD)
 
     def close(self) -> None:
         """Give the host's timer back."""

@@ -8,6 +8,7 @@ import pytest
 
 from tests.unit.translation.engine.guest import DATA, STACK, Machine, Make, P, U, W
 from trivisor.machine.exits import Kicked
+from trivisor.translation.host_signals import Sampler
 
 ONE, TWO = 0x400000, 0x500000
 """Physical pages."""
@@ -177,3 +178,14 @@ def test_random_groups_do_what_single_accesses_do(machine: Make) -> None:
             tuned_blocks += made(m) - before
         assert outcomes[0] == outcomes[1], f"seed {seed}"
     assert tuned_blocks > 100
+
+
+def test_a_step_leaves_no_sampling_behind(machine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample in the caller's own code would be a signal that it does not expect."""
+    periods = [0]
+    monkeypatch.setattr(Sampler, "every", lambda self, period: periods.append(period))
+    m = machine("sti\n hlt\n hlt")
+    m.board.clock.at(m.board.clock.now() + 1_000_000, lambda: m.interrupt(0x40))
+    for _ in range(3):
+        m.step()
+    assert periods[-1] == 0

@@ -25,8 +25,10 @@ CODE_DATA = 0x800
 CODE_DATA_SIZE = 0x400
 ROUNDS = 8
 """States that a case is run from."""
-MANNERS = ("", "", "", "", "", "", "stepped", "on a device", "polled")
-"""As it is; one instruction at a time; with a data page that is a device's; with an interrupt check that fires."""
+MANNERS = ("", "", "", "tuned", "tuned", "tuned", "stepped", "on a device", "polled")
+"""As it is; as hot code is translated; one instruction at a time; with a data page that is a device's; with an
+interrupt check that fires.
+"""
 DEVICE_PAGE = 1
 """The data page that may be a device's, one that remembers what is written to it like memory."""
 FPU_SIZE = 832

@@ -69,7 +69,8 @@ class Generator:
         _move_targets(draft.items, draft.nests)
         manner = random.choice(MANNERS)
         if draft.used_x87 or any(_leaves_holes(item.instruction) for item in draft.items):
-            manner = ""  # these may leave what they write to as it was, and a device is not asked what it has
+            # These may leave what they write to as it was, and a device is not asked what it has.
+            manner = random.choice(("", "tuned"))
         return Case(
             self.bits, draft.items, self._states(random, gpr, draft.pinned), segments, fs_base, gs_base,
             page, offset, random.random() < 0.5, manner, draft.pokes,

@@ -228,7 +228,10 @@ def _table_operand(draft: Draft, instruction: Instruction, number: int) -> None:
     """XLAT's byte at rbx + al."""
     segment = draft.override()
     instruction.segment_prefix = segment
-    draft.ensure(RBX, draft.offset(draft.place(1), segment or Register.DS) - 255)
+    offset = draft.offset(draft.place(1), segment or Register.DS)
+    if offset >> draft.bits:
+        raise Impossible
+    draft.ensure(RBX, offset - 255)
     draft.ensure(RAX, draft.random.getrandbits(64) | 0xFF)
     instruction.set_op_kind(number, OpKind.MEMORY)
     instruction.memory_base = Register.BX if draft.bits == 16 else draft.registers[RBX]

@@ -215,6 +215,7 @@ class TranslatedGuest:
     def run(self, case: Case, layout: Layout) -> list[Result]:
         """Run the case from each of its states; raises Skipped for what the engine does not have."""
         state = self._states[case.bits, case.user]
+        self.vcpu.blocks.tunes_at_once = case.manner == "tuned"
         if case.segments:
             self._load_segments(state, case)
         else:

@@ -22,6 +22,7 @@ from trivisor.translation.emulator.operands import (
     memory_address,
     read_operand,
     read_register,
+    within_limit,
     write_operand,
     write_register,
 )
@@ -357,8 +358,15 @@ def _cache_control(cpu: Cpu, instruction: Instruction) -> None:
 
 
 def _flush_line(cpu: Cpu, instruction: Instruction) -> None:
-    """CLFLUSH and its family fault as a byte load does."""
-    cpu.load(memory_address(cpu.core, instruction, 1), 1)
+    """CLFLUSH and its family fault as a byte load does, but that a code segment need not be readable (SDM 2A)."""
+    core, code = cpu.core, cpu.core.segments[CS]
+    if instruction.memory_segment == Register.CS and not in_64bit_mode(core):
+        offset = effective_address(core, instruction)
+        if not within_limit(code.attributes, code.limit, offset, 1):
+            raise general_protection()
+        cpu.load((code.base + offset) & MASK32, 1)
+    else:
+        cpu.load(memory_address(core, instruction, 1), 1)
 
 
 STRAIGHT: dict[int, Handler] = {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iced_x86 import Code, Instruction, Mnemonic
+from iced_x86 import Code, Instruction, Mnemonic, Register
 
+from trivisor.translation.modes import CallOut
 from trivisor.translation.translator.recipe import Item, Recipe, asm
 from trivisor.translation.translator.registers import (
     BY_SIZE,
@@ -105,5 +106,8 @@ def xlat(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
 
 def flush_line(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
     """CLFLUSH and its like: memory is coherent, so all that is left of them is a byte load's faults (SDM 2A)."""
+    if instruction.memory_segment == Register.CS and maker.mode.checks("CS"):
+        recipe.ends = CallOut()  # the segment may be one for execution alone
+        return
     maker.address(recipe, instruction)
     recipe.check(1, write=False)

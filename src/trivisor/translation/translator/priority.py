@@ -16,7 +16,9 @@ def _mnemonics(text: str) -> frozenset[int]:
 
 
 _NO_WAIT = _mnemonics("FNSTCW FNSTSW FNSTENV FNSAVE FNINIT FNCLEX")
-_UNALIGNED = _mnemonics("MOVUPS MOVUPD MOVDQU LDDQU PCMPESTRI PCMPESTRM PCMPISTRI PCMPISTRM")
+_UNALIGNED = _mnemonics("MOVUPS MOVUPD MOVDQU LDDQU PCMPESTRI PCMPESTRI64 PCMPESTRM PCMPESTRM64 PCMPISTRI PCMPISTRM")
+_LATE = frozenset((CpuidFeature.SHA,))
+"""Instructions whose operand is looked up first, and its alignment then (AMD's processors)."""
 _ALIGNED_VEX = _mnemonics("VMOVAPS VMOVAPD VMOVDQA VMOVNTDQ VMOVNTPD VMOVNTPS VMOVNTDQA")
 _ALIGNED = dict.fromkeys(_mnemonics("CMPXCHG16B FXSAVE FXSAVE64 FXRSTOR FXRSTOR64"), 16) | dict.fromkeys(
     _mnemonics("XSAVE XSAVE64 XSAVEOPT XSAVEOPT64 XSAVEC XSAVEC64 XRSTOR XRSTOR64"), 64
@@ -39,7 +41,7 @@ def alignment(instruction: Instruction) -> int:
     if mnemonic in _ALIGNED:
         return _ALIGNED[mnemonic]
     size = MemorySizeExt.size(instruction.memory_size)
-    if size < 16 or (mnemonic in _UNALIGNED):
+    if size < 16 or mnemonic in _UNALIGNED or not _LATE.isdisjoint(instruction.cpuid_features()):
         return 1
     if instruction.encoding == EncodingKind.LEGACY:
         return 16 if size == 16 else 1

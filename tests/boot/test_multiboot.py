@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -136,3 +138,44 @@ def test_one_byte_too_many_in_the_kernel_file_does_no_harm_and_one_too_few_is_to
     run = command(shorter)
     assert run.returncode == 2
     assert "truncated" in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_sigusr1_tells_where_the_time_goes_and_the_guest_goes_on(kernel: Path) -> None:
+    arguments = ["run", str(kernel), "--append", "spin", "--memory", "32M", "--timeout", "40"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "trivisor", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as process:  # fmt: skip
+        assert process.stdout is not None and process.stderr is not None
+        while not process.stdout.readline().startswith("memory: 0000000000100000"):
+            pass
+        for _ in range(2):
+            process.send_signal(signal.SIGUSR1)
+            while "seconds of python by exit" not in process.stderr.readline():
+                pass
+        assert process.poll() is None
+        process.terminate()
+        process.communicate()
+        assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_a_perf_map_names_helpers_and_guest_code(kernel: Path, tmp_path: Path) -> None:
+    path = tmp_path / "perf.map"
+    with VirtualMachine(kernel, memory="32M", perf_map=path) as machine:
+        start = machine.registers.rip
+        machine.run(timeout=30)
+        blocks = machine.statistics()["translation"]["blocks"]
+    lines = [line.split() for line in path.read_text().splitlines()]
+    named = {name: (int(at, 16), int(size, 16)) for at, size, name in lines}
+    assert named["trivisor:enter"][1] > 0 and f"guest-kernel:{start:#x}" in named
+    assert sum(name.startswith("guest-") for _, _, name in lines) >= blocks
+    ordered = sorted(named.values())
+    assert all(at + size <= following for (at, size), (following, _) in pairwise(ordered))
+
+
+def test_a_perf_map_follows_no_link(kernel: Path, tmp_path: Path) -> None:
+    path = tmp_path / "perf.map"
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic link"):
+        VirtualMachine(kernel, memory="32M", perf_map=path)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 Row = tuple[str, str, str]
+AVERAGES = "microseconds"
+"""Groups whose names begin so hold averages."""
 
 
 def _rows(statistics: Mapping[str, Any]) -> Iterator[tuple[str, list[Row]]]:
@@ -18,17 +20,21 @@ def _rows(statistics: Mapping[str, Any]) -> Iterator[tuple[str, list[Row]]]:
     for name, inner in statistics.items():
         if not isinstance(inner, Mapping):
             continue
-        for section, rows in _sections(inner):
+        for section, rows in _sections(inner, averages=name.startswith(AVERAGES)):
             yield f"{_words(name)}{': ' if section else ''}{section}", rows
 
 
-def _sections(inner: Mapping[str, Any]) -> Iterator[tuple[str, list[Row]]]:
-    """The rows of one group, largest first and with their share, and those of the groups in it."""
+def _sections(inner: Mapping[str, Any], averages: bool = False) -> Iterator[tuple[str, list[Row]]]:
+    """The rows of one group, largest first and with their share, and those of the groups in it.
+
+    Averages add up to nothing that they could have a share of.
+    """
     counts = {name: value for name, value in inner.items() if not isinstance(value, Mapping)}
     numbers = {name: value for name, value in counts.items() if isinstance(value, int | float)}
     total = sum(numbers.values())
     if counts:
         ordered = sorted(counts.items(), key=lambda item: -numbers.get(item[0], 0))
+        total = 0 if averages else total
         yield "", [(_words(name), _value(value), _share(value, total)) for name, value in ordered]
     for name, deeper in inner.items():
         if isinstance(deeper, Mapping):

@@ -40,6 +40,7 @@ class Request:
     no_keep: bool = False
     stats: bool = False
     stats_json: Path | None = None
+    perf_map: bool = False
     verbose: bool = False
     devices: tuple[str, ...] = ()
     cpu: str = ""
@@ -133,6 +134,7 @@ _FILE = click.Path(path_type=Path)
 @click.option("--no-reboot", is_flag=True, help="End when the guest reboots, instead of booting it again.")
 @click.option("--no-keep", is_flag=True, help="Use and leave no translations in the cache directory.")
 @click.option("--stats", is_flag=True, help="Print exits and where the time went, on stderr at the end.")
+@click.option("--perf-map", is_flag=True, help="Name translated code in /tmp/perf-PID.map, for Linux's perf.")
 @click.option("--stats-json", type=_FILE, metavar="FILE", help="Write the same as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Say on stderr what runs and how it ended.")
 def run(image: Path | None, kernel: Path | None, **options: Any) -> int:

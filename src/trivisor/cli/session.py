@@ -17,6 +17,7 @@ from trivisor.cli.run import Request
 from trivisor.cli.serial import Serial, open_serial
 from trivisor.monitor import VirtualMachine
 from trivisor.monitor.outcome import Outcome, StopReason
+from trivisor.monitor.perf_map import default_path
 
 STATUS_CANNOT_WRITE = 1
 STATUS_CLOSED_OUTPUT = 128 + signal.SIGPIPE
@@ -35,6 +36,11 @@ class Interruption:
         if self.number is not None:
             machine.stop()
 
+    def _tell(self, _number: int, _frame: FrameType | None) -> None:
+        """SIGUSR1: where the time went up to now, and on with the guest."""
+        if self._machine is not None:
+            print_statistics(self._machine.statistics())
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.number = number
         if self._machine is None:
@@ -46,6 +52,7 @@ class Interruption:
         """Have the signals that end a program come here while the block runs."""
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         before = {number: signal.signal(number, self._handle) for number in numbers}
+        before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._tell)
         try:
             yield
         finally:
@@ -108,6 +115,7 @@ def _build(request: Request, serial: Serial, shown: Progress) -> VirtualMachine:
         terminal_size=_terminal_size() if serial.interactive else None,
         progress=shown.say,
         keep_translations=not request.no_keep,
+        perf_map=default_path() if request.perf_map else None,
         devices=request.devices,
         cpu=request.cpu,
     )

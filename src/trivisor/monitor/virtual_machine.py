@@ -21,6 +21,7 @@ from trivisor.monitor.console import Console, Deadline, Pattern, compile_pattern
 from trivisor.monitor.endings import by_device, by_processor, with_command
 from trivisor.monitor.linear import read_linear
 from trivisor.monitor.outcome import Outcome, StopReason
+from trivisor.monitor.perf_map import open_perf_map
 from trivisor.monitor.plan import Progress, Wish, make_hardware, make_plan
 from trivisor.monitor.signals import attention
 from trivisor.monitor.sizes import parse_memory
@@ -52,6 +53,8 @@ class VirtualMachine:
     adds what a board does not always have ("pc-testdev"), and `cpu` switches
     features of the processor ("+umip,-x2apic").  `keep_translations`: what the
     translator made is kept in the user's cache for the next run of the kernel.
+    `perf_map` is a file in which Linux's perf finds the names of translated code
+    (`/tmp/perf-PID.map`), complete once the machine is closed.
 
     Raises ValueError or OSError for a guest that cannot be loaded,
     `guests.debian.GuestUnavailable` when the default guest cannot be fetched,
@@ -81,6 +84,7 @@ class VirtualMachine:
         devices: Sequence[str] = (),
         cpu: str = "",
         keep_translations: bool = True,
+        perf_map: str | os.PathLike[str] | None = None,
     ) -> None:
         self._technique = choose(technique).name
         self._memory_size = parse_memory(memory)
@@ -114,16 +118,25 @@ class VirtualMachine:
         self._earlier_counters: dict[str, Any] = {}
         self._kickable: Vcpu | None = None
         self._kick_lock = threading.RLock()  # a signal handler may kick while its own thread holds it
+        self._perf_map = None if perf_map is None else open_perf_map(Path(perf_map), self._plan.kernel)
         self._machine = self._switch_on()
 
     def _switch_on(self) -> Assembly:
         machine = assemble(self._plan, self._memory_size, self._technique, self._printed, self._kick)
         for exit_type, callback in self._subscribers:
             machine.vcpu.observed.setdefault(exit_type, []).append(callback)
+        if self._perf_map is not None:
+            try:
+                self._perf_map.watch(machine.vcpu)
+            except ValueError:
+                machine.close()
+                raise
         self._kickable = machine.vcpu
         return machine
 
     def _switch_off(self) -> None:
+        if self._perf_map is not None:
+            self._perf_map.write(self._machine.vcpu)
         with self._kick_lock:
             self._kickable = None
         self._machine.close()
@@ -419,6 +432,8 @@ class VirtualMachine:
             self._closed = True
             self.keep()
             self._switch_off()
+            if self._perf_map is not None:
+                self._perf_map.close()
 
     def __enter__(self) -> Self:
         return self

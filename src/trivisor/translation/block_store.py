@@ -6,7 +6,7 @@ import ctypes
 import time
 from array import array
 from bisect import bisect_right
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 
 from iced_x86 import Decoder, DecoderError, Instruction
 
@@ -71,6 +71,8 @@ class BlockStore:
         self.tunes_at_once = False
         """Every new block is tuned, hot or not: for tests."""
         self.flushes = 0
+        self.on_flush: Callable[[], None] = lambda: None
+        """Called before everything is forgotten."""
         self.translating = 0
         """Nanoseconds spent translating."""
 
@@ -329,8 +331,16 @@ class BlockStore:
         """The whole page is about to be overwritten."""
         self.written(page, 0x1000)
 
+    def code(self) -> Iterator[tuple[int, int, Block]]:
+        """(host address, bytes, block) of all code that was made since the last flush, in the order of its making."""
+        for number in range(1, self.tables.block_count):
+            block = Block(self.tables, number)
+            if not block.flags & ALIAS:
+                yield self.cache.base + block.start, block.size, block
+
     def flush(self) -> None:
         """Forget everything, because the code cache is full."""
+        self.on_flush()
         self.flushes += 1
         tables, lines = self.tables, self.mmu.code_lines
         memory = self.mmu.memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -150,7 +150,12 @@ class TranslationVcpu:
         self._segmented = 0  # how many modes have a segmentation
         self._cache_keys = [-1, -1, -1]
         self._counts: dict[str | int, int] = {}
-        self._translated_ns = self._idle_ns = self._total_ns = 0
+        self._translated_ns = self._idle_ns = 0
+        self._python_ns = [0] * (len(EXITS) + 1)
+        """By the exit that Python was entered with; 0 is the start of a run."""
+        self._left = self._left_by = self._elsewhere = 0
+        self._idle_since: int | None = None
+        self._running = False
         host_xcr0 = host_xgetbv() if "xsave" in self.guest_cpuid.features else 0
         self.xcr0_supported = self.guest_cpuid.xcr0_supported & host_xcr0
         self.xsave_size = xsave_area(self.xcr0_supported)
@@ -408,7 +413,7 @@ class TranslationVcpu:
     # -- running --------------------------------------------------------------------------------------------
 
     def run(self) -> Exit:
-        started = time.perf_counter_ns()
+        self._begin()
         if self._timer is None:
             self._timer = poll_timer(self.core.address)
         self._mind_observers()
@@ -423,16 +428,30 @@ class TranslationVcpu:
             return Unsupported(str(missing), self.core.linear_rip)
         finally:
             self.tuner.stop()
-            self._total_ns += time.perf_counter_ns() - started
+            self._end()
+
+    def _begin(self) -> None:
+        """A run or step begins: time counts from now on."""
+        self._left, self._left_by = time.perf_counter_ns(), 0
+        self._elsewhere = self.blocks.translating + self._idle_ns
+        self._running = True
+
+    def _end(self) -> None:
+        """A run or step ends."""
+        self._account(time.perf_counter_ns())
+        self._running = False
 
     def step(self) -> Exit:
+        self._begin()
         self._mind_observers()
-        if self.halted and (exit_ := self._idle()) is not None:
-            return exit_
         try:
+            if self.halted and (exit_ := self._idle()) is not None:
+                return exit_
             exit_ = self._once(True)
         except UnsupportedFeature as missing:
             return Unsupported(str(missing), self.core.linear_rip)
+        finally:
+            self._end()
         return DebugStop(self.core.linear_rip) if exit_ is None else exit_
 
     def _once(self, single: bool) -> Exit | None:
@@ -478,13 +497,22 @@ class TranslationVcpu:
         if self._words[_OPENED_COUNT] and not self.core.rflags & AC:
             self._native.close_pages()
         started = time.perf_counter_ns()
+        self._account(started)
         number = self._native.enter(target)
-        self._translated_ns += time.perf_counter_ns() - started
+        self._left = left = time.perf_counter_ns()
+        self._translated_ns += left - started
+        self._left_by = number
         if self._words[_PORT_QUEUED]:
             self._ports.deliver()
         name = self._names[number]
         self._counts[name] = self._counts.get(name, 0) + 1
         return number
+
+    def _account(self, now: int) -> None:
+        """Put the time since translated code was left down to the exit that left it, but for translating and idling."""
+        elsewhere = self.blocks.translating + self._idle_ns
+        self._python_ns[self._left_by] += now - self._left - (elsewhere - self._elsewhere)
+        self._elsewhere = elsewhere
 
     def enter_step(self, block: Block) -> int:
         """Run a single-step block."""
@@ -599,7 +627,7 @@ class TranslationVcpu:
 
     def _idle(self) -> Exit | None:
         """HLT with interrupts on: sleep until one comes.  A kick does not end it: the next run sleeps on."""
-        started = time.perf_counter_ns()
+        self._idle_since = started = time.perf_counter_ns()
         clock, words = self.board.clock, self._words
         self.halted = True
         self.tuner.pause()
@@ -625,6 +653,7 @@ class TranslationVcpu:
         finally:
             self.tuner.go_on()
             self._idle_ns += time.perf_counter_ns() - started
+            self._idle_since = None
 
     def _single_step(self) -> Exit | None:
         """One instruction, and the debug trap that TF asks for."""
@@ -779,6 +808,10 @@ class TranslationVcpu:
         """Go on at a host address, in the middle of an instruction."""
         self._next = host
 
+    def helpers(self) -> Iterator[tuple[int, int, str]]:
+        """(host address, bytes, label) of the native helpers' pieces."""
+        return self._native.helpers()
+
     def last_block(self) -> tuple[int, int] | None:
         return self.blocks.around(self.mode, self.core.linear_rip)
 
@@ -796,7 +829,6 @@ class TranslationVcpu:
             for name, at in OFFSETS.items()
             if name.startswith("COUNT_")
         }
-        python = self._total_ns - self._translated_ns - self._idle_ns - blocks.translating
         return {
             "exits": dict(sorted(exits.items(), key=lambda item: -item[1])),
             "instructions done by Python": dict(sorted(instructions.items(), key=lambda item: -item[1])),
@@ -810,10 +842,36 @@ class TranslationVcpu:
                 "code cache flushes": blocks.flushes,
                 "code cache bytes": self._native.cache.used,
             },
+            **self._times(),
+        }
+
+    def _times(self) -> dict[str, dict[str, float]]:
+        """Where the time went: in all, and what Python had of it by the exit that it served.
+
+        How the native part divides between translated code and helpers is estimated by the tuner's samples.
+        """
+        now = time.perf_counter_ns()
+        idle = self._idle_ns + (now - self._idle_since if self._idle_since is not None else 0)
+        if self._running and self._idle_since is None:
+            self._account(now)
+            self._left = now
+        code, helpers = (self._words[OFFSETS[name] // 8] for name in ("SAMPLED_CODE", "SAMPLED_HELPERS"))
+        in_helpers = self._translated_ns * helpers // (code + helpers) if code + helpers else 0
+        python = {self._names.get(number, "start"): ns for number, ns in enumerate(self._python_ns) if ns}
+        return {
             "seconds": {
-                "translated code": self._translated_ns / 1e9,
-                "python": python / 1e9,
-                "translating": blocks.translating / 1e9,
-                "idle": self._idle_ns / 1e9,
+                "translated code": (self._translated_ns - in_helpers) / 1e9,
+                "native helpers": in_helpers / 1e9,
+                "python": sum(python.values()) / 1e9,
+                "translating": self.blocks.translating / 1e9,
+                "idle": idle / 1e9,
+            },
+            "seconds of python by exit": {
+                name: ns / 1e9 for name, ns in sorted(python.items(), key=lambda item: -item[1])
+            },
+            "microseconds of python an exit": {
+                name: ns / 1e3 / self._counts[name]
+                for name, ns in sorted(python.items(), key=lambda item: -item[1])
+                if self._counts.get(name)
             },
         }

@@ -89,8 +89,14 @@ restorer:
     syscall
 sample:
     mov rax, [rsi+24]
-    cmp rax, [rdx+REGISTER_RSP]
-    jne sampled             ; in a helper, or in Python
+    mov rcx, [rdx+REGISTER_RIP]
+    sub rcx, [rax+CODE_BASE]
+    cmp rcx, [rax+HELPERS_SIZE]
+    jb sampled_helper
+    mov rcx, [rdx+REGISTER_RSP]
+    cmp rcx, rax
+    jne sampled             ; in Python
+    inc qword [rax+SAMPLED_CODE]
     mov r8, [rax+SAMPLE_COUNT]
     cmp r8, SAMPLES_AT_ONCE
     jae timer
@@ -101,6 +107,9 @@ sample:
     cmp r8, SAMPLES_AT_ONCE
     jae timer
 sampled:
+    ret
+sampled_helper:
+    inc qword [rax+SAMPLED_HELPERS]
     ret
 timer:
     mov rax, [rsi+24]

@@ -162,7 +162,10 @@ _FIELDS = (
     *(f"OPENED_{n}" for n in range(OPENED_PAGES)),  # host addresses of their entries; of more, all are looked for
     "JUMPED_FROM",  # in the code cache: the end of the last indirect jump of 64-bit code
     "WATCHING",  # 1 when there are data breakpoints: TLB misses go to Python
-    "SAMPLE_COUNT",  # of SAMPLES that have been taken
+    "SAMPLE_COUNT",  # of SAMPLES that wait to be looked at
+    "SAMPLED_CODE",  # how often translated code was found running, and native helpers
+    "SAMPLED_HELPERS",
+    "HELPERS_SIZE",  # bytes of the helpers, with which the code cache begins
     "PAGING_NATIVE",  # 1 when the native walker may be used (long mode, 4-level)
     "PKRU",
     "PKRS",

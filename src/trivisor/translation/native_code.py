@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 
 from trivisor.machine.memory import host_map, host_unmap
 from trivisor.translation.code_cache import CodeCache
@@ -31,6 +32,7 @@ class NativeCode:
         self.cache.append(program.code)
         self._labels = program.labels
         self._state = core.address
+        self._size = core.words[OFFSETS["HELPERS_SIZE"] // 8] = len(program.code)
         self.unreadable = host_map(_PAGE, 0)
         """Host address of a page that faults: what polls are sent to."""
         self._fill_in(core)
@@ -50,6 +52,13 @@ class NativeCode:
         self._slot = HostSignals.instance().register(
             self.cache.base + len(program.code), self.cache.base + cache_size, core.address, self.address("fault_leave")
         )
+
+    def helpers(self) -> Iterator[tuple[int, int, str]]:
+        """(host address, bytes, label) of the helpers' pieces, ascending."""
+        ends = sorted({*self._labels.values(), self._size})
+        for start, end in itertools.pairwise(ends):
+            label = next(name for name, at in self._labels.items() if at == start)
+            yield self.cache.base + start, end - start, label
 
     def address(self, label: str) -> int:
         """Host address of a helper."""

@@ -354,7 +354,7 @@ run_timer:
     mov eax, APIC
 .again:
     mov rdx, [counter]
-    mov dword [rax + 0x380], 1000
+    mov dword [rax + 0x380], 8     ; due at once: how long a tick is differs from machine to machine
 .wait:
     pause
     cmp rdx, [counter]

@@ -105,8 +105,9 @@ dispatch_walk:
     mov rax, [rbp+GUEST_RIP]
     mov r15, rax
     call walk
-    test eax, eax
-    jnz dispatch_leave
+    cmp eax, 1
+    je dispatch_fault
+    ja dispatch_leave
     mov rcx, r15
     and rcx, -4096
     mov [r13], rcx
@@ -124,6 +125,13 @@ dispatch_find:
     jz dispatch_leave
     mov rax, [rbp+GUEST_RIP]
     jmp dispatch_found
+dispatch_fault:
+    mov rax, [rbp+GUEST_RIP]
+    mov [rbp+GUEST_CR2], rax
+    mov [rbp+EXIT_B], rdx
+    mov qword [rbp+EXIT_A], 14
+    inc qword [rbp+COUNT_PAGE_FAULT]
+    jmp deliver
 dispatch_second:
     ; an instruction that runs into the next page: that must still be the one it was translated from
     mov rbx, rsi

@@ -23,7 +23,7 @@ walk_ram{level}:
     test dl, 1
     jz walk_absent
     test rdx, [rbp+PHYSICAL_LIMIT_MASK]
-    jnz walk_slow
+    jnz walk_reserved
     and r9, rdx
     or r14, rdx
 """
@@ -58,7 +58,7 @@ walk:
     and rdi, r8
     {_read_entry(4)}
     test dl, 0x80
-    jnz walk_slow
+    jnz walk_reserved
     {_next_table()}
     {_read_entry(3)}
     test dl, 0x80
@@ -74,7 +74,7 @@ walk:
     jmp walk_permission
 walk_huge:
     test edx, 0x3fffe000
-    jnz walk_slow
+    jnz walk_reserved
     and r8, rdx
     and r8, -0x40000000
     mov rcx, rax
@@ -84,7 +84,7 @@ walk_huge:
     jmp walk_permission
 walk_large:
     test edx, 0x1fe000
-    jnz walk_slow
+    jnz walk_reserved
     and r8, rdx
     and r8, -0x200000
     mov rcx, rax
@@ -199,6 +199,9 @@ walk_smap:
     jmp walk_supervisor_may
 walk_absent:
     xor edx, edx
+    jmp walk_error
+walk_reserved:
+    mov edx, 9
     jmp walk_error
 walk_denied:
     mov edx, 1

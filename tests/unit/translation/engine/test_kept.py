@@ -175,7 +175,7 @@ def test_kept_code_after_the_code_cache_was_full(keep: Kept, tmp_path: Path, mon
     m.restart()
     m.halt()
     assert (m["rbx"], translated(m)) == (80, 0)
-    monkeypatch.setattr(engine, "CODE_CACHE_SIZE", (m.vcpu.blocks._helpers_end + 8192) // 4096 * 4096)
+    monkeypatch.setattr(engine, "CODE_CACHE_SIZE", (m.vcpu.blocks._helpers_end + 4095) // 4096 * 4096 + 8192)
     m, _ = keep(PROGRAM.replace("call rdi", "xor byte [rdi+1], 1\n call rdi").replace("ecx, 20", "ecx, 2000"))
     m.halt()
     assert m["rbx"] == 1000 * 2 + 1000 * 5

@@ -39,8 +39,11 @@ from trivisor.x86.cpuid import host_xgetbv
 
 _CONTROL = 0x10000000
 _STUB = 0x10010000
-_STACK = 0x10020000
+_STACK = 0x610000000000
+"""Of the signal handlers: where no 32-bit address reaches."""
 _STACK_SIZE = 0x40000
+_SS_AUTODISARM = 1 << 31
+"""Without it the kernel takes a stack pointer that happens to lie in the alternative stack for being on it."""
 _FIELDS = {
     "IN_GPR": 0, "IN_FLAGS": 0x80, "IN_FS": 0x88, "IN_GS": 0x90, "IN_RIP": 0x98,
     "OUT_GPR": 0x100, "OUT_FLAGS": 0x180, "SIGNAL": 0x188, "VECTOR": 0x190, "ERROR": 0x198,
@@ -233,7 +236,7 @@ class NativeHost:
         read_write = mmap.PROT_READ | mmap.PROT_WRITE
         everything = read_write | mmap.PROT_EXEC
         self.control = _map(_CONTROL, PAGE, read_write)
-        stub = _map(_STUB, PAGE, everything)
+        stub = _map(_STUB, PAGE, read_write)
         _map(_STACK, _STACK_SIZE, read_write)
         self.data = _map(DATA, DATA_PAGES * PAGE, read_write)
         self._code = {at: _map(at, CODE_PAGES * PAGE, everything) for at in (CODE_NEAR, CODE_FAR)}
@@ -241,6 +244,7 @@ class NativeHost:
         symbols |= {"USER_CS": FLAT_CODE64, "USER_DS": FLAT_DATA}
         program = assemble(_program(), origin=_STUB, symbols=symbols)
         stub[: len(program.code)] = program.code
+        _libc.mprotect(_STUB, PAGE, mmap.PROT_READ | mmap.PROT_EXEC)
         labels = program.labels
         pack_into("<Q", self.control, _FIELDS["WAY_OUT"], labels["way_out"])
         narrow = b"\xea" + labels["way_out"].to_bytes(4, "little") + FLAT_CODE64.to_bytes(2, "little")
@@ -252,7 +256,7 @@ class NativeHost:
             if _libc.syscall(_SYS_MODIFY_LDT, _WRITE_LDT, entry, len(entry)):
                 raise OSError(ctypes.get_errno(), "modify_ldt: this kernel has no 16-bit segments")
         self._enter = ctypes.CFUNCTYPE(None)(labels["enter"])
-        alternate = (ctypes.c_uint64 * 3)(_STACK, 0, _STACK_SIZE)
+        alternate = (ctypes.c_uint64 * 3)(_STACK, _SS_AUTODISARM, _STACK_SIZE)
         self._alternate = ctypes.addressof(alternate)
         self._keep = alternate
         flags = _SA_SIGINFO | _SA_ONSTACK | _SA_RESTORER | _SA_NODEFER

@@ -35,6 +35,6 @@ def run_compute(runs: int, names: Sequence[str], said: Callable[[str], None], *,
                     hosted = [sys.executable, "-m", "bench.hosted", machine.lower(), *names]
                     output = run_to_end(hosted, machine)
                 else:
-                    output = run_image(machine, image)
+                    output = run_image(machine, image, comparison.statistics)
                 comparison.add(machine, parse(output, names, machine))
     return comparison

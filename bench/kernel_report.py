@@ -10,6 +10,7 @@ from rich.markup import escape
 from bench.machines import NATIVE, TCG, TRIVISOR, UNICORN
 from bench.records import Comparison
 from bench.report import titled_table
+from bench.verdict import print_memory, verdict
 from trivisor.machine import tsc
 
 COMPUTE_MEAN_MUST = 2.5
@@ -45,6 +46,7 @@ def print_compute(console: Console, found: Comparison) -> None:
     if UNICORN not in found.runs:
         console.print(escape("Unicorn is not installed here (pip install -e '.[bench]')."), highlight=False)
     _print_verdicts(console, found, each=COMPUTE_EACH_MUST, mean=COMPUTE_MEAN_MUST)
+    print_memory(console, found.statistics)
 
 
 def print_system(console: Console, found: Comparison, operations: dict[str, int]) -> None:
@@ -57,6 +59,7 @@ def print_system(console: Console, found: Comparison, operations: dict[str, int]
         table.add_row(name, *(_number(cycles, 0) for cycles in each), _number(speed, 2))
     console.print(table)
     _print_verdicts(console, found, each=SYSTEM_EACH_MUST)
+    print_memory(console, found.statistics)
 
 
 def _print_verdicts(console: Console, found: Comparison, *, each: float, mean: float | None = None) -> None:
@@ -67,14 +70,12 @@ def _print_verdicts(console: Console, found: Comparison, *, each: float, mean: f
         return
     if mean is not None:
         speed = 1 / geometric_mean(ratios.values())
-        console.print(_verdict(f"geometric mean {speed:.2f} times as fast as {TCG}", speed, mean), highlight=False)
+        what = f"geometric mean {speed:.2f} times as fast as {TCG}"
+        console.print(verdict(what, str(mean), speed >= mean), highlight=False)
     slowest = max(ratios, key=ratios.__getitem__)
     speed = 1 / ratios[slowest]
-    console.print(_verdict(f"slowest: {slowest}, {speed:.2f} times as fast as {TCG}", speed, each), highlight=False)
-
-
-def _verdict(what: str, figure: float, least: float) -> str:
-    return escape(f"{what} (must be {least}): ") + ("[green]met[/green]" if figure >= least else "[red]not met[/red]")
+    what = f"slowest: {slowest}, {speed:.2f} times as fast as {TCG}"
+    console.print(verdict(what, str(each), speed >= each), highlight=False)
 
 
 def _mean(found: Comparison, machine: str, other: str) -> float | None:

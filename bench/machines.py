@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.process import Failed
 from trivisor.guests.test_kernel import STATUS
@@ -32,9 +35,19 @@ def multiboot_command(machine: str, image: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def run_image(machine: str, image: Path) -> str:
-    """Run a multiboot kernel to its end and return what it printed; raises `Failed`."""
-    return run_to_end(multiboot_command(machine, image), machine, status=STATUS)
+def run_image(machine: str, image: Path, statistics: list[dict[str, Any]]) -> str:
+    """Run a multiboot kernel to its end and return what it printed; raises `Failed`.
+
+    trivisor's own counters are added to `statistics`.
+    """
+    command = multiboot_command(machine, image)
+    if machine != TRIVISOR:
+        return run_to_end(command, machine, status=STATUS)
+    with tempfile.TemporaryDirectory(prefix="trivisor-bench-") as directory:
+        written = Path(directory, "statistics.json")
+        output = run_to_end([*command, "--stats-json", str(written)], machine, status=STATUS)
+        statistics.append(json.loads(written.read_text()))
+    return output
 
 
 def run_to_end(command: Sequence[str], who: str, *, status: int = 0) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 from bench.process import Failed
 
@@ -47,6 +48,8 @@ class Comparison:
     names: tuple[str, ...]
     runs: dict[str, list[dict[str, Record | None]]] = field(default_factory=dict)
     """By machine, in the order in which they were taken."""
+    statistics: list[dict[str, Any]] = field(default_factory=list)
+    """trivisor's own, of each of its runs."""
 
     def add(self, machine: str, records: dict[str, Record | None]) -> None:
         """Take in a run; raises `Failed` if a checksum is not what another machine found."""

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from bench.boot import Boots
 from bench.machines import QEMU
+from bench.verdict import print_memory
 
 _EXITS_SHOWN = 8
 
@@ -50,6 +51,7 @@ def print_boots(console: Console, boots: Boots) -> None:
         ratio = "" if boots.kept_ratio is None else f", {boots.kept_ratio:.2f} times QEMU's"
         seconds = median(t.wall for t in boots.kept)
         console.print(f"With the translations of an earlier boot kept: median {seconds:.2f}{ratio}.", highlight=False)
+    print_memory(console, boots.statistics)
     if not both:
         console.print(f"{QEMU} is not installed here: nothing to compare with.", highlight=False)
 

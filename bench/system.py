@@ -40,7 +40,7 @@ def run_system(runs: int, names: Sequence[str], said: Callable[[str], None], *, 
                 records: dict[str, Record | None] = {}
                 if own:
                     said(f"system kernels, {number} of {runs}: {machine}")
-                    records = parse(run_image(machine, image), own, machine)
+                    records = parse(run_image(machine, image, comparison.statistics), own, machine)
                 if FORK in names:
                     said(f"processes in Linux, {number} of {runs}: {machine}")
                     records |= _run_linux(machine, initramfs, said)

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from trivisor.guests.command import CommandOutput
 from trivisor.machine.exits import Exit, Halt
+from trivisor.machine.footprint import footprint
 from trivisor.machine.state import CpuState
 from trivisor.machine.vcpu import Vcpu
 from trivisor.monitor.assembly import Assembly, assemble
@@ -397,6 +398,8 @@ class VirtualMachine:
         add_counters(total, self._machine.statistics())
         if self.kept:
             total["kept translations"] = {"from earlier runs": self.kept}
+        if memory := footprint(self._machine.memory):
+            total["MiB of host memory"] = memory
         return total
 
     @property

@@ -14,6 +14,7 @@ from rich.console import Console
 from bench import report
 from bench.boot import Boots, qemu_command
 from bench.process import Failed, Timing, time_to_line
+from bench.verdict import print_memory
 
 
 def script(text: str) -> list[str]:
@@ -78,6 +79,18 @@ def test_without_qemu_one_line_says_so_and_our_own_numbers_stand() -> None:
     text = shown(boots((4, 0), (6, 0)))
     assert "qemu-system-x86_64 is not installed here: nothing to compare with.\n" in text
     assert "median      5.00" in text
+
+
+def test_the_worst_run_says_whether_memory_is_within_bounds() -> None:
+    def said(*beside: int) -> str:
+        out = io.StringIO()
+        runs = [{"MiB of host memory": {"guest RAM": 100, "all else, at most": one}} for one in beside]
+        print_memory(Console(file=out, width=100), [*runs, {}])
+        return out.getvalue()
+
+    assert said(349, 350, 1).endswith("100 MiB of guest RAM, 350 MiB beside it (must be at most 350): met\n")
+    assert said(349, 351, 1).endswith("not met\n")
+    assert said() == ""
 
 
 def test_the_json_holds_all_of_it() -> None:

@@ -8,6 +8,7 @@ the BIOS data area, and ACPI and SMBIOS tables.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import partial
@@ -89,7 +90,7 @@ class Pc(Remembers):
     gets what the guest sends on COM1.  `on_stop()` is called once, when a
     device has set `stop_reason`.  The board writes its firmware's data into `memory`.
     `test_device` adds the device that kvm-unit-tests drives, and of the CPU
-    features `absent` those count that the local APIC has to do with.
+    features `absent` those count that the local APIC has to do with.  `wall_time` is the date, in seconds since 1970.
     """
 
     remembered = ("clock", "pic", "io_apic", "local_apic", "devices")
@@ -105,6 +106,7 @@ class Pc(Remembers):
         on_stop: Callable[[], None],
         test_device: bool = False,
         absent: Collection[str] = (),
+        wall_time: Callable[[], float] = time.time,
     ) -> None:
         self.memory = memory
         self.clock = clock
@@ -138,7 +140,7 @@ class Pc(Remembers):
         self.serial = Uart16550(clock, self.isa_line(4), serial_output)
         self.pit = Pit8254(clock, self.isa_line(0))
         high_memory = max(memory.size - memory.low_end, 0)
-        self.cmos = Cmos(clock, self.isa_line(8), memory.low_end, high_memory)
+        self.cmos = Cmos(clock, self.isa_line(8), memory.low_end, high_memory, wall_time)
         self.keyboard = I8042(self.isa_line(1), reset)
         self.pm = AcpiPm(clock, self.isa_line(SCI), partial(self._stop, PowerOff()))
         self.post = PostCode()

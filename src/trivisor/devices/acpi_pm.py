@@ -47,7 +47,7 @@ class AcpiPm(Remembers):
 
     def loaded(self) -> None:
         self._carry_awaited = False  # a timer that was set before finds nothing to do
-        self._update_sci()
+        self._await_carry()
 
     def press_power_button(self) -> None:
         """Ask the guest to shut down: an SCI, if it listens."""
@@ -93,6 +93,9 @@ class AcpiPm(Remembers):
 
     def _update_sci(self) -> None:
         self._sci(bool(self._status & self._enabled))
+        self._await_carry()
+
+    def _await_carry(self) -> None:
         if self._enabled & _TIMER_STATUS and not self._carry_awaited:
             self._carry_awaited = True
             next_carry = (self._ticks() >> _CARRY_SHIFT) + 1 << _CARRY_SHIFT

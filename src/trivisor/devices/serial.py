@@ -142,18 +142,20 @@ class Uart16550(ByteDevice, Remembers):
         if offset == _DATA:
             if self._lcr & _LCR_DLAB:
                 self._divisor = self._divisor & 0xFF00 | value
+                self._arm()
             else:
                 self._send(value)
         elif offset == _IER:
             if self._lcr & _LCR_DLAB:
                 self._divisor = self._divisor & 0xFF | value << 8
+                self._arm()
             else:
                 self._enable_interrupts(value & 0x0F)
         elif offset == _IIR:
             self._control_fifo(value)
         elif offset == _LCR:
             self._lcr = value
-            self._arm()  # the end of a change of baud rate
+            self._arm()  # characters have another length
         elif offset == _MCR:
             self._control_modem(value & 0x1F)
         elif offset == _SCR:

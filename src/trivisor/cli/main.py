@@ -25,13 +25,17 @@ def cli() -> None:
 
 
 @cli.command()
-def doctor() -> None:
-    """Say which techniques this machine can use, and why not the others."""
-    from trivisor.monitor.techniques import TECHNIQUES
+def doctor() -> int:
+    """Say which techniques this machine can use, what they found, and how to mend the rest.
 
-    for technique in TECHNIQUES.values():
-        verdict = "available" if technique.available else technique.missing
-        click.echo(f"{technique.name:<12} {technique.what:<45} {verdict}")
+    The exit status is 0 when at least one of them works, else 1.
+    """
+    from trivisor.cli.doctor import print_examinations
+    from trivisor.monitor.doctor import examine
+
+    examinations = examine()
+    print_examinations(examinations)
+    return 0 if any(one.works for one in examinations) else STATUS_HOST
 
 
 cli.add_command(run)

@@ -130,7 +130,8 @@ def _terminal_size() -> tuple[int, int]:
 def _announce(request: Request, machine: VirtualMachine) -> None:
     """One line on what runs: where someone looks, and never beside a command's output."""
     if request.verbose or (request.command is None and sys.stderr.isatty()):
-        _say(f"{machine.technique}, {machine.engine}, {request.memory} of RAM")
+        chosen = f" (auto: {machine.why})" if machine.why else ""
+        _say(f"{machine.technique}{chosen}, {machine.engine}, {request.memory} of RAM")
     if request.verbose and machine.kept:
         _say(f"translations of earlier runs: {machine.kept}")
 

@@ -56,6 +56,14 @@ def default_guest(progress: Progress = lambda what, part: None) -> DefaultGuest:
         raise GuestUnavailable(f"cannot keep the default guest in {cache}: {reason}; {_ADVICE}") from error
 
 
+def cached_guest() -> DefaultGuest | None:
+    """The default guest if it is in the cache, whole."""
+    try:
+        return _cached(_cache_directory())
+    except GuestUnavailable:
+        return None
+
+
 def _cache_directory() -> Path:
     try:
         return user_cache() / "debian"

@@ -15,6 +15,7 @@ from trivisor.machine.state import CpuState
 from trivisor.machine.user_cache import user_cache
 from trivisor.machine.vcpu import Surroundings, Vcpu
 from trivisor.monitor.plan import BootPlan, Hardware
+from trivisor.monitor.techniques import TechniqueUnavailable
 from trivisor.pc import Pc
 from trivisor.x86 import mtrr
 
@@ -80,7 +81,7 @@ def assemble(
     """Build a machine and load its guest, ready to run the first instruction.
 
     `on_stop` is called when a device ends the run.  Raises ValueError or
-    OSError for a guest that cannot be loaded.
+    OSError for a guest that cannot be loaded, `TechniqueUnavailable` for a technique that fails here.
     """
     if technique == "paravirt":
         return _assemble_xen(plan, memory_size, serial_output, on_stop)
@@ -181,8 +182,12 @@ def _vcpu(technique: str, board: Pc, hardware: Hardware) -> Vcpu:
         return TranslationVcpu(board, hardware.cpu)
     assert technique == "hardware"
     from trivisor.hardware.kvm.cpu import KvmVcpu
+    from trivisor.hardware.kvm.system import KvmUnavailable
 
-    return KvmVcpu(board, hardware.cpu, substitute=lambda cpuid: TranslationVcpu(board, cpuid=cpuid))
+    try:
+        return KvmVcpu(board, hardware.cpu, substitute=lambda cpuid: TranslationVcpu(board, cpuid=cpuid))
+    except KvmUnavailable as reason:
+        raise TechniqueUnavailable(f"technique hardware: {reason}") from None
 
 
 def _keeper(vcpu: Vcpu, kernel: Path, flavour: bytes = b"") -> Keeper | None:

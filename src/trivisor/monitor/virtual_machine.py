@@ -27,7 +27,7 @@ from trivisor.monitor.plan import Progress, Wish, make_hardware, make_plan
 from trivisor.monitor.signals import attention
 from trivisor.monitor.sizes import parse_memory
 from trivisor.monitor.statistics import add_counters
-from trivisor.monitor.techniques import choose
+from trivisor.monitor.techniques import Needs, choose
 
 Module = str | os.PathLike[str] | tuple[str | os.PathLike[str], str]
 """A multiboot module: its file, or its file and command line."""
@@ -59,7 +59,8 @@ class VirtualMachine:
 
     Raises ValueError or OSError for a guest that cannot be loaded,
     `guests.debian.GuestUnavailable` when the default guest cannot be fetched,
-    and `TechniqueUnavailable` for a technique that cannot be had.
+    and `TechniqueUnavailable` for a technique that cannot be had.  `why` says
+    what decided between the techniques, if that was left to "auto".
 
     All methods belong to one thread, except `stop`, `write` and `output`,
     which any may use, and `read_until`, which waits when another thread runs
@@ -87,7 +88,9 @@ class VirtualMachine:
         keep_translations: bool = True,
         perf_map: str | os.PathLike[str] | None = None,
     ) -> None:
-        self._technique = choose(technique).name
+        hardware = make_hardware(devices, cpu)
+        choice = choose(technique, Needs(hardware.cpu, perf_map is not None))
+        self._technique, self.why = choice.technique.name, choice.why
         self._memory_size = parse_memory(memory)
         wish = Wish(
             kernel=None if kernel is None else Path(kernel),
@@ -100,7 +103,7 @@ class VirtualMachine:
             terminal_size=terminal_size,
             console="hvc0" if self._technique == "paravirt" else "ttyS0",
             progress=progress,
-            hardware=make_hardware(devices, cpu),
+            hardware=hardware,
             keep=keep_translations,
         )
         self._plan = make_plan(wish)
@@ -412,6 +415,11 @@ class VirtualMachine:
     def technique(self) -> str:
         """The technique that runs this machine."""
         return self._machine.vcpu.technique
+
+    @property
+    def features(self) -> frozenset[str]:
+        """The features of the processor that the guest sees, by their names in `x86.cpuid`."""
+        return self._machine.vcpu.guest_cpuid.features
 
     @property
     def engine(self) -> str:

@@ -73,7 +73,7 @@ FEATURES: Final[dict[str, FeatureBit]] = {
     ),
     **_bits(7, 2, EDX, "0:psfd 1:ipred_ctrl 2:rrsba_ctrl 3:ddpd 4:bhi_ctrl"),
     **_bits(0xD, 1, EAX, "0:xsaveopt 1:xsavec 2:xgetbv1 3:xsaves 4:xfd"),
-    **_bits(0x80000001, 0, ECX, "0:lahf 5:abm 8:3dnowprefetch"),
+    **_bits(0x80000001, 0, ECX, "0:lahf 2:svm 5:abm 8:3dnowprefetch"),
     **_bits(0x80000001, 0, EDX, "11:syscall 20:nx 26:pdpe1gb 27:rdtscp 29:lm"),
     **_bits(0x80000007, 0, EDX, "8:invariant_tsc"),
     **_bits(0x80000008, 0, EBX, "9:wbnoinvd"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from trivisor.boot import ImageError
 from trivisor.cli import session
 from trivisor.cli.main import main
 from trivisor.guests.debian import GuestUnavailable
+from trivisor.monitor.doctor import Examination, Finding
 from trivisor.monitor.outcome import Outcome, StopReason
 from trivisor.monitor.techniques import TECHNIQUES, Technique
 
@@ -31,7 +33,7 @@ Behaviour = Callable[["FakeMachine"], Outcome]
 class FakeMachine:
     """Stands for VirtualMachine; `behaviour` is what its guest does."""
 
-    technique, engine = "translation", "fake"
+    technique, engine, why = "translation", "fake", ""
     behaviour: Behaviour = staticmethod(lambda machine: POWERED_OFF)
     made: FakeMachine
 
@@ -204,7 +206,7 @@ def test_errors_of_the_set_up_are_one_line(guest, capfd, monkeypatch, error, sta
 
 
 def test_a_missing_technique_is_said_to_be(capfd, monkeypatch) -> None:
-    monkeypatch.setitem(TECHNIQUES, "hardware", Technique("hardware", "what it is", "not in this version"))
+    monkeypatch.setitem(TECHNIQUES, "hardware", Technique("hardware", "what it is", lambda: "not in this version"))
     assert main(["run", "--technique", "hardware"]) == 3
     assert capfd.readouterr().err == "trivisor: technique hardware: not in this version\n"
 
@@ -368,11 +370,20 @@ def test_help_is_quick_and_documents_every_status() -> None:
         assert documented in text
 
 
-def test_doctor_speaks_of_each_technique(capfd) -> None:
-    assert main(["doctor"]) == 0
-    said = capfd.readouterr().out.splitlines()
-    assert [line.split()[0] for line in said] == ["translation", "hardware", "paravirt"]
-    assert "available" in said[0]
+def examined(*troubles: str) -> list[Examination]:
+    found = [Finding("/dev/x", "absent [as ever]", "sudo mend it")]
+    return [Examination(technique, found, trouble) for technique, trouble in zip(TECHNIQUES.values(), troubles, strict=True)]
+
+
+@pytest.mark.parametrize("troubles, status", [(("", "b", "c"), 0), (("a", "b", ""), 0), (("a", "b", "c"), 1)])
+def test_doctor_says_what_works_and_how_to_mend_the_rest(capfd, monkeypatch, troubles, status: int) -> None:
+    monkeypatch.setattr("trivisor.monitor.doctor.examine", lambda: examined(*troubles))
+    assert main(["doctor"]) == status
+    said = capfd.readouterr().out
+    for name, trouble in zip(TECHNIQUES, troubles, strict=True):
+        assert re.search(rf"^{name} +{f'does not work: {trouble}' if trouble else 'works'} ", said, re.MULTILINE)
+    assert said.count("absent [as ever]") == said.count("to mend it: sudo mend it") == 3
+    assert re.search(r"^auto +(translation|hardware): ", said, re.MULTILINE)
 
 
 def test_version(capfd) -> None:

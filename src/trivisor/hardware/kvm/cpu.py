@@ -101,6 +101,7 @@ class KvmVcpu:
         self._rescue: Rescue | None = None
         self._system = system = System()
         try:
+            system.require()
             self.guest_cpuid = cpuid or kvm_cpuid(system, board, choice)
             self._vm = Vm(system, board.memory)
             self._vm.hand_over_msrs(KEPT_MSRS)

@@ -28,6 +28,13 @@ def ring_0_is_emulated(system: System) -> bool:
     return not features(system.supported_cpuid()) >= _EVERY_PROCESSOR_HAS
 
 
+def features_missing(system: System, choice: CpuChoice) -> frozenset[str]:
+    """The features that `choice` adds and this KVM cannot give a guest."""
+    if ring_0_is_emulated(system):
+        return frozenset()  # what it lacks, translation does
+    return choice.added - features(system.supported_cpuid()) - BOARDS_OWN
+
+
 def kvm_cpuid(system: System, board: Surroundings, choice: CpuChoice = USUAL_CPU) -> GuestCpuid:
     """The best processor that this KVM can give to a guest on `board`, changed by `choice`; raises ValueError.
 
@@ -35,6 +42,8 @@ def kvm_cpuid(system: System, board: Surroundings, choice: CpuChoice = USUAL_CPU
     features whatever it is told, so there a guest is told of them all, as under
     translation, which is then what does them in ring 0.
     """
+    if lacking := features_missing(system, choice):
+        raise ValueError(f"this host's KVM cannot give a guest {', '.join(sorted(lacking))}")
     emulated = ring_0_is_emulated(system)
     if emulated:
         host: Query = host_cpuid

@@ -38,14 +38,18 @@ def _names(text: str) -> frozenset[str]:
 COPIED: Final = _names(
     "fpu tsc cx8 cmov clflush mmx fxsr sse sse2 sse3 pclmul ssse3 fma cx16 sse4_1 sse4_2 movbe popcnt aes "
     "xsave avx f16c rdrand fsgsbase bmi1 avx2 fdp_excptn_only bmi2 erms zero_fcs_fds rdseed adx clflushopt "
-    "clwb sha xsaveopt xsavec lahf abm 3dnowprefetch invariant_tsc"
+    "clwb sha xsaveopt xsavec lahf abm 3dnowprefetch invariant_tsc gfni vaes vpclmulqdq movdiri fsrm fzrm fsrs fsrcs "
+    "avx_vnni avx_ifma avx_vnni_int8 avx_vnni_int16 avx_ne_convert sha512 sm3 sm4"
 )
 """There if the host has them."""
 EMULATED: Final = _names(
     "de pse msr pae mce apic sep mtrr pge mca pat pse36 x2apic tsc_deadline hypervisor arat smep spec_ctrl "
-    "flush_l1d arch_capabilities bhi_ctrl syscall nx pdpe1gb rdtscp lm tsc_adjust umip smap"
+    "flush_l1d arch_capabilities bhi_ctrl syscall nx pdpe1gb rdtscp lm tsc_adjust umip smap rdpid serialize xgetbv1 "
+    "wbnoinvd"
 )
 """There on every host."""
+UNPRIVILEGED: Final = frozenset({"rdpid", "serialize", "xgetbv1"})
+"""Those of them that a processor runs by itself in ring 3, if it has them."""
 OPTIONAL: Final = frozenset({"pcid", "invpcid", "pku", "pks"})
 """Emulated, and off unless asked for with `extra`.  XSAVE does not know PKRU."""
 _REQUIRES: Final = {
@@ -55,6 +59,17 @@ _REQUIRES: Final = {
     "avx2": "avx",
     "xsaveopt": "xsave",
     "xsavec": "xsave",
+    "xgetbv1": "xsave",
+    "vaes": "avx",
+    "vpclmulqdq": "avx",
+    "sm3": "avx",
+    "sm4": "avx2",
+    "sha512": "avx2",
+    "avx_vnni": "avx2",
+    "avx_ifma": "avx2",
+    "avx_vnni_int8": "avx2",
+    "avx_vnni_int16": "avx2",
+    "avx_ne_convert": "avx2",
 }
 
 ARCH_CAPABILITIES: Final = (

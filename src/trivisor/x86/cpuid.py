@@ -71,6 +71,12 @@ FEATURES: Final[dict[str, FeatureBit]] = {
         "25:amx_int8 26:spec_ctrl 27:stibp 28:flush_l1d 29:arch_capabilities 30:core_capabilities "
         "31:ssbd",
     ),
+    **_bits(
+        7, 1, EAX,
+        "0:sha512 1:sm3 2:sm4 4:avx_vnni 5:avx512_bf16 7:cmpccxadd 10:fzrm 11:fsrs 12:fsrcs 17:fred 18:lkgs "
+        "19:wrmsrns 21:amx_fp16 22:hreset 23:avx_ifma",
+    ),
+    **_bits(7, 1, EDX, "4:avx_vnni_int8 5:avx_ne_convert 8:amx_complex 10:avx_vnni_int16 14:prefetchi"),
     **_bits(7, 2, EDX, "0:psfd 1:ipred_ctrl 2:rrsba_ctrl 3:ddpd 4:bhi_ctrl"),
     **_bits(0xD, 1, EAX, "0:xsaveopt 1:xsavec 2:xgetbv1 3:xsaves 4:xfd"),
     **_bits(0x80000001, 0, ECX, "0:lahf 2:svm 5:abm 8:3dnowprefetch"),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from trivisor.hardware.kvm.system import System
-from trivisor.machine.cpuid import COPIED, EMULATED, GuestCpuid, guest_cpuid
+from trivisor.machine.cpuid import COPIED, EMULATED, UNPRIVILEGED, GuestCpuid, guest_cpuid
 from trivisor.machine.vcpu import Surroundings
 from trivisor.x86.control import XCR0_AVX512
 from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, Query, features, host_cpuid, host_xgetbv
@@ -47,7 +47,7 @@ def kvm_cpuid(system: System, board: Surroundings, choice: CpuChoice = USUAL_CPU
     emulated = ring_0_is_emulated(system)
     if emulated:
         host: Query = host_cpuid
-        missing = _DEAR
+        missing = _DEAR | UNPRIVILEGED - features(host)
     else:
         host = system.supported_cpuid()
         missing = (COPIED | EMULATED) - features(host) - BOARDS_OWN

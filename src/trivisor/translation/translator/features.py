@@ -21,6 +21,10 @@ _BY_FEATURE = {
     "invpcid": "INVPCID", "rdseed": "RDSEED", "adx": "ADX", "clflushopt": "CLFLUSHOPT", "clwb": "CLWB",
     "sha": "SHA", "xsaveopt": "XSAVEOPT", "xsavec": "XSAVEC", "syscall": "SYSCALL", "rdtscp": "RDTSCP",
     "lm": "X64", "abm": "LZCNT", "3dnowprefetch": "PREFETCHW", "smap": "SMAP", "umip": "UMIP", "pku": "PKU",
+    "gfni": "GFNI", "vaes": "VAES", "vpclmulqdq": "VPCLMULQDQ", "movdiri": "MOVDIRI", "rdpid": "RDPID",
+    "serialize": "SERIALIZE", "wbnoinvd": "WBNOINVD", "avx_vnni": "AVX_VNNI", "avx_ifma": "AVX_IFMA",
+    "avx_vnni_int8": "AVX_VNNI_INT8", "avx_vnni_int16": "AVX_VNNI_INT16", "avx_ne_convert": "AVX_NE_CONVERT",
+    "sha512": "SHA512", "sm3": "SM3", "sm4": "SM4",
 }  # fmt: skip
 
 
@@ -28,6 +32,4 @@ def decoder_features(features: Collection[str]) -> frozenset[int]:
     """The decoder's feature numbers that a processor with these `x86.cpuid.FEATURES` has."""
     names = set(_ALWAYS)
     names.update(name for feature, name in _BY_FEATURE.items() if feature in features and feature != "smep")
-    if "3dnowprefetch" in features:
-        names.update(("PREFETCHW", "D3NOW_PREFETCH"))
     return frozenset(number for name in names if isinstance(number := getattr(CpuidFeature, name, None), int))

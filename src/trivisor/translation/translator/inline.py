@@ -72,6 +72,7 @@ def table(maker: InstructionMaker) -> dict[int, Make]:
         out[Mnemonic.WRFSBASE] = bind(sensitive.write_base)
         out[Mnemonic.WRGSBASE] = bind(sensitive.write_base)
         out[Mnemonic.RDTSCP] = bind(sensitive.rdtsc)
+        out[Mnemonic.RDPID] = bind(sensitive.rdpid)
         out[Mnemonic.PUSHFQ] = bind(sensitive.pushf)
         out[Mnemonic.POPFQ] = bind(sensitive.popf)
         out[Mnemonic.SWAPGS] = bind(sensitive.swapgs)

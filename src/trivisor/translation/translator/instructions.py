@@ -55,7 +55,7 @@ from trivisor.translation.translator.registers import (
     STACK,
     name,
 )
-from trivisor.x86.iced_types import RegisterNumber
+from trivisor.x86.iced_types import CodeNumber, RegisterNumber
 
 _CALL_OUTS = {
     getattr(Mnemonic, name)
@@ -74,6 +74,7 @@ _HINTS = {
     getattr(Mnemonic, name)
     for name in (
         "NOP", "RESERVEDNOP", "ENDBR64", "ENDBR32", "RDSSPD", "RDSSPQ", "CLDEMOTE", "PREFETCHW", "PREFETCHWT1",
+        "PREFETCH",
         "PREFETCHIT0", "PREFETCHIT1", "BNDMK", "BNDCL", "BNDCU", "BNDCN", "BNDMOV", "BNDLDX", "BNDSTX",
     )
     if hasattr(Mnemonic, name)
@@ -88,11 +89,20 @@ _FLAG_IMAGES = {
 _IGNORED = {
     getattr(Mnemonic, name)
     for name in """
-        PREFETCHNTA PREFETCHT0 PREFETCHT1 PREFETCHT2 PREFETCHW PREFETCH ENDBR64
-        ENDBR32 NOP RESERVED_NOP WAIT_NOT CLDEMOTE PREFETCHWT1
+        PREFETCHNTA PREFETCHT0 PREFETCHT1 PREFETCHT2 NOP SERIALIZE
     """.split()
     if hasattr(Mnemonic, name)
 }
+
+_OLDER: dict[int, CodeNumber] = {
+    Code.WBNOINVD: Code.WBINVD,
+    **{
+        getattr(Code, f"{newer}_R{bits}_RM{bits}"): getattr(Code, f"{older}_R{bits}_RM{bits}")
+        for newer, older in (("TZCNT", "BSF"), ("LZCNT", "BSR"))
+        for bits in (16, 32, 64)
+    },
+}
+"""What these are to a processor that does not know them: to it F3 is a prefix that says nothing."""
 
 _SHIFTS = {
     getattr(Mnemonic, name) for name in ("SHL", "SHR", "SAR", "SAL", "ROL", "ROR", "RCL", "RCR", "SHLD", "SHRD")
@@ -169,9 +179,13 @@ class InstructionMaker:
             self.mode.user_view, self.near, length=len(raw), prepared=prepared, single=single, form=form,
             aligned=self.mode.aligned,
         )  # fmt: skip
-        self._raw = raw
         self._offsets = offsets
         self._baked = False
+        if instruction.code in _OLDER and not self._available(instruction):
+            instruction = instruction.copy()
+            instruction.code = _OLDER[instruction.code]
+            raw = raw.replace(b"\xf3", b"", 1)
+        self._raw = raw
         mnemonic = instruction.mnemonic
         if mnemonic in _HINTS:
             pass

@@ -163,6 +163,11 @@ def rdtsc(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> 
         recipe.code("mov ecx, [rsp+TSC_AUX]")
 
 
+def rdpid(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """RDPID: IA32_TSC_AUX."""
+    _store(recipe, GPR[instruction.op0_register][0], "mov r10d, [rsp+TSC_AUX]")
+
+
 def iret(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
     """IRETQ.  A paravirtual kernel returns by it to itself, to serialise: a jump with a new rsp and new flags."""
     if not maker.mode.guest_kernel or recipe.single:

@@ -31,13 +31,16 @@ from trivisor.translation.layout import BLOCK_TABLE_ENTRIES, BLOCK_TABLE_ENTRY_S
 from trivisor.translation.mmu import Mmu
 from trivisor.translation.modes import Mode
 from trivisor.translation.native_code import NativeCode
+from trivisor.translation.shapes import ShapeTables
 from trivisor.translation.translator.block import Translation
 from trivisor.translation.translator.translator import Translator
 from trivisor.x86.exceptions import GuestException
 
 _NOTHING = b"\xff" * 0x1000
 _TABLE = OFFSETS["BLOCK_TABLE"] // 8
-_FORGOTTEN = OFFSETS["COUNT_FORGOTTEN"] // 8
+_FORGOTTEN, _COMPOSED, _COMPOSED_INSTRUCTIONS = (
+    OFFSETS[name] // 8 for name in ("COUNT_FORGOTTEN", "COUNT_COMPOSED", "COMPOSED_INSTRUCTIONS")
+)
 _MAXIMUM_REMEMBERED = 1 << 16
 """Decoded instructions and single-step blocks."""
 _LONGEST = 15  # bytes of an instruction
@@ -65,8 +68,9 @@ class BlockStore:
         self._helpers_end = self.cache.used
         self.core.words[_TABLE + 1] = 0xFFF
         lookup = native.address("lookup") - self.cache.base
-        self.translator = Translator(self.cache, lookup, features, xsave_size)
-        self.made = 0
+        self.shapes = ShapeTables(core)
+        self.translator = Translator(self.cache, lookup, features, xsave_size, self.shapes)
+        self._made_here = 0
         self.tuned = 0
         self.tunes_at_once = False
         """Every new block is tuned, hot or not: for tests."""
@@ -81,9 +85,20 @@ class BlockStore:
         """Blocks that were forgotten because their code was written to or mapped otherwise."""
         return self.core.words[_FORGOTTEN]
 
+    @property
+    def made(self) -> int:
+        """Blocks that were translated."""
+        return self._made_here + self.core.words[_COMPOSED]
+
+    @property
+    def instructions(self) -> int:
+        """Instructions in them."""
+        return self.translator.instructions + self.core.words[_COMPOSED_INSTRUCTIONS]
+
     def close(self) -> None:
         """Give the tables' memory back to the host."""
         self.tables.close()
+        self.shapes.close()
 
     # -- finding and making ---------------------------------------------------------------------------------
 
@@ -120,7 +135,7 @@ class BlockStore:
         template, start = self._keep(made, mode.key | plain, code, lasting=lasting)
         key = page | mode.key | plain
         number = self.native.take_up(template, rip, key, start, second | 1 if made.crosses else 0)
-        self.made += 1
+        self._made_here += 1
         self.translating += time.perf_counter_ns() - started
         return Block(self.tables, number)
 

@@ -834,7 +834,7 @@ class TranslationVcpu:
             "instructions done by Python": dict(sorted(instructions.items(), key=lambda item: -item[1])),
             "native helpers": native,
             "translation": {
-                "instructions": blocks.translator.instructions,
+                "instructions": blocks.instructions,
                 "blocks": blocks.made,
                 "tuned blocks": blocks.tuned,
                 "recipes": blocks.translator.recipes_made,

@@ -215,6 +215,8 @@ _FIELDS = (
     "COUNT_READ_MSR",
     "COUNT_WRITE_MSR",
     "COUNT_TAKEN_UP",  # blocks made of a template
+    "COUNT_COMPOSED",  # blocks put together by natives/compose.py
+    "COMPOSED_INSTRUCTIONS",
     "COUNT_LINKED",
     "COUNT_FORGOTTEN",
     "BLOCKS",  # host addresses of the tables of block_tables.py, and how much of them is in use
@@ -226,6 +228,7 @@ _FIELDS = (
     "TEMPLATE_HEADS",
     "PAGE_BLOCKS",
     "ARCHIVE",  # host address of an earlier run's images
+    "SHAPES",  # ... of shapes.py's tables
     "CODE_BASE",  # the code cache: host addresses of its two views, bytes in use, size
     "CODE_WRITABLE",
     "CODE_USED",

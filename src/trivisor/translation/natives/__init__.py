@@ -9,8 +9,9 @@ from functools import cache
 
 from trivisor.translation.block_tables import TABLE_SYMBOLS
 from trivisor.translation.layout import OFFSETS, SYMBOLS
-from trivisor.translation.natives import apic, assists, blocks, entry, events, flush, lookup, miss, walk
+from trivisor.translation.natives import apic, assists, blocks, compose, entry, events, flush, lookup, miss, walk
 from trivisor.translation.natives.common import CONSTANTS
+from trivisor.translation.shapes import SHAPE_SYMBOLS
 from trivisor.x86.assembler import Program, assemble
 
 
@@ -23,6 +24,7 @@ def helpers(xsave_mask: int) -> Program:
             entry.ENTER_LEAVE,
             lookup.LOOKUP,
             blocks.BLOCKS,
+            compose.COMPOSE,
             walk.WALK,
             walk.FILL_TLB,
             walk.WALK_FOR_PYTHON,
@@ -37,7 +39,7 @@ def helpers(xsave_mask: int) -> Program:
     source = source.replace("RESTORE_FPU", "xrstor" if xsave_mask else "fxrstor")
     source = source.replace("SAVE_FPU", "xsave" if xsave_mask else "fxsave")
     source = source.replace("CLEAN_UPPER", "vzeroupper" if xsave_mask & 4 else "")
-    return assemble(source, bits=64, symbols={**SYMBOLS, **TABLE_SYMBOLS, "XSAVE_MASK": xsave_mask or 3})
+    return assemble(source, bits=64, symbols={**SYMBOLS, **TABLE_SYMBOLS, **SHAPE_SYMBOLS, "XSAVE_MASK": xsave_mask or 3})
 
 
 POINTERS = {

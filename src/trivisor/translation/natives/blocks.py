@@ -174,7 +174,7 @@ adopt:
     cld
 adopt_next:
     test edx, edx
-    jz find_none
+    jz compose
     mov rbx, rdx
     shl rbx, 6
     add rbx, [rbp+TEMPLATES]

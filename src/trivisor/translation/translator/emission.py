@@ -40,18 +40,19 @@ from trivisor.x86.exceptions import GENERAL_PROTECTION
 _MASK64 = (1 << 64) - 1
 _LONGEST = 15  # bytes of an instruction
 
-_CALL_MISS = int.from_bytes(asm("call qword [rsp+MISS]"), "little")
+CALL_MISS = asm("call qword [rsp+MISS]")
+_CALL_MISS = int.from_bytes(CALL_MISS, "little")
 assert _CALL_MISS >> 24, "the call is four bytes long"
 _DESCRIPTION = Struct("<IIIQII").pack
-_CALL_CROSSED = asm("call qword [rsp+CROSSED]")
-_CALL_CHAIN = asm("call qword [rsp+CHAIN]")
-_CALL_OUT = asm("call qword [rsp+CALL_OUT]")
-_CALL_RAISE = asm("call qword [rsp+RAISE]")
+CALL_CROSSED = asm("call qword [rsp+CROSSED]")
+CALL_CHAIN = asm("call qword [rsp+CHAIN]")
+CALL_OUT = asm("call qword [rsp+CALL_OUT]")
+CALL_RAISE = asm("call qword [rsp+RAISE]")
 _LEAVE = asm("jmp qword [rsp+LEAVE]")
-_JUMP_INDEXED = {
+JUMP_INDEXED = {
     name: asm(f"movzx r11d, r10w\n jmp qword [rsp+r11*8+JUMP_CACHE_{name}]") for name in ("KERNEL", "USER", "OTHER")
 }
-_NOTE_JUMP = b"\x4c\x8d\x1d\xf9\xff\xff\xff" + asm("mov [rsp+JUMPED_FROM], r11")  # lea r11, [rip-7]: this place
+NOTE_JUMP = b"\x4c\x8d\x1d\xf9\xff\xff\xff" + asm("mov [rsp+JUMPED_FROM], r11")  # lea r11, [rip-7]: this place
 _STORE_RIP_R10 = asm("mov [rsp+GUEST_RIP], r10")
 
 
@@ -188,8 +189,8 @@ class Emission:
         elif isinstance(ends, Indirect) and not self.single:
             self._in_park(parked)
             if self.mode.bits == 64:
-                out += _NOTE_JUMP
-            out += _JUMP_INDEXED[self.mode.jump_cache_name]
+                out += NOTE_JUMP
+            out += JUMP_INDEXED[self.mode.jump_cache_name]
         else:
             self._in_host(parked)
             self._leaving(ends, last, here, after)
@@ -208,7 +209,7 @@ class Emission:
         if isinstance(ends, Indirect):
             out += _STEPPED
         elif isinstance(ends, CallOut):
-            out += _CALL_OUT
+            out += CALL_OUT
             self._address_64(here)
         elif isinstance(ends, Native):
             out += b"\xff\x94\x24" + pack("<I", OFFSETS[ends.name])
@@ -241,7 +242,7 @@ class Emission:
         self.out += compare + again + back + _rip_into_r10(after) + _STEPPED
 
     def _raise(self, ends: Raise, here: int) -> None:
-        self.out += _CALL_RAISE
+        self.out += CALL_RAISE
         self._address_64(here)
         self.out += pack("<Ii", ends.vector, ends.error)
 
@@ -360,13 +361,13 @@ class Emission:
                 self.locations.append((len(out) - body) | parked << 21 | (rip - self.block.rip) << 22)
                 tail = start + jump_end + CHECK_TAIL
                 self.block.copy_constants(tail, tail + len(crossing), len(out) - tail)
-                out += out[tail : tail + len(crossing)] + _CALL_CROSSED
+                out += out[tail : tail + len(crossing)] + CALL_CROSSED
                 out += b"\xe9" + pack("<i", (start + rejoin if rejoin else end) - (len(out) + 5))
         for link in self.links:
             link.stub = len(out)
             pack_into("<i", out, link.site, link.stub - link.site - 4)
             self._in_host(link.parked)
-            out += _CALL_CHAIN
+            out += CALL_CHAIN
             link.number = len(out)
             out += bytes(4)
 

@@ -362,7 +362,12 @@ class Recipe:
     """r10 is an offset in this segment, which the next check turns into a linear address first."""
     simple: Variant | None = None
     """The bytes for flags that are not parked, where it does not matter who needs them."""
-    _variants: dict[tuple[bool, int], Variant] = field(default_factory=dict)
+    variants: dict[tuple[bool, int], Variant] = field(default_factory=dict)
+    """Those made so far, by whether flags are parked on entry and by the way it meets them (`DEAD` and its like)."""
+    shape: int = 0
+    """Where the native composer knows it (`shapes.py`): 0 if it was not told of it, -1 if it cannot be."""
+    told: int = 0
+    """How many of its variants the composer was told of."""
     checks: int = 0
     """TLB checks, prepared ones included."""
     takes_form: bool = False
@@ -446,9 +451,9 @@ class Recipe:
         else:
             way = KEPT if self.clobbers else UNTOUCHED
         key = (parked, way)
-        found = self._variants.get(key)
+        found = self.variants.get(key)
         if found is None:
-            found = self._variants[key] = self._build(parked, way)
+            found = self.variants[key] = self._build(parked, way)
         return found
 
     def _build(self, parked: bool, way: int) -> Variant:

@@ -9,15 +9,13 @@ from iced_x86 import ConstantOffsets, Decoder, Instruction, OpKind
 
 from trivisor.translation.code_cache import CodeCache
 from trivisor.translation.modes import Breakpoint, Mode, Raise
+from trivisor.translation.shapes import MAXIMUM_INSTRUCTIONS, ShapeTables
 from trivisor.translation.translator.block import Translation
 from trivisor.translation.translator.emission import Emission, FarTarget
 from trivisor.translation.translator.instructions import InstructionMaker
 from trivisor.translation.translator.recipe import Constants, Entry, Recipe, may_be_address
 from trivisor.translation.translator.tuned import FIRST_FREE_SITE, PLAIN_CHECK, Decoded, Tuning
 from trivisor.x86.exceptions import GENERAL_PROTECTION
-
-MAXIMUM_INSTRUCTIONS = 64
-"""In one block."""
 
 def fits(address: int) -> bool:
     """Whether code around `address` is named by sign-extended 32-bit immediates, some slack included."""
@@ -55,12 +53,13 @@ _NEAR_BRANCHES = {OpKind.NEAR_BRANCH16, OpKind.NEAR_BRANCH32, OpKind.NEAR_BRANCH
 class Translator:
     """Translates for the place in the code cache that is free next."""
 
-    def __init__(self, cache: CodeCache, lookup: int, features: frozenset[int], xsave_size: int) -> None:
-        """`lookup`: offset in the cache of the jump cache miss helper."""
+    def __init__(self, cache: CodeCache, lookup: int, features: frozenset[int], xsave_size: int, shapes: ShapeTables) -> None:
+        """`lookup`: offset in the cache of the jump cache miss helper; `shapes`: what is to be told of recipes."""
         self.cache = cache
         self.lookup = lookup
         self.features = features
         self.xsave_size = xsave_size
+        self.shapes = shapes
         self.breakpoints: frozenset[int] = frozenset()
         """Linear addresses before which blocks of `Mode.debug` end."""
         self.instructions = 0
@@ -89,7 +88,17 @@ class Translator:
         if not chosen:
             return self._beyond_limit(mode, rip, single=False)
         self.instructions += len(chosen)
-        return self._emit(mode, near, Translation(rip, position), chosen, polls, single=False)
+        made = self._emit(mode, near, Translation(rip, position), chosen, polls, single=False)
+        self._tell(mode, near, chosen, code)
+        return made
+
+    def _tell(self, mode: Mode, near: bool, chosen: list[Entry], code: bytes) -> None:
+        """Tell the native composer of the instructions of a block whose bytes begin `code`."""
+        at = 0
+        for recipe, constants, _ in chosen:
+            if recipe.shape >= 0 and (not recipe.shape or recipe.told != len(recipe.variants)):
+                self.shapes.tell(mode, near, recipe, constants, code[at : at + recipe.length])
+            at += recipe.length
 
     def _known_for(self, mode: Mode, near: bool) -> _Known:
         known = self._known.get((mode.key, near))
@@ -228,6 +237,7 @@ class Translator:
     def forget_modes(self) -> None:
         """Forget every mode's recipes, because their keys get other meanings."""
         self._known.clear()
+        self.shapes.clear()
 
     def translate_step(self, mode: Mode, rip: int, code: bytes, prepared: int) -> Translation:
         """Translate one instruction that leaves to Python when it is done; see `Recipe.prepared`."""

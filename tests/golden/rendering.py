@@ -69,7 +69,7 @@ def render(sample: Sample) -> str:
     """The sample, its guest code and what becomes of it."""
     program = assemble(sample.source, bits=64, origin=_RIP)
     code = program.code.ljust(64, b"\x90")
-    translator = Translator(_Cache(), _LOOKUP, _FEATURES, 832)  # type: ignore[arg-type]
+    translator = Translator(_Cache(), _LOOKUP, _FEATURES, 832, None)  # type: ignore[arg-type]
     mode = Mode(user=sample.user)
     made = translator.translate(mode, _RIP, code)
     if sample.tuned:

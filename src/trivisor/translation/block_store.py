@@ -33,7 +33,7 @@ from trivisor.translation.modes import Mode
 from trivisor.translation.native_code import NativeCode
 from trivisor.translation.shapes import ShapeTables
 from trivisor.translation.translator.block import Translation
-from trivisor.translation.translator.translator import Translator
+from trivisor.translation.translator.translator import Choice, Translator
 from trivisor.x86.exceptions import GuestException
 
 _NOTHING = b"\xff" * 0x1000
@@ -72,8 +72,7 @@ class BlockStore:
         self.translator = Translator(self.cache, lookup, features, xsave_size, self.shapes)
         self._made_here = 0
         self.tuned = 0
-        self.tunes_at_once = False
-        """Every new block is tuned, hot or not: for tests."""
+        self._tunes_at_once = False
         self.flushes = 0
         self.on_flush: Callable[[], None] = lambda: None
         """Called before everything is forgotten."""
@@ -84,6 +83,16 @@ class BlockStore:
     def invalidated(self) -> int:
         """Blocks that were forgotten because their code was written to or mapped otherwise."""
         return self.core.words[_FORGOTTEN]
+
+    @property
+    def tunes_at_once(self) -> bool:
+        """Every new block is tuned, hot or not, and so passes through Python: for tests."""
+        return self._tunes_at_once
+
+    @tunes_at_once.setter
+    def tunes_at_once(self, at_once: bool) -> None:
+        self._tunes_at_once = at_once
+        self.shapes.composing = not at_once
 
     @property
     def made(self) -> int:
@@ -127,17 +136,27 @@ class BlockStore:
     def _make(self, mode: Mode, rip: int, page: int, plain: int) -> Block:
         started = time.perf_counter_ns()
         code, second = self.code_at(mode, rip, page)
-        made = self.translator.translate(mode, rip, code)
-        if not self._has_room(made, len(code)):
-            self.flush()
-            made = self.translator.translate(mode, rip, code)
-        lasting = not (made.crosses or mode.debug) and self.mmu.memory.is_ram(page, 0x1000)
-        template, start = self._keep(made, mode.key | plain, code, lasting=lasting)
         key = page | mode.key | plain
-        number = self.native.take_up(template, rip, key, start, second | 1 if made.crosses else 0)
-        self._made_here += 1
+        number = 0
+        choice = self.translator.choose(mode, rip, code)
+        if self.shapes.composing and self.translator.teach(choice):
+            number = self.native.find_block(rip, key)
+        if not number:
+            made = self._laid_out(choice)
+            lasting = not (made.crosses or mode.debug) and self.mmu.memory.is_ram(page, 0x1000)
+            template, start = self._keep(made, mode.key | plain, code, lasting=lasting)
+            number = self.native.take_up(template, rip, key, start, second | 1 if made.crosses else 0)
+            self._made_here += 1
         self.translating += time.perf_counter_ns() - started
         return Block(self.tables, number)
+
+    def _laid_out(self, choice: Choice) -> Translation:
+        """The block of these instructions, with room made for it."""
+        made = self.translator.lay_out(choice)
+        if not self._has_room(made, len(choice.code)):
+            self.flush()
+            made = self.translator.lay_out(choice)
+        return made
 
     def tune(self, mode: Mode, block: Block, scattered: Container[int]) -> tuple[Block, list[tuple[int, int]]] | None:
         """A better block in place of this one, with its site caches (see `Translator.tune`); None if there is none."""

@@ -20,8 +20,8 @@ import mmap
 from struct import Struct, pack_into
 
 from trivisor.machine.memory import host_map, host_unmap
-from trivisor.translation.core import Core
 from trivisor.translation import instruction_lengths as lengths
+from trivisor.translation.core import Core
 from trivisor.translation.layout import OFFSETS
 from trivisor.translation.modes import SEGMENTED_KEYS, Branch, CallOut, Indirect, Jump, Mode, Native, Raise
 from trivisor.translation.translator import emission
@@ -39,6 +39,7 @@ from trivisor.translation.translator.recipe import (
     Variant,
 )
 
+_SHAPES = OFFSETS["SHAPES"] // 8
 SIZE = 32 << 20
 HEADS = 1 << 16
 
@@ -171,7 +172,8 @@ class ShapeTables:
 
     def __init__(self, core: Core) -> None:
         self._address = host_map(SIZE, mmap.PROT_READ | mmap.PROT_WRITE)
-        core.words[OFFSETS["SHAPES"] // 8] = self._address
+        self._words = core.words
+        self.composing = True
         self.bytes = memoryview((ctypes.c_ubyte * SIZE).from_address(self._address)).cast("B")
         self._heads = self.bytes[: 4 * HEADS].cast("I")
         self._used = _FIRST_RECORD
@@ -183,6 +185,15 @@ class ShapeTables:
         for name, code in SEQUENCES.items():
             assert len(code) < SEQUENCE_SIZE
             self._put(f"Q_{name}", code.ljust(SEQUENCE_SIZE - 1, b"\0") + bytes((len(code),)))
+
+    @property
+    def composing(self) -> bool:
+        """Whether blocks are composed."""
+        return bool(self._words[_SHAPES])
+
+    @composing.setter
+    def composing(self, composing: bool) -> None:
+        self._words[_SHAPES] = self._address if composing else 0
 
     def _put(self, name: str, data: bytes) -> None:
         self.bytes[_AT[name] : _AT[name] + len(data)] = data
@@ -256,7 +267,7 @@ class ShapeTables:
         return at
 
     def _ends(self, recipe: Recipe) -> tuple[int, int, int] | None:
-        """(ENDS_ constant, vector or condition, argument) of how a recipe ends its block; None: not for the composer."""
+        """How a recipe ends its block: (ENDS_ constant, vector or condition, argument); None: not for the composer."""
         ends = recipe.ends
         match ends:
             case None:

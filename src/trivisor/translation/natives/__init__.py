@@ -39,7 +39,8 @@ def helpers(xsave_mask: int) -> Program:
     source = source.replace("RESTORE_FPU", "xrstor" if xsave_mask else "fxrstor")
     source = source.replace("SAVE_FPU", "xsave" if xsave_mask else "fxsave")
     source = source.replace("CLEAN_UPPER", "vzeroupper" if xsave_mask & 4 else "")
-    return assemble(source, bits=64, symbols={**SYMBOLS, **TABLE_SYMBOLS, **SHAPE_SYMBOLS, "XSAVE_MASK": xsave_mask or 3})
+    symbols = {**SYMBOLS, **TABLE_SYMBOLS, **SHAPE_SYMBOLS, "XSAVE_MASK": xsave_mask or 3}
+    return assemble(source, bits=64, symbols=symbols)
 
 
 POINTERS = {

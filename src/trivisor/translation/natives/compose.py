@@ -24,6 +24,8 @@ compose:
     cmp ecx, 15
     jb find_none
     mov rbx, [rbp+SHAPES]
+    test rbx, rbx
+    jz find_none
     mov [rbx+C_ROOM], rcx
     mov rax, [rbp+CODE_USED]
     add rax, 15

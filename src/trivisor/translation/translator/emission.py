@@ -91,12 +91,9 @@ class Emission:
 
     def emit(self, chosen: list[Entry], poll_at_end: bool) -> None:
         """Emit everything."""
-        # Liveness, backwards: what comes after the block is not known, so all flags are live there.
-        live = ARITHMETIC
-        lives = []
-        for recipe, _, _ in reversed(chosen):
-            lives.append(live)
-            live = recipe.reads | (live & ~recipe.writes)
+        lives = liveness(chosen)
+        first = chosen[0][0]
+        live = first.reads | (lives[0] & ~first.writes)
         block, out = self.block, self.out
         rip = at = block.rip
         if not self.single:
@@ -106,7 +103,7 @@ class Emission:
         body = block.body = len(out)
         parked = False
         locations = self.locations
-        for (recipe, constants, finished), needed in zip(chosen, reversed(lives), strict=True):
+        for (recipe, constants, finished), needed in zip(chosen, lives, strict=True):
             start = len(out)
             if finished is not None and not (parked and recipe.reads | recipe.writes):
                 locations.append((start - body) | parked << 21 | (at - rip) << 22)
@@ -370,6 +367,17 @@ class Emission:
             out += CALL_CHAIN
             link.number = len(out)
             out += bytes(4)
+
+
+def liveness(chosen: list[Entry]) -> list[int]:
+    """The flags that are needed after each instruction; what comes after the block is not known, so all are there."""
+    live = ARITHMETIC
+    lives = []
+    for recipe, _, _ in reversed(chosen):
+        lives.append(live)
+        live = recipe.reads | (live & ~recipe.writes)
+    lives.reverse()
+    return lives
 
 
 def _rip_into_r10(rip: int) -> bytes:

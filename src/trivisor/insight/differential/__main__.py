@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 
@@ -24,6 +25,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.count is None and arguments.minutes is None:
         arguments.count = 3000
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)  # the summary of what was done is printed all the same
     hunt = Hunt(arguments.bits)
     report = hunt.report
     number, shown = arguments.first, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from array import array
 from collections.abc import Callable, Sequence
 from struct import unpack_from
@@ -46,8 +47,9 @@ _DATA_FRAMES = (0x400000, 0x640000, 0x410000, 0x500000)
 _CODE_FRAMES = {CODE_NEAR: (0x700000, 0x722000), CODE_FAR: (0x810000, 0x804000)}
 _UD2 = b"\x0f\x0b"
 _FPU = OFFSETS["FPU"]
-_PATIENCE = 2.0
-"""Seconds that a run may take."""
+_PATIENCE = 4.0
+"""Seconds of the processor's time that a run may take; _LOOK seconds lie between two looks at it."""
+_LOOK = 1.0
 _PRESENT, _WRITABLE, _USER, _LARGE = 1, 2, 4, 0x80
 _WITH_ERROR_CODE = {8, 10, 11, 12, 13, 14, 17, 21}
 _FRAME_FLAGS = 0x244DD5
@@ -139,11 +141,13 @@ class _Watch(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        seen = -1
-        while not self._closed.wait(_PATIENCE):
-            if self.runs == seen:
+        seen, since = -1, 0.0
+        while not self._closed.wait(_LOOK):
+            now = time.process_time()
+            if self.runs != seen:
+                seen, since = self.runs, now
+            elif now - since > _PATIENCE:
                 self.vcpu.kick()
-            seen = self.runs
 
     def close(self) -> None:
         self._closed.set()

@@ -22,6 +22,7 @@ from iced_x86 import (
 )
 
 from trivisor.translation.layout import OFFSETS
+from trivisor.translation.translator import priority
 from trivisor.translation.translator.recipe import Item, Recipe
 from trivisor.translation.translator.registers import SEGMENTS
 
@@ -134,7 +135,7 @@ def byte_move(maker: InstructionMaker, recipe: Recipe, instruction: Instruction)
     """
     recipe.code(_FROM_DI[instruction.op0_kind])
     maker.add_segment(recipe, SEGMENTS[instruction.memory_segment])
-    recipe.check(MemorySizeExt.size(instruction.memory_size), write=True)
+    recipe.check(MemorySizeExt.size(instruction.memory_size), write=True, judged=priority.waits(instruction))
     if instruction.mnemonic == Mnemonic.MASKMOVQ:
         _append(maker, recipe, _WAIT)  # a pending x87 exception must strike while rdi is the guest's
     host = instruction.copy()

@@ -490,10 +490,13 @@ class LocalApic(Remembers):
 
     def _update(self) -> None:
         """Work out again what the processor may be interrupted with, after any change (10.8.3)."""
-        self._catch_up()
+        virtual, irr = self.virtual, self._irr
+        if virtual.take_end():
+            self._isr &= ~(1 << self._isr.bit_length() - 1)
+        isr = self._isr
         enabled = bool(self._base & GLOBAL_ENABLE)
         was_ready = self._ready
-        self._ready = enabled and (self._irr.bit_length() - 1) >> 4 > self._priority() >> 4
+        self._ready = enabled and (irr.bit_length() - 1) >> 4 > max(virtual.tpr, isr.bit_length() - 1) >> 4
         self._allow()
         was_open = self._extint_open
         self._extint_open = (

@@ -222,6 +222,13 @@ class BlockStore:
         second, _ = self.mmu.fetch(beyond, mode.user_view)
         return code + self._contents(second)[: _LONGEST - len(code)], second
 
+    def _stands_at(self, physical: int, code: bytes) -> bool:
+        """Whether these bytes are there in RAM and within a page."""
+        length, memory = len(code), self.mmu.memory
+        if (physical & 0xFFF) + length > 0x1000 or not memory.is_ram(physical, length):
+            return False
+        return bytes(memory.view[physical : physical + length]) == code
+
     def _contents(self, page: int) -> bytes:
         """A physical page as code is fetched from it: all ones where there is no memory."""
         memory = self.mmu.memory
@@ -252,8 +259,10 @@ class BlockStore:
         """A block of the one instruction at `rip`; see `Recipe.prepared`."""
         page, _ = self.mmu.fetch(rip, mode.user_view)
         key = (rip, page, mode.key, prepared)
-        code, _ = self.code_at(mode, rip, page)
         known = self._steps.get(key)
+        if known is not None and self._stands_at(page | rip & 0xFFF, known[0]):
+            return known[1]
+        code, _ = self.code_at(mode, rip, page)
         if known is not None and code.startswith(known[0]):
             return known[1]
         made = self.translator.translate_step(mode, rip, code, prepared)
@@ -268,8 +277,10 @@ class BlockStore:
     def instruction(self, mode: Mode, rip: int) -> Instruction:
         """The decoded instruction at `rip`; raises GuestException."""
         page, _ = self.mmu.fetch(rip, mode.user_view)
-        code, _ = self.code_at(mode, rip, page)
         known = self._decoded.get((rip, mode.bits))
+        if known is not None and self._stands_at(page | rip & 0xFFF, known[0]):
+            return known[1]
+        code, _ = self.code_at(mode, rip, page)
         if known is not None and code.startswith(known[0]):
             return known[1]
         instruction = Decoder(mode.bits, code[:_LONGEST], ip=rip).decode()

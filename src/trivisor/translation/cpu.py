@@ -76,6 +76,8 @@ from trivisor.x86.msr import DEBUGCTL_BTF, IA32_APIC_BASE, IA32_DEBUGCTL
 
 CODE_CACHE_SIZE = 64 << 20
 
+_AT_ONCE = 3_000
+"""Nanoseconds to a timer that no host timer is worth: what is to do meanwhile takes longer."""
 _CR0_TS_EM = CR0_TS | CR0_EM
 _XCR0_SSE_AVX = XCR0_SSE | XCR0_AVX
 _SYSCALL = b"\x0f\x05"
@@ -168,6 +170,8 @@ class TranslationVcpu:
         self.mmu.on_code_write = self.blocks.written
         self.tuner = Tuner(self.core, self.blocks, self._by_key)
         self._timer: HostTimer | None = None
+        self._armed: int | None = None
+        """The guest time that the host's timer was set to last."""
         self.attach()
         self._handlers: dict[int, Callable[[], Exit | None]] = {
             EXITS["EXIT_LOOKUP"]: lambda: wild_jumps.check_target(self),
@@ -224,6 +228,7 @@ class TranslationVcpu:
         self._native.flush_everything()
         self.mode_changed()
         self._next = None
+        self._armed = None  # the guest's time may be another
         self._words[_PENDING] = 1
 
     # -- what sensitive instructions need (translation/contract.py) -----------------------------------------
@@ -546,7 +551,7 @@ class TranslationVcpu:
         board = self.board
         board.clock.run_due()
         deadline = board.clock.next_deadline()
-        if deadline is not None:
+        if deadline is not None and deadline != self._armed:
             self._arm_timer(deadline)
         if self._kicked or board.stop_reason is not None:
             self._kicked = False
@@ -601,8 +606,14 @@ class TranslationVcpu:
         return None
 
     def _arm_timer(self, deadline: int) -> None:
-        if self._timer is not None:
-            self._timer.arm(deadline - self.board.clock.now())
+        if self._timer is None:
+            return
+        delay = deadline - self.board.clock.now()
+        if delay <= _AT_ONCE:
+            self._words[_PENDING] = 1
+        else:
+            self._armed = deadline
+            self._timer.arm(delay)
 
     def kick(self) -> None:
         self._kicked = True

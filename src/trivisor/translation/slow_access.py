@@ -65,18 +65,17 @@ class Prepared:
 def handle(cpu: TranslationVcpu) -> Exit | None:
     """EXIT_SLOW_ACCESS: fill the TLB and go on, or do the instruction with what it needs prepared."""
     access = _access(cpu)
-    if access is None or _register_access(cpu, access):
+    if access is None:
+        return None
+    if not access.crosses and _register_access(cpu, *access.pieces[0]):
         return None
     return step(cpu, [access])
 
 
-def _register_access(cpu: TranslationVcpu, access: Prepared) -> bool:
+def _register_access(cpu: TranslationVcpu, physical: int, size: int) -> bool:
     """Do the plain 32-bit moves that drivers access device registers with; False for everything else."""
-    physical, size = access.pieces[0]
     mmu, core = cpu.mmu, cpu.core
-    if core.debug.pages:
-        return False
-    if size != 4 or access.crosses or mmu.memory.is_ram(physical & ~0xFFF, 0x1000):
+    if size != 4 or core.debug.pages or mmu.memory.is_ram(physical & ~0xFFF, 0x1000):
         return False
     instruction = cpu.blocks.instruction(cpu.mode, core.linear_rip)
     code = instruction.code

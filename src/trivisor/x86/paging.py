@@ -7,8 +7,8 @@ against, and what monitors use to look into a guest.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
-from typing import Final, Protocol
+from enum import Enum, StrEnum
+from typing import Final, NamedTuple, Protocol
 
 from trivisor.x86 import control, exceptions
 from trivisor.x86.exceptions import GuestException
@@ -50,7 +50,7 @@ class Mode(Enum):
     LEVEL4 = "4-level"
 
 
-class Access(Enum):
+class Access(StrEnum):  # whose hash is no Python function
     READ = "read"
     WRITE = "write"
     EXECUTE = "execute"
@@ -123,8 +123,7 @@ class PagingMode:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Translation:
+class Translation(NamedTuple):
     """Where a linear address leads, and what the entries on the way allow.
 
     `writable`, `user` and `executable` combine all levels, before CR0.WP, SMEP

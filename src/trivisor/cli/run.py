@@ -44,6 +44,7 @@ class Request:
     verbose: bool = False
     devices: tuple[str, ...] = ()
     cpu: str = ""
+    disks: tuple[str, ...] = ()
     command: tuple[str, ...] | None = None
 
 
@@ -127,6 +128,10 @@ _FILE = click.Path(path_type=Path)
     help="A device that is not always there: the one that kvm-unit-tests drive.",
 )  # fmt: skip
 @click.option("--cpu", default="", metavar="+NAME,-NAME...", help="Switch features of the guest's processor.")
+@click.option(
+    "--disk", "disks", multiple=True, metavar="FILE[,readonly]",
+    help="A raw disk, /dev/xvda and so on in the guest (paravirt); may be repeated.",
+)  # fmt: skip
 @click.option(
     "--timeout", type=float, metavar="SECONDS", callback=_timeout,
     help="End the run after that much host time.",

@@ -118,6 +118,7 @@ def _build(request: Request, serial: Serial, shown: Progress) -> VirtualMachine:
         perf_map=default_path() if request.perf_map else None,
         devices=request.devices,
         cpu=request.cpu,
+        disks=request.disks,
     )
 
 

@@ -35,22 +35,25 @@ class DefaultGuest:
     kernel: Path
     busybox: Path
     version: str
+    drivers: tuple[Path, ...] = ()
+    """The kernel's modules for our devices, named like "xen-blkfront.ko"."""
 
 
-def default_guest(progress: Progress = lambda what, part: None) -> DefaultGuest:
+def default_guest(progress: Progress = lambda what, part: None, *, drivers: bool = False) -> DefaultGuest:
     """Return the default guest, from the cache or else fetched; raises GuestUnavailable.
 
     `progress` is called only when it has to be fetched, with what is being done
-    and the done part (0 to 1, or None).  Safe against other processes doing the same.
+    and the done part (0 to 1, or None).  Safe against other processes doing the
+    same.  With `drivers`, a cache without them (an earlier version's) does not do.
     """
     cache = _cache_directory()
-    guest = _cached(cache)
+    guest = _cached(cache, drivers)
     if guest is not None:
         return guest
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache, progress):
-            return _cached(cache) or _fetch(cache, progress)
+            return _cached(cache, drivers) or _fetch(cache, progress)
     except OSError as error:
         reason = error.strerror or str(error)
         raise GuestUnavailable(f"cannot keep the default guest in {cache}: {reason}; {_ADVICE}") from error
@@ -71,18 +74,19 @@ def _cache_directory() -> Path:
         raise GuestUnavailable(f"no home directory to keep the default guest in; {_ADVICE}") from error
 
 
-def _cached(cache: Path) -> DefaultGuest | None:
+def _cached(cache: Path, drivers: bool = False) -> DefaultGuest | None:
     """Return what the record tells of, if the files still are as they were when their hashes were taken."""
     try:
         record = json.loads((cache / _RECORD).read_bytes())
-        paths = {}
-        for role in ("kernel", "busybox"):
-            known = record[role]
-            paths[role] = cache / os.path.basename(known["name"])
-            found = paths[role].stat()
+        paths = []
+        of_drivers = record["drivers"] if drivers else record.get("drivers", ())
+        for known in (record["kernel"], record["busybox"], *of_drivers):
+            path = cache / os.path.basename(known["name"])
+            found = path.stat()
             if (found.st_size, found.st_mtime_ns) != (known["size"], known["mtime_ns"]):
                 return None
-        return DefaultGuest(paths["kernel"], paths["busybox"], str(record["version"]))
+            paths.append(path)
+        return DefaultGuest(paths[0], paths[1], str(record["version"]), tuple(paths[2:]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -114,15 +118,20 @@ def _fetch(cache: Path, progress: Progress) -> DefaultGuest:
         shutil.rmtree(left_over, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="fetch-", dir=cache) as name:
         try:
-            version, kernel, busybox = packages.fetch_files(Path(name), progress)
+            files = packages.fetch_files(Path(name), progress)
         except apt.AptError as error:
             raise GuestUnavailable(f"cannot fetch the default guest: {error}; {_ADVICE}") from error
-        record = {"version": version, "kernel": _describe(kernel), "busybox": _describe(busybox)}
+        record = {
+            "version": files.version,
+            "kernel": _describe(files.kernel),
+            "busybox": _describe(files.busybox),
+            "drivers": [_describe(driver) for driver in files.drivers],
+        }
         written = Path(name, _RECORD)
         written.write_text(json.dumps(record, indent=1))
-        for file in (kernel, busybox, written):
+        for file in (files.kernel, files.busybox, *files.drivers, written):
             file.replace(cache / file.name)
-    guest = _cached(cache)
+    guest = _cached(cache, True)
     if guest is None:
         raise GuestUnavailable(f"the files in {cache} do not stay as written; {_ADVICE}")
     return guest

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 
 from trivisor.guests import cpio
+from trivisor.guests.attached import NOTHING_ATTACHED, Attached
 from trivisor.guests.command import begin_mark, end_mark
 
 
@@ -100,6 +101,7 @@ def default_initramfs(
     interactive: bool = False,
     terminal_size: tuple[int, int] | None = None,
     console: str = "ttyS0",
+    attached: Attached = NOTHING_ATTACHED,
 ) -> bytes:
     """Return a cpio archive whose /init does what one run is for, then powers the machine off.
 
@@ -107,7 +109,8 @@ def default_initramfs(
     marks made from `marker` (see `trivisor.guests.command`); boot it with
     `command_command_line`.  Without, `interactive` gives a shell on the `console` device, as
     large as `terminal_size` (rows, columns) says; otherwise the guest reports
-    on itself.  Raises ValueError for an argument that no process can be given.
+    on itself.  What is `attached` is made ready first.  Raises ValueError for an
+    argument that no process can be given.
     """
     if command is not None:
         action = _command_script(command, marker, console)
@@ -126,7 +129,8 @@ def default_initramfs(
         cpio.regular("etc/passwd", b"root::0:0:root:/root:/bin/sh\n"),
         cpio.regular("etc/group", b"root:x:0:\n"),
         cpio.regular("bin/busybox", busybox, 0o755),
-        cpio.regular("init", _PROLOGUE.encode() + action, 0o755),
+        cpio.regular("init", _PROLOGUE.encode() + attached.script() + action, 0o755),
+        *attached.entries(),
     ]
     entries += [cpio.symlink(f"bin/{name}", "busybox") for name in applets(busybox) if name != "busybox"]
     return cpio.archive(entries)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import time
+from collections import deque
 from collections.abc import Callable
 from itertools import count
 
@@ -47,6 +48,9 @@ class Clock(Remembers):
         self._cancelled = 0  # timers in the queue that are, which is what makes it worth a purge
         self.on_earlier: Callable[[int], None] | None = None
         """Called with a deadline that is sooner than all before it (an engine re-arms its host timer)."""
+        self._posted: deque[Callable[[], None]] = deque()
+        self.on_posted: Callable[[], None] = lambda: None
+        """Called, in any thread, when something was posted: have `run_due` called soon."""
 
     def now(self) -> int:
         """Nanoseconds of guest time."""
@@ -70,6 +74,11 @@ class Clock(Remembers):
             self.on_earlier(deadline)
         return timer
 
+    def post(self, callback: Callable[[], None]) -> None:
+        """Have `callback()` called in the vCPU's thread soon; from any thread."""
+        self._posted.append(callback)
+        self.on_posted()
+
     def next_deadline(self) -> int | None:
         """The guest time (ns) of the next live timer, or None."""
         queue = self._queue
@@ -87,7 +96,9 @@ class Clock(Remembers):
             self._cancelled = 0
 
     def run_due(self) -> None:
-        """Call every timer whose deadline has passed, in order of deadline."""
+        """Call what was posted, and every timer whose deadline has passed, in order of deadline."""
+        while self._posted:
+            self._posted.popleft()()
         while (deadline := self.next_deadline()) is not None and deadline <= self.now():
             timer = heapq.heappop(self._queue)[2]
             callback = timer.callback

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trivisor.boot import Image, ImageKind, firmware, load_image
+from trivisor.devices.disk_file import DiskFile
 from trivisor.machine import tsc
 from trivisor.machine.clock import Clock
 from trivisor.machine.memory import LOW_RAM_LIMIT, PHYSICAL_ADDRESS_BITS, GuestMemory
@@ -48,6 +49,7 @@ class Assembly:
         vcpu: Vcpu,
         keeper: Keeper | None = None,
         more_statistics: Callable[[], dict[str, Any]] = dict,
+        close_devices: Callable[[], None] = lambda: None,
     ) -> None:
         self.memory = memory
         self.board = board
@@ -55,6 +57,8 @@ class Assembly:
         self.keeper = keeper
         """Of the engine's translations, if they are kept."""
         self._more_statistics = more_statistics
+        self._close_devices = close_devices
+        """Ends the devices' threads, which use memory and call the vCPU."""
         self._closed = False
 
     def statistics(self) -> dict[str, Any]:
@@ -65,6 +69,7 @@ class Assembly:
         """Give all host resources back; harmless the second time."""
         if not self._closed:
             self._closed = True
+            self._close_devices()
             self.vcpu.close()
             if self.keeper is not None:
                 self.keeper.close()
@@ -120,20 +125,24 @@ def _assemble_xen(
     from trivisor.translation.cpu import TranslationVcpu
     from trivisor.translation.deprivileged import Deprivileged
 
+    clock = Clock()
+    clock.on_posted = on_stop  # for an engine that has no shorter way to look at what was posted
     xen = XenMachine(
         memory_size,
-        Clock(),
+        clock,
         console_output=console_output,
         tsc=tsc.read,
         tsc_frequency=tsc.frequency(),
         on_stop=on_stop,
     )
     try:
+        for disk in plan.hardware.disks:
+            xen.attach_disk(DiskFile(disk.path, readonly=disk.readonly))
         vcpu = TranslationVcpu(xen.platform)
     except BaseException:
-        xen.memory.close()
+        xen.close()
         raise
-    machine = Assembly(xen.memory, xen.platform, vcpu, more_statistics=xen.domain.statistics)
+    machine = Assembly(xen.memory, xen.platform, vcpu, more_statistics=xen.statistics, close_devices=xen.close_devices)
     try:
         if plan.keep:
             machine.keeper = _keeper(vcpu, plan.kernel, b"xen")

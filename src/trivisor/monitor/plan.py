@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trivisor.boot.image import Image, ImageKind
+from trivisor.monitor.attachments import Disk, DiskName, parse_disks
+from trivisor.paravirt.xen.toolstack import DISK_NAMES
 from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, parse_choice
 
 if TYPE_CHECKING:
@@ -32,14 +34,22 @@ class Hardware:
     devices: frozenset[str] = frozenset()
     """Out of `DEVICES`."""
     cpu: CpuChoice = USUAL_CPU
+    disks: tuple[Disk, ...] = ()
+
+    @property
+    def xen_device(self) -> str:
+        """What of it only a Xen guest can have, as an option; empty for nothing."""
+        return "--disk" if self.disks else ""
 
 
-def make_hardware(devices: Sequence[str], cpu: str) -> Hardware:
+def make_hardware(devices: Sequence[str], cpu: str, disks: Sequence[DiskName] = ()) -> Hardware:
     """`cpu` is like "+umip,-x2apic".  Raises `BadPlan` for what is not known."""
+    if len(disks) > len(DISK_NAMES):
+        raise BadPlan(f"{len(disks)} disks are too many: {len(DISK_NAMES)} at most")
     if unknown := set(devices) - set(DEVICES):
         raise BadPlan(f"no device {', '.join(sorted(unknown))}: there is {', '.join(DEVICES)}")
     try:
-        return Hardware(frozenset(devices), parse_choice(cpu))
+        return Hardware(frozenset(devices), parse_choice(cpu), parse_disks(disks))
     except ValueError as error:
         raise BadPlan(str(error)) from None
 
@@ -108,7 +118,7 @@ def _boot(wish: Wish) -> BootPlan:
     from trivisor.guests.initramfs import console_command_line
 
     command_line = _joined(console_command_line(wish.console), wish.append)
-    return BootPlan(_default_guest(wish.progress).kernel, wish.initrd, command_line, ())
+    return BootPlan(_default_guest(wish).kernel, wish.initrd, command_line, ())
 
 
 def _firmware_plan(firmware: Path, wish: Wish) -> BootPlan:
@@ -130,10 +140,16 @@ def _multiboot_plan(kernel: Path, wish: Wish) -> BootPlan:
 
 
 def _default_user_space(wish: Wish) -> BootPlan:
+    from trivisor.guests.attached import Attached
     from trivisor.guests.command import new_marker
     from trivisor.guests.initramfs import command_command_line, console_command_line, default_initramfs
 
-    guest = _default_guest(wish.progress)
+    guest = _default_guest(wish)
+    # Another kernel than the default guest's has what it needs built in: its modules would not fit.
+    attached = Attached(
+        guest.drivers if wish.kernel is None and wish.hardware.xen_device else (),
+        DISK_NAMES[: len(wish.hardware.disks)],
+    )
     marker = b"" if wish.command is None else new_marker()
     initramfs = default_initramfs(
         guest.busybox.read_bytes(),
@@ -142,6 +158,7 @@ def _default_user_space(wish: Wish) -> BootPlan:
         interactive=wish.interactive,
         terminal_size=wish.terminal_size,
         console=wish.console,
+        attached=attached,
     )
     command_line = (console_command_line if wish.command is None else command_command_line)(wish.console)
     return BootPlan(wish.kernel or guest.kernel, initramfs, _joined(command_line, wish.append), (), marker)
@@ -151,7 +168,7 @@ def _joined(command_line: str, append: str | None) -> str:
     return f"{command_line} {append}" if append else command_line
 
 
-def _default_guest(progress: Progress) -> DefaultGuest:
+def _default_guest(wish: Wish) -> DefaultGuest:
     from trivisor.guests.debian import default_guest
 
-    return default_guest(progress)
+    return default_guest(wish.progress, drivers=bool(wish.hardware.xen_device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, host_cpuid
 
@@ -27,6 +27,8 @@ class Needs:
 
     cpu: CpuChoice = USUAL_CPU
     perf_map: bool = False
+    xen_device: str = ""
+    """An option for a device that only Xen guests can have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,8 @@ def choose(name: str, needs: Needs | None = None) -> Choice:
     technique = TECHNIQUES.get(name)
     if technique is None:
         raise ValueError(f"technique {name!r} is none of auto, {', '.join(TECHNIQUES)}")
+    if needs is not None and needs.xen_device and name != "paravirt":
+        raise TechniqueUnavailable(f"{needs.xen_device} needs --technique paravirt: {name} has no such device yet")
     if missing := technique.look():
         raise TechniqueUnavailable(f"technique {name}: {missing}")
     return Choice(technique)
@@ -88,8 +92,11 @@ def choose(name: str, needs: Needs | None = None) -> Choice:
 def _fastest(needs: Needs) -> Choice:
     """Hardware where the processor itself does it, else translation, which any guest runs under.
 
-    Paravirtualization needs a guest that was changed for it, and is slower here than translation is.
+    Paravirtualization needs a guest that was changed for it, and is slower here than translation is; it alone
+    has some devices.
     """
+    if needs.xen_device:
+        return replace(choose("paravirt", needs), why=f"{needs.xen_device} is for Xen guests")
     translation, hardware = TECHNIQUES["translation"], TECHNIQUES["hardware"]
     no_kvm, no_translation = hardware.look(), translation.look()
     if no_kvm and no_translation:

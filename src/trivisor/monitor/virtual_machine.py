@@ -18,6 +18,7 @@ from trivisor.machine.footprint import footprint
 from trivisor.machine.state import CpuState
 from trivisor.machine.vcpu import Vcpu
 from trivisor.monitor.assembly import Assembly, assemble
+from trivisor.monitor.attachments import DiskName
 from trivisor.monitor.console import Console, Deadline, Pattern, compile_pattern
 from trivisor.monitor.endings import by_device, by_processor, with_command
 from trivisor.monitor.linear import read_linear
@@ -52,7 +53,8 @@ class VirtualMachine:
     `no_reboot` or with a `command`.  `progress` is called with what is being
     done and the done part of it while the default guest is fetched.  `devices`
     adds what a board does not always have ("pc-testdev"), and `cpu` switches
-    features of the processor ("+umip,-x2apic").  `keep_translations`: what the
+    features of the processor ("+umip,-x2apic").  `disks` are raw disks, "FILE" or
+    "FILE,readonly", which only paravirtualization has.  `keep_translations`: what the
     translator made is kept in the user's cache for the next run of the kernel.
     `perf_map` is a file in which Linux's perf finds the names of translated code
     (`/tmp/perf-PID.map`), complete once the machine is closed.
@@ -85,11 +87,12 @@ class VirtualMachine:
         progress: Progress = lambda what, part: None,
         devices: Sequence[str] = (),
         cpu: str = "",
+        disks: Sequence[DiskName] = (),
         keep_translations: bool = True,
         perf_map: str | os.PathLike[str] | None = None,
     ) -> None:
-        hardware = make_hardware(devices, cpu)
-        choice = choose(technique, Needs(hardware.cpu, perf_map is not None))
+        hardware = make_hardware(devices, cpu, disks)
+        choice = choose(technique, Needs(hardware.cpu, perf_map is not None, hardware.xen_device))
         self._technique, self.why = choice.technique.name, choice.why
         self._memory_size = parse_memory(memory)
         wish = Wish(

@@ -196,6 +196,7 @@ class TranslationVcpu:
     def attach(self) -> None:
         board = self.board
         board.clock.on_earlier = self._arm_timer
+        board.clock.on_posted = self.attention
         board.interrupts.on_pending = self._look
         board.interrupts.on_nmi = self._nmi
         board.tsc = self.tsc
@@ -377,6 +378,7 @@ class TranslationVcpu:
             self.blocks.forget_modes()
         self._segmented += 1
         return self._segmented - 1
+
     def _mind_observers(self) -> None:
         """What somebody watches is not done natively."""
         observed = self.observed

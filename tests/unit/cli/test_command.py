@@ -211,6 +211,13 @@ def test_a_missing_technique_is_said_to_be(capfd, monkeypatch) -> None:
     assert capfd.readouterr().err == "trivisor: technique hardware: not in this version\n"
 
 
+def test_disks_are_for_xen_guests(capfd) -> None:
+    assert main(["run", "--technique", "translation", "--disk", "x.img"]) == 3
+    assert capfd.readouterr().err == (
+        "trivisor: --disk needs --technique paravirt: translation has no such device yet\n"
+    )
+
+
 def test_a_command_that_did_not_get_to_its_end(guest, capfd) -> None:
     guest(lambda machine: Outcome(StopReason.POWEROFF, "ended before", 125, "Kernel panic", True))
     assert main(["run", "--", "true"]) == 125

@@ -19,6 +19,12 @@ from trivisor.guests.debian import DefaultGuest, GuestUnavailable, default_guest
 
 KERNEL = b"kernel" * 1000
 BUSYBOX = b"busybox" * 1000
+DRIVERS = {
+    "block/xen-blkback/xen-blkback.ko": b"another",
+    "net/xen-netfront.ko": b"network" * 100,
+    "block/xen-blkfront.ko": b"block" * 100,
+    "net/veth.ko": b"another",
+}
 IMAGE = "linux-image-6.1.0-9-cloud-amd64"
 
 # apt-get and apt-cache in one, on directories of control files and packages.
@@ -91,7 +97,9 @@ class FakeApt:
             "busybox-static": {"Version": "1:1.35.0-4"},
         }
         self.know(machine=packages, private=packages)
-        self.package(IMAGE, {"./usr/share/doc": b"", "./boot/vmlinuz-6.1.0-9-cloud-amd64": KERNEL})
+        modules = "./lib/modules/6.1.0-9-cloud-amd64/kernel/drivers"
+        files = {"./usr/share/doc": b"", "./boot/vmlinuz-6.1.0-9-cloud-amd64": KERNEL}
+        self.package(IMAGE, files | {f"{modules}/{name}": content for name, content in DRIVERS.items()})
         self.package("busybox-static", {"./bin/busybox": BUSYBOX})
         commands = room / "bin"
         commands.mkdir()
@@ -136,13 +144,15 @@ def left_behind(cache: Path) -> set[str]:
     return {path.name for path in cache.iterdir()} - {"lock"}
 
 
-WHOLE = {"vmlinuz-6.1.0-9-cloud-amd64", "busybox", "guest.json"}
+WHOLE = {"vmlinuz-6.1.0-9-cloud-amd64", "busybox", "xen-blkfront.ko", "xen-netfront.ko", "guest.json"}
 
 
 def test_fetch_and_keep(apt, cache):
     told = []
     guest = default_guest(lambda what, part: told.append((what, part)))
-    assert guest == DefaultGuest(cache / "vmlinuz-6.1.0-9-cloud-amd64", cache / "busybox", "6.1.9-1")
+    drivers = (cache / "xen-blkfront.ko", cache / "xen-netfront.ko")
+    assert guest == DefaultGuest(cache / "vmlinuz-6.1.0-9-cloud-amd64", cache / "busybox", "6.1.9-1", drivers)
+    assert [driver.read_bytes() for driver in drivers] == [b"block" * 100, b"network" * 100]
     assert guest.kernel.read_bytes() == KERNEL
     assert guest.busybox.read_bytes() == BUSYBOX
     assert left_behind(cache) == WHOLE
@@ -156,6 +166,21 @@ def test_fetch_and_keep(apt, cache):
     assert default_guest(lambda *told: pytest.fail("nothing to tell")) == guest
     assert time.perf_counter() - start < 0.02
     assert apt.calls == calls
+
+
+def test_a_cache_without_drivers_does_for_a_guest_without_devices(apt, cache):
+    guest = default_guest()
+    record = json.loads((cache / "guest.json").read_text())
+    del record["drivers"]
+    (cache / "guest.json").write_text(json.dumps(record))
+    calls = apt.calls
+    assert default_guest().drivers == () and apt.calls == calls
+    assert default_guest(drivers=True) == guest and apt.calls != calls
+
+
+def test_a_kernel_that_has_its_drivers_built_in(apt):
+    apt.package(IMAGE, {"./boot/vmlinuz-6.1.0-9-cloud-amd64": KERNEL})
+    assert default_guest(drivers=True).drivers == ()
 
 
 def test_cache_needs_no_apt(apt, cache, monkeypatch):
@@ -187,13 +212,15 @@ def test_kernel_split_into_further_packages(apt):
     assert default_guest().kernel.read_bytes() == KERNEL
 
 
-@pytest.mark.parametrize("damage", ["kernel shorter", "busybox gone", "record half", "another record"])
+@pytest.mark.parametrize("damage", ["kernel shorter", "busybox gone", "driver gone", "record half", "another record"])
 def test_damaged_cache_is_fetched_again(apt, cache, damage):
     guest = default_guest()
     if damage == "kernel shorter":
         os.truncate(guest.kernel, 100)
     elif damage == "busybox gone":
         guest.busybox.unlink()
+    elif damage == "driver gone":
+        guest.drivers[0].unlink()
     elif damage == "record half":
         os.truncate(cache / "guest.json", 50)
     else:

@@ -73,3 +73,16 @@ def test_an_earlier_deadline_is_told() -> None:
     for deadline in (50, 60, 40):
         clock.at(deadline, lambda: None)
     assert told == [50, 40]
+
+
+def test_what_is_posted_is_called_by_run_due_in_order() -> None:
+    clock = Clock(Host())
+    told: list[str] = []
+    clock.on_posted = lambda: told.append("posted")
+    clock.post(lambda: told.append("first"))
+    clock.post(lambda: clock.post(lambda: told.append("third")))
+    assert told == ["posted", "posted"]
+    clock.run_due()
+    assert told == ["posted", "posted", "first", "posted", "third"]
+    clock.run_due()
+    assert len(told) == 5

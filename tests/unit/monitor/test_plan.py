@@ -9,7 +9,8 @@ import pytest
 from trivisor.boot import ImageError
 from trivisor.guests import debian
 from trivisor.guests.debian import DefaultGuest
-from trivisor.monitor.plan import BadPlan, Wish, make_plan
+from trivisor.monitor.attachments import Disk
+from trivisor.monitor.plan import BadPlan, Wish, make_hardware, make_plan
 
 
 @pytest.fixture
@@ -21,12 +22,13 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "debian").write_bytes(linux)
     (tmp_path / "linux").write_bytes(linux)
     (tmp_path / "multiboot").write_bytes(struct.pack("<III", 0x1BADB002, 0, -0x1BADB002 & 0xFFFFFFFF))
-    guest = DefaultGuest(tmp_path / "debian", tmp_path / "busybox", "6.1")
-    monkeypatch.setattr(debian, "default_guest", lambda progress: guest)
+    (tmp_path / "xen-blkfront.ko").write_bytes(b"driver")
+    guest = DefaultGuest(tmp_path / "debian", tmp_path / "busybox", "6.1", (tmp_path / "xen-blkfront.ko",))
+    monkeypatch.setattr(debian, "default_guest", lambda progress, drivers: guest)
     return tmp_path
 
 
-def no_network(progress: object) -> DefaultGuest:
+def no_network(progress: object, drivers: bool) -> DefaultGuest:
     raise debian.GuestUnavailable("no network")
 
 
@@ -53,6 +55,21 @@ def test_a_linux_kernel_without_initrd_gets_the_default_user_space(files: Path) 
     plan = make_plan(Wish(kernel=files / "linux", command=["true"]))
     assert plan.kernel == files / "linux"
     assert b"'true'" in plan.initrd
+
+
+def test_disks_come_with_their_driver_and_are_waited_for(files: Path) -> None:
+    hardware = make_hardware((), "", ["a.img,readonly", files / "b,c.img", "d,readonly.img"])
+    assert hardware.disks == (
+        Disk(Path("a.img"), readonly=True), Disk(files / "b,c.img"), Disk(Path("d,readonly.img"))
+    )  # fmt: skip
+    plan = make_plan(Wish(hardware=hardware))
+    assert isinstance(plan.initrd, bytes)
+    assert b"insmod /lib/xen-blkfront.ko" in plan.initrd and b"driver" in plan.initrd
+    assert all(b"/dev/" + name in plan.initrd for name in (b"xvda", b"xvdb", b"xvdc"))
+    assert b"insmod" not in make_plan(Wish(hardware=hardware, kernel=files / "linux")).initrd
+    assert b"insmod" not in make_plan(Wish()).initrd
+    with pytest.raises(BadPlan, match="17 disks are too many"):
+        make_hardware((), "", ["x"] * 17)
 
 
 def test_firmware_is_all_that_is_booted(files: Path) -> None:

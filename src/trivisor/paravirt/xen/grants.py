@@ -38,6 +38,8 @@ class GrantTable:
         self._frames = frames
         self.shared = shared
         self.used = 4
+        self._users: dict[int, list[int]] = {}
+        """How many read and how many write through an entry, by its address."""
 
     def grow(self, count: int) -> None:
         """The guest wants at least that many frames of the table; at most all of `shared`."""
@@ -52,7 +54,15 @@ class GrantTable:
 
     @contextmanager
     def access(self, reference: int, *, write: bool, domain: int = BACK_END_DOMAIN) -> Iterator[int]:
-        """The physical address of the granted page, for as long as the block runs; raises GrantError.
+        """The physical address of the granted page, for as long as the block runs; raises GrantError."""
+        grant = self.take(reference, write=write, domain=domain)
+        try:
+            yield grant.address
+        finally:
+            grant.release()
+
+    def take(self, reference: int, *, write: bool, domain: int = BACK_END_DOMAIN) -> Grant:
+        """Use the granted page until it is released; raises GrantError.
 
         Meanwhile the entry is marked as in use and the frame is held, so that
         the guest can neither free it nor make it a page table.
@@ -74,14 +84,46 @@ class GrantTable:
                 raise
         except HypercallError as error:
             raise GrantError(f"grant {reference}: {error}") from None
-        used = GTF_READING | (GTF_WRITING if write else 0)
-        was_used = flags & used
-        view[at : at + 2] = (flags | used).to_bytes(2, "little")
-        try:
-            yield frame * PAGE_SIZE
-        finally:
-            now = int.from_bytes(view[at : at + 2], "little")
-            view[at : at + 2] = (now & ~used | was_used).to_bytes(2, "little")
-            if write:
-                self._frames.put_writable(frame)
-            self._frames.put(frame)
+        users = self._users.setdefault(at, [0, 0])
+        users[0] += 1
+        users[1] += write
+        view[at : at + 2] = (flags | GTF_READING | (GTF_WRITING if write else 0)).to_bytes(2, "little")
+        return Grant(self, at, frame, write)
+
+    def give_back(self, grant: Grant) -> None:
+        """One user less; without any the entry is marked as unused."""
+        if grant.write:
+            self._frames.put_writable(grant.frame)
+        self._frames.put(grant.frame)
+        at, view = grant.entry, self._frames.memory.view
+        users = self._users[at]
+        users[0] -= 1
+        users[1] -= grant.write
+        unused = (0 if users[0] else GTF_READING) | (0 if users[1] else GTF_WRITING)
+        if not users[0]:
+            del self._users[at]
+        flags = int.from_bytes(view[at : at + 2], "little")
+        view[at : at + 2] = (flags & ~unused).to_bytes(2, "little")
+
+
+class Grant:
+    """A granted page in use: the `frame` behind it, until `release`."""
+
+    __slots__ = ("_table", "entry", "frame", "write")
+
+    def __init__(self, table: GrantTable, entry: int, frame: int, write: bool) -> None:
+        self._table: GrantTable | None = table
+        self.entry = entry
+        self.frame = frame
+        self.write = write
+
+    @property
+    def address(self) -> int:
+        """Physical."""
+        return self.frame * PAGE_SIZE
+
+    def release(self) -> None:
+        """The page is used no more; harmless the second time."""
+        if self._table is not None:
+            self._table.give_back(self)
+            self._table = None

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from trivisor.boot.image import Image
 from trivisor.boot.xen_notes import read_xen_kernel
+from trivisor.devices.disk_file import DiskFile
 from trivisor.machine.clock import Clock
 from trivisor.machine.deprivileged import DeprivilegedCpu
 from trivisor.machine.memory import MAXIMUM_RAM, PAGE_SIZE, GuestMemory
 from trivisor.machine.state import CpuState, Segment, Table
 from trivisor.paravirt.xen import abi
+from trivisor.paravirt.xen.back_ends.back_end import BackEnd, Guest
+from trivisor.paravirt.xen.back_ends.block import BlockBackEnd
 from trivisor.paravirt.xen.builder import DomainBuilder
 from trivisor.paravirt.xen.console import ConsoleRing
 from trivisor.paravirt.xen.domain import OWN_ID, Domain
@@ -21,7 +25,7 @@ from trivisor.paravirt.xen.own_memory import GDT_ADDRESS, OwnMemory, own_size
 from trivisor.paravirt.xen.page_tables import PageTables
 from trivisor.paravirt.xen.platform import Platform
 from trivisor.paravirt.xen.time import SystemTime
-from trivisor.paravirt.xen.toolstack import introduce
+from trivisor.paravirt.xen.toolstack import DISK_NAMES, add_disk, introduce
 from trivisor.paravirt.xen.xenstore.ring import StoreRing
 from trivisor.paravirt.xen.xenstore.store import Store
 from trivisor.x86.control import (
@@ -87,9 +91,35 @@ class XenMachine:
         grants = GrantTable(frames, own.grant_frames)
         self.domain = Domain(self.platform, frames, own, tables, self.events, grants, time, console_output)
         self.domain.pages = pages
+        self.store = Store()
+        introduce(self.store, OWN_ID, pages)
+        self._guest = Guest(
+            self.store, self.events, grants, self.memory, clock,
+            lambda address, length: self.domain.cpu.memory_written(address, length),
+        )  # fmt: skip
+        self._back_ends: dict[str, BackEnd] = {}
+
+    def attach_disk(self, disk: DiskFile) -> None:
+        """Give the domain its next disk, of `DISK_NAMES` at most; it is closed with the machine."""
+        number = sum(isinstance(device, BlockBackEnd) for device in self._back_ends.values())
+        front, back = add_disk(self.store, OWN_ID, number, readonly=disk.readonly)
+        name = DISK_NAMES[number]
+        self._back_ends[name] = BlockBackEnd(self._guest, front, back, disk, name)
+
+    def statistics(self) -> dict[str, Any]:
+        """What crossed into the hypervisor, and what the back ends did."""
+        devices = {name: device.statistics() for name, device in self._back_ends.items()}
+        return {**self.domain.statistics(), **devices}
+
+    def close_devices(self) -> None:
+        """Finish what the back ends have under way and end them; harmless the second time."""
+        for device in self._back_ends.values():
+            device.close()
+        self._back_ends.clear()
 
     def close(self) -> None:
-        """Give the memory back to the host."""
+        """Give everything back to the host."""
+        self.close_devices()
         self._frames.words.release()
         self.memory.close()
 
@@ -109,10 +139,8 @@ class XenMachine:
             self.memory, started.console_frame * PAGE_SIZE, self._output, lambda: events.set_pending(console_port)
         )
         events.bind_back_end(console_port, console.guest_sent)
-        store = Store()
-        introduce(store, OWN_ID, domain.pages)
         ring = StoreRing(
-            self.memory, started.store_frame * PAGE_SIZE, store, OWN_ID, lambda: events.set_pending(store_port)
+            self.memory, started.store_frame * PAGE_SIZE, self.store, OWN_ID, lambda: events.set_pending(store_port)
         )
         events.bind_back_end(store_port, ring.guest_sent)
         shared = own.shared_info * PAGE_SIZE

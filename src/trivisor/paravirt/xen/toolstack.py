@@ -8,6 +8,9 @@ BACK_END = "/local/domain/0/backend"
 
 _CONTROL = tuple(f"control/{name}" for name in ("feature-poweroff", "feature-reboot", "feature-suspend", "sysrq"))
 """Where the guest tells what it can be asked for."""
+DISK_NAMES = tuple(f"xvd{letter}" for letter in "abcdefghijklmnop")
+"""What Linux calls the disks, in their order (docs/man/xen-vbd-interface.7.pandoc)."""
+_DISK_MAJOR, _DISK_MINORS = 202, 16
 
 
 def home(domain: int) -> str:
@@ -57,3 +60,11 @@ def add_device(
         store.write(f"{front_path}/{name}", value)
         store.set_permissions(f"{front_path}/{name}", ((domain, "n"), (0, "r")))
     return front_path, back_path
+
+
+def add_disk(store: Store, domain: int, number: int, *, readonly: bool) -> tuple[str, str]:
+    """Introduce the disk `DISK_NAMES[number]`."""
+    device = _DISK_MAJOR << 8 | number * _DISK_MINORS
+    front = {"virtual-device": str(device), "device-type": "disk"}
+    back = {"mode": "r" if readonly else "w", "device-type": "disk", "dev": DISK_NAMES[number], "online": "1"}
+    return add_device(store, domain, "vbd", device, front, back)

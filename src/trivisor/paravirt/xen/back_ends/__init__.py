@@ -1,0 +1,1 @@
+"""Back ends of split devices: the halves of disk and network whose front ends are drivers in the guest."""

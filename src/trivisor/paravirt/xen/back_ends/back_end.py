@@ -1,0 +1,171 @@
+"""What all back ends have in common: the hand-shake with the front end through the store (io/xenbus.h)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trivisor.machine.clock import Clock
+from trivisor.machine.memory import GuestMemory
+from trivisor.paravirt.xen.back_ends.ring import RingError, SharedRing
+from trivisor.paravirt.xen.events import EventChannels
+from trivisor.paravirt.xen.grants import Grant, GrantError, GrantTable
+from trivisor.paravirt.xen.xenstore.store import Store
+
+INITIALISING, INIT_WAIT, INITIALISED, CONNECTED, CLOSING, CLOSED = range(1, 7)
+"""States of either end (enum xenbus_state)."""
+PROTOCOL = "x86_64-abi"
+
+
+class NoConnection(Exception):
+    """The front end has not told what is needed, or something that is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """What a back end reaches of the domain that it serves."""
+
+    store: Store
+    events: EventChannels
+    grants: GrantTable
+    memory: GuestMemory
+    clock: Clock
+    written: Callable[[int, int], None]
+    """To be called after memory was written: physical address and length, within one page."""
+
+
+class BackEnd:
+    """One device.  All methods belong to the vCPU's thread."""
+
+    def __init__(self, guest: Guest, front: str, back: str, offers: Mapping[str, str]) -> None:
+        """`front` and `back` are the ends' paths in the store; `offers` is what the front end is told at first."""
+        self.guest = guest
+        self._front = front
+        self._back = back
+        self._offers = offers
+        self.trouble = ""
+        """Why the front end is not served."""
+        self._state = INITIALISING
+        self._port: int | None = None
+        self._held: list[Grant] = []
+        self._watch = guest.store.watch(f"{front}/state", self._front_changed)
+
+    # -- what a device does itself --------------------------------------------------------------------------
+
+    def connect(self) -> None:
+        """Take the front end's rings; raises NoConnection and GrantError."""
+        raise NotImplementedError
+
+    def disconnect(self) -> None:
+        """Finish what is under way and forget the rings, which are given back afterwards."""
+        raise NotImplementedError
+
+    def notified(self) -> None:
+        """The front end has sent an event; raises RingError."""
+        raise NotImplementedError
+
+    def statistics(self) -> dict[str, Any]:
+        """What was done so far."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """The machine is switched off: stop all threads, finish what is under way, and give back what is the host's."""
+        raise NotImplementedError
+
+    # -- the hand-shake -------------------------------------------------------------------------------------
+
+    def _front_changed(self, _path: str) -> None:
+        state = self._number("state")
+        if state == INITIALISING and self._state in (INITIALISING, CLOSING, CLOSED):
+            self._hang_up()
+            self.trouble = ""
+            self.tell(self._offers)
+            self._go(INIT_WAIT)
+        elif state in (INITIALISED, CONNECTED) and self._state == INIT_WAIT:
+            self._connect()
+        elif state in (CLOSING, CLOSED) and self._state != state:
+            self._hang_up()
+            self._go(state)
+        elif state is None and self._state == CONNECTED:
+            self._hang_up()
+            self._go(CLOSED)
+
+    def _connect(self) -> None:
+        try:
+            self.connect()
+        except (NoConnection, GrantError) as error:
+            self.fail(str(error))
+            return
+        self._go(CONNECTED)
+
+    def fail(self, why: str) -> None:
+        """The front end broke the protocol: it is served no more, until it begins again."""
+        self.trouble = why
+        self._hang_up()
+        self._go(CLOSING)
+
+    def _go(self, state: int) -> None:
+        self._state = state
+        self.guest.store.write(f"{self._back}/state", str(state))
+
+    def _hang_up(self) -> None:
+        self.disconnect()
+        if self._port is not None:
+            self.guest.events.unbind_back_end(self._port)
+            self._port = None
+        for grant in self._held:
+            grant.release()
+        self._held.clear()
+
+    # -- for `connect` --------------------------------------------------------------------------------------
+
+    def tell(self, values: Mapping[str, str]) -> None:
+        """Write nodes of the back end."""
+        for name, value in values.items():
+            self.guest.store.write(f"{self._back}/{name}", value)
+
+    def told(self, name: str) -> str | None:
+        """A node of the front end."""
+        return self.guest.store.read(f"{self._front}/{name}")
+
+    def _number(self, name: str) -> int | None:
+        text = self.told(name)
+        return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) <= 10 else None
+
+    def flag(self, name: str) -> bool:
+        """Whether the front end says that it can do something."""
+        return self._number(name) == 1
+
+    def ring(self, name: str, entry_size: int) -> SharedRing:
+        """The ring whose page's grant is in a node."""
+        reference = self._number(name)
+        if reference is None:
+            raise NoConnection(f"no {name}")
+        grant = self.guest.grants.take(reference, write=True)
+        self._held.append(grant)
+        return SharedRing(self.guest.memory, grant.address, entry_size)
+
+    def bind(self) -> None:
+        """Bind to the event channel that the front end offers."""
+        port = self._number("event-channel")
+        if port is None:
+            raise NoConnection("no event-channel")
+        if self.told("protocol") not in (None, PROTOCOL):
+            raise NoConnection(f"protocol {self.told('protocol')}")
+        try:
+            self.guest.events.bind_back_end(port, self._notified)
+        except ValueError as error:
+            raise NoConnection(str(error)) from None
+        self._port = port
+
+    def _notified(self) -> None:
+        try:
+            self.notified()
+        except RingError as error:
+            self.fail(str(error))
+
+    def notify(self) -> None:
+        """Send the front end an event."""
+        if self._port is not None:
+            self.guest.events.set_pending(self._port)

@@ -33,6 +33,8 @@ BLOCK_TABLE_ENTRIES = 1 << 18
 BLOCK_TABLE_ENTRY_SIZE = 32  # linear address; physical page | mode key; host address of the checked entry; -
 FPU_AREA_SIZE = 4096
 OPENED_PAGES = 16
+LOCAL_ENTRIES = 256
+"""TLB entries of pages that are not global that MOV to CR3 knows one by one; of more, it looks at all there are."""
 CPUID_ENTRIES = 256
 SITES = 128
 """Site caches of one view: what tuned code keeps of the TLB, for single places in it."""
@@ -160,6 +162,7 @@ _FIELDS = (
     "CLOSE",  # address of the helper that does for CLAC what its inline code cannot
     "OPENED_COUNT",  # user pages that the kernel's TLB holds only while RFLAGS.AC is set, under CR4.SMAP
     *(f"OPENED_{n}" for n in range(OPENED_PAGES)),  # host addresses of their entries; of more, all are looked for
+    "LOCAL_COUNT",  # how many TLB entries, of data and of fetches, were filled with pages that are not global
     "JUMPED_FROM",  # in the code cache: the end of the last indirect jump of 64-bit code
     "WATCHING",  # 1 when there are data breakpoints: TLB misses go to Python
     "SAMPLE_COUNT",  # of SAMPLES that wait to be looked at
@@ -249,6 +252,7 @@ for _segment in SEGMENT_ORDER[:6]:
 _cursor.field("SLOT", 64, 64)  # an operand on its way
 _cursor.field("SLOT_ADDRESS")
 _cursor.field("VECTORS", 96, 32)  # data, indexes and mask of an instruction that goes by elements
+_cursor.field("LOCAL", 8 * LOCAL_ENTRIES)  # their host addresses; bit 0: of a fetch TLB
 _cursor.field("MARKS", 8 * 64)  # free-running counters of inline events, by index
 _cursor.field("SAMPLES", 8 * SAMPLES)  # host addresses of code that the tuner's timer has found running
 _cursor.field("SITES_KERNEL", SITES * SITE_SIZE, 64)
@@ -315,6 +319,7 @@ SYMBOLS: dict[str, int] = {
     "TLB_INFO": TLB_INFO,
     "TLB_ENTRIES": TLB_ENTRIES,
     "OPENED_PAGES": OPENED_PAGES,
+    "LOCAL_ENTRIES": LOCAL_ENTRIES,
     "EXEC_TLB_ENTRIES": EXEC_TLB_ENTRIES,
     "JUMP_CACHE_ENTRIES": JUMP_CACHE_ENTRIES,
     "BLOCK_TABLE_ENTRIES": BLOCK_TABLE_ENTRIES,

@@ -13,6 +13,7 @@ from trivisor.translation.core import Core
 from trivisor.translation.layout import (
     EXEC_TLB_ENTRIES,
     INFO_OPENED,
+    LOCAL_ENTRIES,
     OFFSETS,
     OPENED_PAGES,
     TLB_ENTRIES,
@@ -26,7 +27,7 @@ from trivisor.x86.paging import NO_KEYS, Access, PagingMode, ProtectionKeys, Tra
 
 GENERAL_PROTECTION = 13
 _CR0_WP = 1 << 16
-_OPENED_COUNT = OFFSETS["OPENED_COUNT"] // 8
+_OPENED_COUNT, _LOCAL_COUNT = OFFSETS["OPENED_COUNT"] // 8, OFFSETS["LOCAL_COUNT"] // 8
 _KINDS = {Access.READ: 0, Access.WRITE: KIND_WRITE, Access.EXECUTE: 8}
 _PAGING_NATIVE, _WALKED_PHYSICAL, _WALKED_LEAF, _WALKED_RIGHTS, _WALKED_NX, _WALKED_INFO = (
     OFFSETS[name] // 8
@@ -259,6 +260,16 @@ class Mmu:
                 words[OFFSETS["OPENED_0"] // 8 + count] = self.core.address + 8 * at
             words[_OPENED_COUNT] = count + 1
         words[at + 3] = info
+        if not info & 1:
+            self._note_local(self.core.address + 8 * at)
+
+    def _note_local(self, entry: int) -> None:
+        """Have the next MOV to CR3 find an entry by its host address; bit 0: one for fetches."""
+        words = self.core.words
+        count = words[_LOCAL_COUNT]
+        if count < LOCAL_ENTRIES:
+            words[OFFSETS["LOCAL"] // 8 + count] = entry
+        words[_LOCAL_COUNT] = count + 1
 
     def _info(self, linear: int, found: Translation) -> int:
         """TLB_INFO of an entry; INVLPG must look for all pieces of a large page."""
@@ -283,4 +294,6 @@ class Mmu:
         physical = found.physical & ~0xFFF
         words[at] = page
         words[at + 1] = physical | self._info(linear, found)
+        if not found.global_:
+            self._note_local(self.core.address + 8 * at | 1)
         return physical, found.global_

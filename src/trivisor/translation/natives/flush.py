@@ -40,6 +40,7 @@ flush_everything:
     mov [rdx+TLB_USER+{_LAST_ENTRY}+TLB_READ], rax
     mov [rdx+TLB_USER+{_LAST_ENTRY}+TLB_WRITE], rax
     mov [rdx+KERNEL_JUMPS_LOCAL], rax
+    mov [rdx+LOCAL_COUNT], rax
     lea rdi, [rdx+LARGE_PIECES]
     mov ecx, 512
     rep stosq
@@ -63,6 +64,32 @@ flush_local_user:
     mov rdi, [rsp]
     call flush_other_jumps
     pop rdx
+    mov rcx, [rdx+LOCAL_COUNT]
+    mov qword [rdx+LOCAL_COUNT], 0
+    cmp rcx, LOCAL_ENTRIES
+    ja flush_local_all
+    lea r9, [rdx+TLB_KERNEL]
+flush_local_listed:
+    dec rcx
+    js flush_local_done
+    mov rdi, [rdx+rcx*8+LOCAL]
+    test edi, 1
+    jnz flush_local_listed_exec
+    test byte [rdi+TLB_INFO], 1
+    jnz flush_local_listed ; another page has come there since
+    mov rax, rdi
+    sub rax, r9
+    shl rax, 7
+    xor eax, 0x1000 ; an address of the neighbouring set never matches here
+    mov [rdi+TLB_READ], rax
+    mov [rdi+TLB_WRITE], rax
+    jmp flush_local_listed
+flush_local_listed_exec:
+    test byte [rdi+7], 1
+    jnz flush_local_listed
+    mov qword [rdi-1], -1
+    jmp flush_local_listed
+flush_local_all:
     ; user view: everything that is not global; in practice nothing of it is global
     xor r8d, r8d
     lea rdi, [rdx+TLB_KERNEL]
@@ -93,6 +120,7 @@ flush_local_exec_keep:
     add rdi, 16
     dec ecx
     jnz flush_local_exec
+flush_local_done:
     ret
 
 ; void invalidate_page(state, linear): INVLPG.
@@ -337,6 +365,9 @@ flush_{name.lower()}_jumps:
     mov rax, [rdi+LOOKUP]
     xor r8d, r8d
     cld
+flush_{name.lower()}_chunks:
+    cmp qword [r9+r8], 0
+    je flush_{name.lower()}_eight
 flush_{name.lower()}_chunk:
     cmp byte [r9+r8], 0
     je flush_{name.lower()}_clean
@@ -348,8 +379,13 @@ flush_{name.lower()}_chunk:
     rep stosq
 flush_{name.lower()}_clean:
     inc r8d
+    test r8d, 7
+    jnz flush_{name.lower()}_chunk
+    sub r8d, 8
+flush_{name.lower()}_eight:
+    add r8d, 8
     cmp r8d, 128
-    jne flush_{name.lower()}_chunk
+    jne flush_{name.lower()}_chunks
     ret
 """
 

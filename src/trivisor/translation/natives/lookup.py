@@ -111,8 +111,7 @@ dispatch_walk:
     mov rcx, r15
     and rcx, -4096
     mov [r13], rcx
-    or rdi, rsi
-    mov [r13+8], rdi
+    call fill_exec
     mov rdi, r13
     mov rax, [rbp+GUEST_RIP]
     jmp dispatch_found
@@ -161,8 +160,7 @@ dispatch_second_kernel:
     test eax, eax
     jnz dispatch_leave
     mov [r13], r15
-    or rdi, rsi
-    mov [r13+8], rdi
+    call fill_exec
 dispatch_second_known:
     pop r8
     mov rcx, [r13+8]
@@ -185,6 +183,20 @@ dispatch_second_known:
     mov rsi, rbx
     mov rax, [rbp+GUEST_RIP]
     jmp dispatch_both_found
+; rdi = the physical page, esi = the bits of TLB_INFO, into the fetch TLB's entry r13.
+fill_exec:
+    or rdi, rsi
+    mov [r13+8], rdi
+    test edi, 1
+    jnz fill_exec_global
+    mov rdx, [rbp+LOCAL_COUNT]
+    inc qword [rbp+LOCAL_COUNT]
+    cmp rdx, LOCAL_ENTRIES
+    jae fill_exec_global
+    lea rdi, [r13+1]
+    mov [rbp+rdx*8+LOCAL], rdi
+fill_exec_global:
+    ret
 dispatch_leave:
     inc qword [rbp+COUNT_LOOKUP_MISS]
     mov qword [rbp+EXIT], EXIT_LOOKUP

@@ -251,6 +251,14 @@ fill_tlb:
     cmovnz r14, r11
     mov [r14+TLB_READ], rcx
     mov [r14+TLB_INFO], rsi
+    test esi, 1
+    jnz fill_global
+    mov r8, [rbp+LOCAL_COUNT]
+    inc qword [rbp+LOCAL_COUNT]
+    cmp r8, LOCAL_ENTRIES
+    jae fill_global
+    mov [rbp+r8*8+LOCAL], r14
+fill_global:
     test esi, INFO_OPENED
     jnz fill_opened
 fill_noted:

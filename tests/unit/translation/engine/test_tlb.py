@@ -59,6 +59,48 @@ def test_a_page_mapped_elsewhere(machine: Make, flush: str, flags: int, effect: 
         assert m["rdi"] == 1
 
 
+@pytest.mark.parametrize("count", [1, 40, 120, 129, 400])
+@pytest.mark.parametrize("step", [0x1000, 0x3000])
+def test_mov_to_cr3_drops_every_page_however_many_there_were(machine: Make, count: int, step: int) -> None:
+    """Data and code of pages that are not global: few are dropped one by one, many by a walk over the TLBs."""
+    m = machine(
+        """
+        mov r14d, 6
+        xor ebx, ebx
+        again:
+        mov rcx, r8                  ; read and call each page: one of two numbers
+        mov r13d, r12d
+        page:
+        add rbx, [rcx+0x80]
+        call rcx
+        add rbx, rax
+        add rcx, r15
+        dec r13d
+        jnz page
+        mov rcx, r9                  ; then map the other page everywhere
+        mov r13d, r12d
+        entry:
+        xor qword [rcx], r10
+        lea rcx, [rcx+r11]
+        dec r13d
+        jnz entry
+        mov rax, cr3
+        mov cr3, rax
+        dec r14d
+        jnz again
+        hlt
+        """
+    )
+    first = [m.map(PAGE + 0x1000 * number, ONE) for number in range(3 * 512)]
+    assert first[0] == ENTRY
+    assert first == list(range(ENTRY, ENTRY + 3 * 4096, 8)), "one table after the other"
+    for physical, value in ((ONE, 1), (TWO, 100)):
+        m.put(f"mov eax, {value}\n ret", physical)
+        m.memory.write_u64(physical + 0x80, value)
+    m.halt(r8=PAGE, r9=ENTRY, r10=ONE ^ TWO, r11=8 * step // 0x1000, r12=count, r15=step)
+    assert m["rbx"] == 3 * count * (2 + 200)
+
+
 @pytest.mark.parametrize("base", [0x1_4000_0000, 0x1_4020_0000])
 def test_invlpg_of_any_address_in_a_large_page(machine: Make, base: int) -> None:
     """Every piece of the large page goes, data and code, also pieces long evicted from the fetch TLB."""

@@ -336,6 +336,7 @@ class TranslationVcpu:
         self._mind_observers()
         native = core.efer & EFER_LMA and cr0 & CR0_PG and not cr4 & CR4_LA57
         words[OFFSETS["PAGING_NATIVE"] // 8] = 1 if native else 0
+        words[OFFSETS["KEYS"] // 8] = 1 if cr4 & (CR4_PKE | CR4_PKS) and long else 0
         words[OFFSETS["KEYS_USER"] // 8] = core.pkru if cr4 & CR4_PKE and long else 0
         words[OFFSETS["KEYS_SUPERVISOR"] // 8] = core.pkrs if cr4 & CR4_PKS and long else 0
         natively = (

@@ -35,7 +35,11 @@ FPU_AREA_SIZE = 4096
 OPENED_PAGES = 16
 LOCAL_ENTRIES = 256
 """TLB entries of pages that are not global that MOV to CR3 knows one by one; of more, it looks at all there are."""
+KEYED_PAGES = 16
+LARGE_PIECES = 4096
 CPUID_ENTRIES = 256
+KNOWN_DATA_ENTRIES = 16
+KNOWN_DATA_SIZE = 64  # selector | CPL << 16; raw descriptor; base; limit; attributes
 SITES = 128
 """Site caches of one view: what tuned code keeps of the TLB, for single places in it."""
 SITE_SIZE = 16  # tag; host address of the page
@@ -125,6 +129,9 @@ _FIELDS = (
     "READ_CR8",
     "WRITE_CR8",
     "CPUID",
+    "READ_PKRU",
+    "WRITE_PKRU",
+    "LOAD_SEGMENT",
     "READ_MSR",
     "WRITE_MSR",
     "RAISE",  # ... and of those that end a block: an exception; INT n
@@ -163,6 +170,8 @@ _FIELDS = (
     "OPENED_COUNT",  # user pages that the kernel's TLB holds only while RFLAGS.AC is set, under CR4.SMAP
     *(f"OPENED_{n}" for n in range(OPENED_PAGES)),  # host addresses of their entries; of more, all are looked for
     "LOCAL_COUNT",  # how many TLB entries, of data and of fetches, were filled with pages that are not global
+    "KEYED_COUNT",  # pages with a protection key but 0 that the TLBs hold
+    *(f"KEYED_{n}" for n in range(KEYED_PAGES)),  # host addresses of their entries; of more, all are looked for
     "JUMPED_FROM",  # in the code cache: the end of the last indirect jump of 64-bit code
     "WATCHING",  # 1 when there are data breakpoints: TLB misses go to Python
     "SAMPLE_COUNT",  # of SAMPLES that wait to be looked at
@@ -172,7 +181,8 @@ _FIELDS = (
     "PAGING_NATIVE",  # 1 when the native walker may be used (long mode, 4-level)
     "PKRU",
     "PKRS",
-    "KEYS_USER",  # the same where CR4 has them count, else 0
+    "KEYS",  # 1 where protection keys count at all
+    "KEYS_USER",  # PKRU and PKRS where CR4 has them count, else 0
     "KEYS_SUPERVISOR",
     "PHYSICAL_LIMIT_MASK",  # reserved physical address bits of a page-table entry
     "KNOWN_CS",  # descriptor that IRET loaded last to user mode, raw; with its selector
@@ -215,6 +225,8 @@ _FIELDS = (
     "COUNT_CPUID",
     "COUNT_CR8",
     "COUNT_APIC",
+    "COUNT_PKRU",
+    "COUNT_LOAD_SEGMENT",
     "COUNT_READ_MSR",
     "COUNT_WRITE_MSR",
     "COUNT_TAKEN_UP",  # blocks made of a template
@@ -255,6 +267,7 @@ _cursor.field("VECTORS", 96, 32)  # data, indexes and mask of an instruction tha
 _cursor.field("LOCAL", 8 * LOCAL_ENTRIES)  # their host addresses; bit 0: of a fetch TLB
 _cursor.field("MARKS", 8 * 64)  # free-running counters of inline events, by index
 _cursor.field("SAMPLES", 8 * SAMPLES)  # host addresses of code that the tuner's timer has found running
+_cursor.field("KNOWN_DATA", KNOWN_DATA_ENTRIES * KNOWN_DATA_SIZE, 64)  # descriptors that data segments had
 _cursor.field("SITES_KERNEL", SITES * SITE_SIZE, 64)
 _cursor.field("SITES_USER", SITES * SITE_SIZE, 64)
 _cursor.field("SITE_MISSES", SITES * 4, 64)  # of both views; they go on to the TLB
@@ -267,7 +280,8 @@ _cursor.field("EXEC_TLB_KERNEL", EXEC_TLB_ENTRIES * EXEC_TLB_ENTRY_SIZE, 4096)
 _cursor.field("EXEC_TLB_USER", EXEC_TLB_ENTRIES * EXEC_TLB_ENTRY_SIZE, 4096)
 _cursor.field("JUMP_PAGES", 65536, 64)  # a byte per linear page (hashed) with jump cache entries
 _cursor.field("JUMP_LARGE", 256, 64)  # a byte per GiB (hashed) with jump cache entries that lead into large pages
-_cursor.field("LARGE_PIECES", 4096, 64)  # a byte per 2 MiB (hashed) of which a TLB has had pieces of a large page
+_cursor.field("LARGE_PIECES", LARGE_PIECES * 8, 64)  # per 2 MiB (hashed), what the TLBs have had of large pages:
+# the linear page of the only piece, with bit 0 set; -1 for several; 0 for none
 _cursor.field("HUGE_PIECES", 256, 64)  # a byte per GiB (hashed), for larger ones
 _cursor.field("JUMP_CACHE_USED", 3 * 128, 64)  # a byte per 4 KiB of jump cache that holds something
 _cursor.field("JUMP_CACHE_KERNEL", JUMP_CACHE_ENTRIES * 8, 4096)
@@ -276,14 +290,21 @@ _cursor.field("JUMP_CACHE_OTHER", JUMP_CACHE_ENTRIES * 8, 4096)
 _cursor.field("BLOCK_TABLE", BLOCK_TABLE_ENTRIES * BLOCK_TABLE_ENTRY_SIZE, 4096)
 _cursor.field("BLOCK_NUMBERS", BLOCK_TABLE_ENTRIES * 4, 4096)  # of the blocks in it
 
+
+def large_place(linear: int) -> int:
+    """The index in LARGE_PIECES of a linear address."""
+    return (linear >> 21 ^ linear >> 33) % LARGE_PIECES
+
+
 STATE_SIZE = (_cursor.at + 4095) & -4096
 
 # Offsets within a TLB entry.
 TLB_READ = 0  # linear page that may be read, or an address of another set
 TLB_WRITE = 8
 TLB_HOST = 16  # host address of the page
-TLB_INFO = 24  # bit 0: global; bit 1: piece of a large page; bit 2: of one larger than 2 MiB; bit 6: opened by AC
-INFO_OPENED = 0x40
+TLB_INFO = 24  # bit 0: global; bit 1: piece of a large page; bit 2: of one larger than 2 MiB
+INFO_OPENED = 0x40  # ... bit 6: opened by AC
+INFO_KEYED = 0x80  # ... bit 7: its rights depend on a protection key
 BLOCK_SECOND = 24  # of an instruction that runs into another page: that one's physical address | 1; else 0
 
 _exit = count(1)
@@ -320,6 +341,9 @@ SYMBOLS: dict[str, int] = {
     "TLB_ENTRIES": TLB_ENTRIES,
     "OPENED_PAGES": OPENED_PAGES,
     "LOCAL_ENTRIES": LOCAL_ENTRIES,
+    "KEYED_PAGES": KEYED_PAGES,
+    "INFO_OPENED": INFO_OPENED,
+    "INFO_KEYED": INFO_KEYED,
     "EXEC_TLB_ENTRIES": EXEC_TLB_ENTRIES,
     "JUMP_CACHE_ENTRIES": JUMP_CACHE_ENTRIES,
     "BLOCK_TABLE_ENTRIES": BLOCK_TABLE_ENTRIES,
@@ -333,6 +357,7 @@ SYMBOLS: dict[str, int] = {
     "END_READY": virtual_apic.END_READY,
     "END_DONE": virtual_apic.END_DONE,
     "CPUID_ENTRIES": CPUID_ENTRIES,
+    "KNOWN_DATA_ENTRIES": KNOWN_DATA_ENTRIES,
     "PORT_READS": fast_ports.READS,
     "PORT_LATCHES": fast_ports.LATCHES,
     "PORT_DROPS": fast_ports.DROPS,

@@ -12,12 +12,15 @@ from trivisor.machine.memory import GuestMemory, host_map, host_unmap
 from trivisor.translation.core import Core
 from trivisor.translation.layout import (
     EXEC_TLB_ENTRIES,
+    INFO_KEYED,
     INFO_OPENED,
     LOCAL_ENTRIES,
+    KEYED_PAGES,
     OFFSETS,
     OPENED_PAGES,
     TLB_ENTRIES,
     TLB_ENTRY_SIZE,
+    large_place,
 )
 from trivisor.translation.translator.recipe import KIND_USER, KIND_WRITE
 from trivisor.x86 import paging
@@ -28,6 +31,7 @@ from trivisor.x86.paging import NO_KEYS, Access, PagingMode, ProtectionKeys, Tra
 GENERAL_PROTECTION = 13
 _CR0_WP = 1 << 16
 _OPENED_COUNT, _LOCAL_COUNT = OFFSETS["OPENED_COUNT"] // 8, OFFSETS["LOCAL_COUNT"] // 8
+_KEYS, _KEYED_COUNT = OFFSETS["KEYS"] // 8, OFFSETS["KEYED_COUNT"] // 8
 _KINDS = {Access.READ: 0, Access.WRITE: KIND_WRITE, Access.EXECUTE: 8}
 _PAGING_NATIVE, _WALKED_PHYSICAL, _WALKED_LEAF, _WALKED_RIGHTS, _WALKED_NX, _WALKED_INFO = (
     OFFSETS[name] // 8
@@ -259,6 +263,10 @@ class Mmu:
             if count < OPENED_PAGES:
                 words[OFFSETS["OPENED_0"] // 8 + count] = self.core.address + 8 * at
             words[_OPENED_COUNT] = count + 1
+        if paged and words[_KEYS]:
+            # To be dropped when the page's key forbids more; not worth a place among those that are noted.
+            info |= INFO_KEYED
+            words[_KEYED_COUNT] = KEYED_PAGES + 1
         words[at + 3] = info
         if not info & 1:
             self._note_local(self.core.address + 8 * at)
@@ -277,7 +285,9 @@ class Mmu:
         if found.page_size <= 0x1000:
             return info
         if found.page_size <= 0x200000:
-            self.core.bytes[OFFSETS["LARGE_PIECES"] + (linear >> 21 & 4095)] = 1
+            words, at = self.core.words, OFFSETS["LARGE_PIECES"] // 8 + large_place(linear)
+            piece = linear & ~0xFFF & (1 << 64) - 1 | 1
+            words[at] = piece if words[at] in (0, piece) else (1 << 64) - 1
             return info | 2
         self.core.bytes[OFFSETS["HUGE_PIECES"] + (linear >> 30 & 255)] = 1
         return info | 6

@@ -5,9 +5,12 @@ Intel SDM 3A 3.4 and 5.3 to 5.8; 2B, MOV, LLDT and LTR.
 
 from __future__ import annotations
 
+from array import array
+
 from trivisor.translation.core import CS, DS, ES, FS, GS, LDTR, SS, TR, Core
 from trivisor.translation.emulator.contract import Cpu
 from trivisor.translation.emulator.operands import general_protection, in_64bit_mode, is_canonical, table_address
+from trivisor.translation.layout import KNOWN_DATA_ENTRIES, KNOWN_DATA_SIZE, OFFSETS
 from trivisor.x86.control import CR0_PE, EFER_LMA
 from trivisor.x86.descriptors import (
     DB,
@@ -136,6 +139,17 @@ def _load_data(cpu: Cpu, index: int, selector: int) -> None:
         raise GuestException(SEGMENT_NOT_PRESENT, selector & ~SELECTOR_RPL)
     mark_accessed(cpu, descriptor, address)
     _set(cpu, index, selector, descriptor.base, descriptor.limit, descriptor.attributes | TYPE_ACCESSED)
+    if in_64bit_mode(cpu.core) and not selector & SELECTOR_TI:
+        _remember(cpu, selector, descriptor, address)
+
+
+def _remember(cpu: Cpu, selector: int, descriptor: SegmentDescriptor, address: int) -> None:
+    """Have the native helper for MOV to a data segment register know a descriptor that is good at this CPL."""
+    words = cpu.core.words
+    at = (OFFSETS["KNOWN_DATA"] + (selector >> 3) % KNOWN_DATA_ENTRIES * KNOWN_DATA_SIZE) // 8
+    words[at] = selector | cpu.core.cpl << 16
+    words[at + 1] = cpu.load(address, 8, system=True)
+    words[at + 2 : at + 5] = array("Q", (descriptor.base, descriptor.limit, descriptor.attributes | TYPE_ACCESSED))
 
 
 def _load_stack(cpu: Cpu, selector: int) -> None:

@@ -6,7 +6,8 @@ of the guest's registers are in the host's.  What a helper leaves to Python goes
 
 from __future__ import annotations
 
-from trivisor.translation.natives.common import spill
+from trivisor.translation.natives.common import fill, spill
+from trivisor.translation.natives.flush import LARGE_HASH
 
 ASSISTS = f"""
 ; Python does it.
@@ -28,7 +29,8 @@ invalidate:
     push rax
     push rcx
     push rdx
-    lea rdi, [rsp+48]
+    pushfq ; DF is the guest's
+    lea rdi, [rsp+56]
     mov rsi, r10
     inc qword [rdi+COUNT_INVALIDATION]
     mov rdx, rsi
@@ -36,17 +38,17 @@ invalidate:
     movzx edx, dx
     cmp byte [rdi+rdx+JUMP_PAGES], 0
     jne invalidate_whole
-    mov rdx, rsi
-    shr rdx, 21
-    and edx, 4095
-    cmp byte [rdi+rdx+LARGE_PIECES], 0
+    {LARGE_HASH}
+    cmp qword [rdi+rdx*8+LARGE_PIECES], 0
     jne invalidate_whole
     mov rdx, rsi
     shr rdx, 30
     movzx edx, dl
     cmp byte [rdi+rdx+HUGE_PIECES], 0
     jne invalidate_whole
+    call flush_sites
     call invalidate_entries
+    popfq
     pop rdx
     pop rcx
     pop rax
@@ -59,6 +61,7 @@ invalidate_whole:
     call invalidate_page
     pop r9
     pop r8
+    popfq
     pop rdx
     pop rcx
     pop rax
@@ -192,6 +195,115 @@ cpuid:
     mov ecx, [r10+16]
     mov edx, [r10+20]
     ret
+
+; RDPKRU.
+read_pkru:
+    test dword [rsp+8+GUEST_CR4], CR4_PKE
+    jz assist_escape
+    test ecx, ecx
+    jnz assist_escape
+    inc qword [rsp+8+COUNT_PKRU]
+    mov eax, [rsp+8+PKRU]
+    xor edx, edx
+    ret
+
+; WRPKRU.
+write_pkru:
+    test dword [rsp+8+GUEST_CR4], CR4_PKE
+    jz assist_escape
+    mov r10d, ecx
+    or r10d, edx
+    jnz assist_escape
+    inc qword [rsp+8+COUNT_PKRU]
+    mov r10d, eax
+set_pkru:
+    ; r10 = the new value.  Where a right comes, a miss in the TLB finds out; what goes must be dropped.
+    mov r11d, [rsp+8+PKRU]
+    mov [rsp+8+PKRU], r10
+    test dword [rsp+8+EFER], EFER_LMA
+    jz set_pkru_done
+    test dword [rsp+8+GUEST_CR4], CR4_PKE
+    jz set_pkru_done
+    mov [rsp+8+KEYS_USER], r10
+    not r11d
+    and r11d, r10d
+    jz set_pkru_done
+    push rax
+    push rcx
+    push rdx
+    push rdi
+    push r8
+    push r9
+    pushfq ; DF is the guest's
+    lea rdi, [rsp+64]
+    call forbid_keys
+    popfq
+    pop r9
+    pop r8
+    pop rdi
+    pop rdx
+    pop rcx
+    pop rax
+set_pkru_done:
+    ret
+
+; MOV to DS, ES, FS or GS in 64-bit code: r10 = selector | segment's number << 16.  A descriptor that Python has
+; loaded before with this selector at this privilege level is good, if it is the one in the GDT.
+load_segment:
+    cmp qword [rsp+8+NATIVE_EVENTS], 0
+    je assist_escape
+    {spill(8)}
+    lea rbp, [rsp+8]
+    pop qword [rbp+SCRATCH_3]
+    movzx eax, r10w
+    shr r10d, 16
+    shl r10d, 5
+    mov [rbp+SCRATCH_0], r10
+    mov [rbp+SCRATCH_1], rax
+    test eax, 0xfffc
+    jz load_segment_null
+    test al, 4
+    jnz load_segment_python
+    mov ecx, eax
+    shl ecx, 3
+    and ecx, (KNOWN_DATA_ENTRIES-1)*64
+    lea r15, [rbp+rcx+KNOWN_DATA]
+    mov rcx, [rbp+CPL]
+    shl ecx, 16
+    or ecx, eax
+    cmp [r15], rcx
+    jne load_segment_python
+    mov rbx, [r15+8]
+    call same_descriptor
+    jnz load_segment_python
+    test byte [r14+TLB_INFO], INFO_OPENED
+    jnz load_segment_python ; by AC, which does not count here
+    mov rcx, [rbp+SCRATCH_0]
+    lea rcx, [rbp+rcx+ES_SELECTOR]
+    mov rax, [rbp+SCRATCH_1]
+    mov [rcx], rax
+    mov rax, [r15+16]
+    mov [rcx+8], rax
+    mov rax, [r15+24]
+    mov [rcx+16], rax
+    mov rax, [r15+32]
+    mov [rcx+24], rax
+load_segment_done:
+    inc qword [rbp+COUNT_LOAD_SEGMENT]
+    {fill()}
+    jmp qword [rsp+SCRATCH_3]
+load_segment_null:
+    lea rcx, [rbp+r10+ES_SELECTOR]
+    xor edx, edx
+    mov [rcx], rax
+    mov [rcx+8], rdx
+    mov [rcx+16], rdx
+    mov [rcx+24], rdx
+    jmp load_segment_done
+load_segment_python:
+    {fill()}
+    push qword [rsp+SCRATCH_3]
+    jmp assist_escape
 
 ; call [RAISE]; dq rip; dd vector; dd error: an exception; error code -1 for none.
 raise:

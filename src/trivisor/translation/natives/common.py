@@ -24,12 +24,13 @@ FLAG_NT      equ 0x4000
 FLAG_RF      equ 0x10000
 FLAG_VM      equ 0x20000
 FLAG_AC      equ 0x40000
-INFO_OPENED  equ 0x40
 SYSTEM_MASK  equ 0x3f7100
 CR0_WP       equ 0x10000
 CR4_PGE      equ 0x80
 CR4_SMEP     equ 0x100000
 CR4_SMAP     equ 0x200000
+CR4_PKE      equ 0x400000
+EFER_LMA     equ 0x400
 EFER_NXE     equ 0x800
 CODE_64      equ 0xa09b
 CODE_64_USER equ 0xa0fb

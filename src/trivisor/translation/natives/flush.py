@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from trivisor.translation.layout import SITE_SIZE, SITES, TLB_ENTRIES, TLB_ENTRY_SIZE
+from trivisor.translation.layout import LARGE_PIECES, SITE_SIZE, SITES, TLB_ENTRIES, TLB_ENTRY_SIZE
 
 _LAST_ENTRY = (TLB_ENTRIES - 1) * TLB_ENTRY_SIZE
+
+LARGE_HASH = f"""
+    mov rdx, rsi
+    shr rdx, 21
+    mov rcx, rsi
+    shr rcx, 33
+    xor edx, ecx
+    and edx, {LARGE_PIECES - 1}
+"""
+"""rdx = the place in LARGE_PIECES of rsi, linear; loses rcx (`layout.large_place`)."""
 
 C_FUNCTIONS = f"""
 ; void flush_sites(state): the site caches, which hold nothing that a TLB may not; keeps rdi, rsi, r8 to r11.
@@ -42,7 +52,7 @@ flush_everything:
     mov [rdx+KERNEL_JUMPS_LOCAL], rax
     mov [rdx+LOCAL_COUNT], rax
     lea rdi, [rdx+LARGE_PIECES]
-    mov ecx, 512
+    mov ecx, {LARGE_PIECES}
     rep stosq
     lea rdi, [rdx+HUGE_PIECES]
     mov ecx, 32
@@ -135,38 +145,26 @@ invalidate_page:
     cmp byte [rdi+rdx+JUMP_PAGES], 0
     je invalidate_tlb
     mov byte [rdi+rdx+JUMP_PAGES], 0
-    ; jump cache entries of the page, and of an instruction that runs into it
-    movzx edx, si
-    and edx, 0xf000
-    mov ecx, 4096
-    mov r8, [rdi+LOOKUP]
-invalidate_jump:
-    lea r10, [rdi+rdx*8]
-    mov [r10+JUMP_CACHE_KERNEL], r8
-    mov [r10+JUMP_CACHE_USER], r8
-    mov [r10+JUMP_CACHE_OTHER], r8
-    inc edx
-    dec ecx
-    jnz invalidate_jump
-    movzx edx, si
-    and edx, 0xf000
-    mov ecx, 16
-invalidate_jump_before:
-    dec dx
-    movzx edx, dx
-    lea r10, [rdi+rdx*8]
-    mov [r10+JUMP_CACHE_KERNEL], r8
-    mov [r10+JUMP_CACHE_USER], r8
-    mov [r10+JUMP_CACHE_OTHER], r8
-    dec ecx
-    jnz invalidate_jump_before
+    call invalidate_jumps
 invalidate_tlb:
-    ; pieces of a large page around the address go too
-    mov rdx, rsi
-    shr rdx, 21
-    and edx, 4095
-    cmp byte [rdi+rdx+LARGE_PIECES], 0
-    jne invalidate_large
+    ; pieces of a large page around the address go too, if there are others than this one
+    {LARGE_HASH}
+    mov rcx, [rdi+rdx*8+LARGE_PIECES]
+    test rcx, rcx
+    jz invalidate_maybe_huge
+    cmp rcx, -1
+    je invalidate_large
+    mov rax, rsi
+    and rax, -4096
+    inc rax
+    xor rax, rcx
+    jz invalidate_single
+    shr rax, 21
+    jz invalidate_large
+    jmp invalidate_maybe_huge
+invalidate_single:
+    mov [rdi+rdx*8+LARGE_PIECES], rax
+invalidate_maybe_huge:
     mov rdx, rsi
     shr rdx, 30
     movzx edx, dl
@@ -238,6 +236,52 @@ invalidate_exec_keep:
     pop rdi
     jmp flush_other_jumps
 invalidate_done:
+    ret
+
+; Empty all jump caches for the page of rsi, linear, and for an instruction that runs into it.  Keeps rdi, rsi, r9.
+invalidate_jumps:
+    push rdi
+    push rbx
+    lea r10, [rdi+JUMP_CACHE_USED]
+    lea r11, [rdi+JUMP_CACHE_KERNEL]
+    mov rax, [rdi+LOOKUP]
+    movzx r8d, si
+    shr r8d, 9
+    and r8d, 0x78 ; the first of the eight chunks that the page has
+    mov ebx, 3
+invalidate_jumps_cache:
+    mov edx, 8
+    cmp qword [r10+r8], 0
+    je invalidate_jumps_before
+invalidate_jumps_chunk:
+    dec edx
+    js invalidate_jumps_before
+    lea ecx, [r8+rdx]
+    cmp byte [r10+rcx], 0
+    je invalidate_jumps_chunk
+    mov byte [r10+rcx], 0
+    shl ecx, 12
+    lea rdi, [r11+rcx]
+    mov ecx, 512
+    rep stosq
+    jmp invalidate_jumps_chunk
+invalidate_jumps_before:
+    lea ecx, [r8-1]
+    and ecx, 127
+    cmp byte [r10+rcx], 0
+    je invalidate_jumps_next
+    inc ecx
+    shl ecx, 12
+    lea rdi, [r11+rcx-128]
+    mov ecx, 16
+    rep stosq
+invalidate_jumps_next:
+    add r10, 128
+    add r11, JUMP_CACHE_ENTRIES*8
+    dec ebx
+    jnz invalidate_jumps_cache
+    pop rbx
+    pop rdi
     ret
 
 ; The one entry of each TLB that rsi, linear, can have.  Keeps all but rax, rcx, rdx.
@@ -323,14 +367,63 @@ close_inline:
     push rdi
     push r8
     push r9
-    lea rdi, [rsp+56]
+    pushfq
+    lea rdi, [rsp+64]
     call close_pages
+    popfq ; DF is the guest's
     pop r9
     pop r8
     pop rdi
     pop rdx
     pop rcx
     pop rax
+    ret
+
+; void forbid_keys(state): pages must not stay in the TLBs whose protection keys have rights that are taken away now,
+; r11d (PKRU's bits).  Keeps rsi, r10.
+forbid_keys:
+    call flush_sites
+    mov rcx, [rdi+KEYED_COUNT]
+    mov qword [rdi+KEYED_COUNT], 0
+    lea r9, [rdi+TLB_KERNEL]
+    test r11d, 3
+    jnz forbid_all ; key 0, which most pages have, is not noted
+    cmp rcx, KEYED_PAGES
+    ja forbid_all
+forbid_next:
+    dec rcx
+    js forbid_done
+    mov rdx, [rdi+rcx*8+KEYED_0]
+    test byte [rdx+TLB_INFO], INFO_KEYED
+    jz forbid_next
+    mov rax, rdx
+    sub rax, r9
+    shl rax, 7
+    xor eax, 0x1000
+    mov [rdx+TLB_READ], rax
+    mov [rdx+TLB_WRITE], rax
+    jmp forbid_next
+forbid_all:
+    mov ecx, {2 * TLB_ENTRIES}
+    xor r8d, r8d
+forbid_all_next:
+    test r11d, 3
+    jnz forbid_all_drop
+    test byte [r9+TLB_INFO], INFO_KEYED
+    jz forbid_all_keep
+forbid_all_drop:
+    mov eax, r8d
+    xor eax, 1
+    shl eax, 12
+    mov [r9+TLB_READ], rax
+    mov [r9+TLB_WRITE], rax
+forbid_all_keep:
+    inc r8d
+    and r8d, TLB_ENTRIES-1
+    add r9, {TLB_ENTRY_SIZE}
+    dec ecx
+    jnz forbid_all_next
+forbid_done:
     ret
 
 ; void purge_writes(state, host page): code was translated from the page, so writes to it must miss.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from trivisor.translation.layout import LARGE_PIECES
+
 
 def _read_entry(level: int) -> str:
     """Read the level's entry of the table at physical rdi for linear rax into rdx; rdi becomes its host address."""
@@ -92,9 +94,8 @@ walk_large:
     or r8, rcx
     mov esi, 2
 walk_permission:
-    mov r10, [rbp+KEYS_USER]
-    or r10, [rbp+KEYS_SUPERVISOR]
-    jnz walk_keys
+    cmp qword [rbp+KEYS], 0
+    jne walk_keys
 walk_keys_allow:
     test r12b, KIND_USER
     jz walk_supervisor
@@ -163,8 +164,21 @@ walk_note_large:
     test esi, 4
     jnz walk_note_huge
     shr rcx, 21
-    and ecx, 4095
-    mov byte [rbp+rcx+LARGE_PIECES], 1
+    mov r10, rax
+    shr r10, 33
+    xor ecx, r10d
+    and ecx, {LARGE_PIECES - 1}
+    lea rcx, [rbp+rcx*8+LARGE_PIECES]
+    mov r10, rax
+    and r10, -4096
+    inc r10
+    cmp [rcx], r10
+    je walk_noted
+    cmp qword [rcx], 0
+    je walk_note_single
+    mov r10, -1
+walk_note_single:
+    mov [rcx], r10
     jmp walk_noted
 walk_note_huge:
     shr rcx, 30
@@ -172,12 +186,15 @@ walk_note_huge:
     mov byte [rbp+rcx+HUGE_PIECES], 1
     jmp walk_noted
 walk_keys:
-    ; a protection key that forbids nothing; others are Python's
+    ; data on the page is subject to its protection key (section 4.6.2)
     test r12b, KIND_FETCH
     jnz walk_keys_allow
     mov rcx, rdx
     shr rcx, 58
     and ecx, 0x1e
+    jz walk_keys_of
+    or esi, INFO_KEYED
+walk_keys_of:
     mov r10, [rbp+KEYS_USER]
     test r9b, 4
     jnz walk_keys_look
@@ -186,7 +203,21 @@ walk_keys_look:
     shr r10, cl
     test r10b, 3
     jz walk_keys_allow
-    jmp walk_slow
+    test r10b, 1
+    jnz walk_keys_denied
+    test r12b, KIND_WRITE
+    jz walk_keys_read_only
+    test r12b, KIND_USER
+    jnz walk_keys_denied
+    test dword [rbp+GUEST_CR0], CR0_WP
+    jz walk_keys_allow
+walk_keys_denied:
+    mov edx, 0x21
+    jmp walk_error
+walk_keys_read_only:
+    ; as if the entries forbade writing, which CR0.WP has count for the supervisor alike
+    and r9, -3
+    jmp walk_keys_allow
 walk_smap:
     ; data on user pages is out of reach unless RFLAGS.AC is set
     test r9b, 4
@@ -259,8 +290,8 @@ fill_tlb:
     jae fill_global
     mov [rbp+r8*8+LOCAL], r14
 fill_global:
-    test esi, INFO_OPENED
-    jnz fill_opened
+    test esi, INFO_OPENED | INFO_KEYED
+    jnz fill_note
 fill_noted:
     mov r11, rdi
     add r11, [rbp+RAM_BASE]
@@ -290,6 +321,18 @@ fill_has_code:
     mov eax, 3
 fill_done:
     ret
+fill_note:
+    test esi, INFO_KEYED
+    jz fill_opened
+    ; to be dropped when the key forbids more
+    mov r8, [rbp+KEYED_COUNT]
+    cmp r8, KEYED_PAGES
+    jae fill_too_many_keyed
+    mov [rbp+r8*8+KEYED_0], r14
+fill_too_many_keyed:
+    inc qword [rbp+KEYED_COUNT]
+    test esi, INFO_OPENED
+    jz fill_noted
 fill_opened:
     ; to be closed again when AC is cleared
     mov r8, [rbp+OPENED_COUNT]

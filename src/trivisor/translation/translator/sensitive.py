@@ -272,6 +272,13 @@ def cpuid(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> 
     recipe.clobber("assist CPUID")
 
 
+def pkru(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """RDPKRU and WRPKRU, at any privilege level."""
+    recipe.clobber(f"assist {'READ_PKRU' if instruction.mnemonic == Mnemonic.RDPKRU else 'WRITE_PKRU'}")
+
+
+_LOADABLE = {Register.ES: 0, Register.DS: 3, Register.FS: 4, Register.GS: 5}
+"""Segment registers on which no translation of 64-bit code depends, by their place in `layout.SEGMENT_ORDER`."""
 _READABLE_CONTROL = {Register.CR0: "CR0", Register.CR2: "CR2", Register.CR3: "CR3", Register.CR4: "CR4"}
 
 
@@ -303,6 +310,10 @@ def mov(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> No
         maker.address(recipe, instruction)
         recipe.check(2, write=True)
         recipe.code(f"mov r11w, [rsp+{SEGMENTS[source]}_SELECTOR]\n mov [r10], r11w")
+    elif target in _LOADABLE and source in GPR and maker.mode.bits == 64:
+        number = GPR[source][0]
+        place = f"word [rsp+GPR_R{number}]" if number in DISPLACED else name(STACK if number == RSP else number, 2)
+        recipe.clobber(f"movzx r10d, {place}\n or r10d, {_LOADABLE[target] << 16}\n assist LOAD_SEGMENT")
     elif maker.is_sensitive(instruction):
         recipe.ends = CallOut()
     else:

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.translation.engine.guest import DATA, HANDLERS, USER_CS, USER_STACK, Machine, Make
+from tests.unit.translation.engine.guest import (
+    DATA,
+    GDT,
+    HANDLERS,
+    KERNEL_DS,
+    USER_CS,
+    USER_DS,
+    USER_STACK,
+    Machine,
+    Make,
+)
 from trivisor.machine.exits import Halt, MsrRead, PortIn, PortOut
+from trivisor.machine.state import Segment
 from trivisor.pc import COM1, POST
+from trivisor.x86.descriptors import build_segment, parse_segment
 from trivisor.x86.msr import IA32_GS_BASE
 
 RF = 0x10000
@@ -436,6 +448,59 @@ def test_the_registers_move_away(machine: Make) -> None:
     )
     m.halt()
     assert (m["rbx"], m["rsi"]) == (4, 6)
+
+
+# -- MOV to a data segment register -------------------------------------------------------------------------
+
+
+def test_a_data_segment_is_loaded_natively_the_second_time(machine: Make) -> None:
+    source = "mov ds, eax\n mov es, eax\n mov fs, eax\n mov gs, eax\n xor ecx, ecx\n mov es, ecx\n mov r10, rax\n mov ds, r10\n hlt"
+    m = machine(source)
+    m.halt(rax=0x1234_0000 | KERNEL_DS)
+    state = m.vcpu.state
+    expected = Segment(KERNEL_DS, 0, 0xFFFFFFFF, 0xC093)
+    assert (state.ds, state.fs, state.gs, state.es) == (expected, expected, expected, Segment(0, 0, 0, 0))
+    statistics = m.vcpu.statistics()
+    assert statistics["native helpers"]["load_segment"] == 5
+    assert statistics["instructions done by Python"]["mov"] == 1
+
+
+@pytest.mark.parametrize(
+    ("descriptor", "vector"),
+    [
+        (build_segment(0x12345678, 0x4321, 0x40F3), None), (build_segment(0, 0xFFFFFFFF, 0xC073), 11),
+        (build_segment(0, 0xFFFFFFFF, 0xC0F9), 13), (build_segment(0, 0xFFFFFFFF, 0xC093), None),
+        (build_segment(0, 0xFFFFFFFF, 0xC0F2), None), (0, 13),
+    ],
+)  # fmt: skip
+def test_a_descriptor_that_changes(machine: Make, descriptor: int, vector: int | None) -> None:
+    m = machine("mov ds, eax\n mov ds, eax\n mov [rbx], rcx\n here: mov ds, eax\n hlt")
+    start = {"rax": USER_DS | 3, "rbx": GDT + USER_DS, "rcx": descriptor}
+    if vector is not None:
+        frame = m.fault(**start)
+        assert (frame.vector, frame.error, frame.rip) == (vector, USER_DS, m.labels["here"])
+    elif descriptor >> 45 & 3 == 0:  # the selector's RPL is 3
+        assert m.fault(**start).error == USER_DS
+    else:
+        m.halt(**start)
+        found = parse_segment(descriptor)
+        assert m.vcpu.state.ds == Segment(USER_DS | 3, found.base, found.limit, found.attributes | 1)
+        assert m.memory.read_u64(GDT + USER_DS) >> 40 & 1
+
+
+def test_a_data_segment_that_the_kernel_may_have_and_the_user_not(machine: Make) -> None:
+    m = machine("kernel: mov ds, eax\n mov ds, eax\n hlt\n user: mov es, eax\n mov ds, ecx\n hlt")
+    m.halt("kernel", rax=KERNEL_DS)
+    m.restart_at("user", cpl=3, rax=USER_DS | 3, rcx=KERNEL_DS)
+    frame = m.fault()
+    assert (frame.vector, frame.error) == (13, KERNEL_DS)
+
+
+def test_a_shorter_descriptor_table(machine: Make) -> None:
+    m = machine("mov ds, eax\n mov ds, eax\n lgdt [rbx]\n mov ds, eax\n hlt")
+    m.memory.write(DATA, (USER_DS + 6).to_bytes(2, "little") + GDT.to_bytes(8, "little"))
+    frame = m.fault(rax=USER_DS, rbx=DATA)
+    assert (frame.vector, frame.error) == (13, USER_DS)
 
 
 def test_cpuid_is_remembered_while_it_holds(machine: Make) -> None:

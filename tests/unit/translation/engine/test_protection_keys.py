@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.translation.engine.guest import DATA, Machine, Make, P, U, W
+from tests.unit.translation.engine.guest import CODE, DATA, HANDLERS, LARGE, PD, Machine, Make, P, U, W
 from trivisor.translation.cpu import TranslationVcpu
 from trivisor.x86.cpuid import parse_choice
 
@@ -61,6 +61,61 @@ def test_other_keys_and_other_pages_do_not_count(machine: Make) -> None:
     m.core.pkrs = 0xFFFFFFFC
     m.vcpu.mode_changed()
     m.halt(rsi=PAGE)
+
+
+def _wrpkru(rights: int) -> str:
+    return f"mov eax, {rights}\n wrpkru\n"
+
+
+TAKEN = [(2 << 2 * KEY, "mov [rsi], eax", 3), (1 << 2 * KEY, "mov ebx, [rsi]", 1), (2, "mov [rdi], eax", 3), (1, "mov ebx, [rdi]", 1)]
+
+
+@pytest.mark.parametrize("tunes", [False, True])
+@pytest.mark.parametrize(("rights", "access", "error"), TAKEN)
+@pytest.mark.parametrize("cpl", [0, 3])
+def test_rights_that_are_taken_away(
+    machine: Make, rights: int, access: str, error: int, cpl: int, tunes: bool
+) -> None:
+    """Of a page that the TLBs know; key 0 too, which most pages have.  By the very access that has worked before."""
+    source = f"again: {access}\n {_wrpkru(rights)} dec r8d\n jnz again\n int 0x80"
+    m = guest(machine, source, cr4=PKE, page=P | W | U, cpl=cpl)
+    m.gate(14, HANDLERS + 14 * 16, ist=1)
+    for i in range(32):  # what the processor itself reads must stay the supervisor's; and code is not data
+        m.memory.write_u64(PD + 8 * i, i << 21 | P | W | LARGE)
+    m.map(CODE, CODE)
+    m.map(PAGE, DATA, P | W | U | KEY << 59)
+    m.map(PAGE + 0x1000, DATA)
+    m.vcpu.blocks.tunes_at_once = tunes
+    m.core.regs[8] = 2
+    frame = m.fault(rsi=PAGE, rdi=PAGE + 0x1000, rcx=0, rdx=0, r8=2)
+    assert (frame.vector, frame.error, frame.rip) == (14, 0x20 | error | (4 if cpl else 0), m.labels["again"])
+    assert m.vcpu.statistics()["native helpers"]["pkru"] == 1
+
+
+def test_rights_that_come_back(machine: Make) -> None:
+    source = _wrpkru(2 << 2 * KEY) + "mov ebx, [rsi]\n" + _wrpkru(0) + "mov [rsi], eax\n" + _wrpkru(1 << 2 * KEY)
+    m = guest(machine, source + _wrpkru(0) + "mov ebp, [rsi]\n hlt", cr4=PKE, page=P | W | U)
+    m.halt(rsi=PAGE, rcx=0, rdx=0)
+    assert m.vcpu.statistics()["exits"]["call_out"] == 1  # the HLT
+
+
+def test_more_pages_than_are_noted(machine: Make) -> None:
+    """All of 40 pages fault after rights are taken, read by read; the handler steps over the access."""
+    reads = "\n".join(f"mov ebx, [rsi+{0x1000 * i}]" for i in range(40))
+    source = f"{reads}\n {_wrpkru(1 << 2 * KEY)} {reads}\n hlt\n handler: inc ebp\n add qword [rsp+8], 6\n add rsp, 8\n iretq"
+    m = guest(machine, source, cr4=PKE, page=P | W | U)
+    for i in range(40):
+        m.map(PAGE + 0x1000 * i, DATA + 0x1000 * i, P | W | U | KEY << 59)
+    m.gate(14, "handler")
+    m.halt(rsi=PAGE + 0x80, rbp=0, rcx=0, rdx=0)  # a displacement of 32 bits each but the first
+    assert m["rbp"] >= 39
+
+
+def test_wrpkru_keeps_the_flags(machine: Make) -> None:
+    source = "std\n mov ebx, [rsi]\n cmp edx, 1\n" + _wrpkru(1 << 2 * KEY) + "pushfq\n pop rbx\n cld\n hlt"
+    m = guest(machine, source, cr4=PKE, page=P | W | U)
+    m.halt(rsi=PAGE, rcx=0, rdx=0)
+    assert m["rbx"] & 0x4D5 == 0x495  # DF, SF, AF, PF, CF
 
 
 def test_wrpkru_and_rdpkru(machine: Make) -> None:

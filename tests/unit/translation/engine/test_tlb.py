@@ -147,6 +147,42 @@ def test_invlpg_of_any_address_in_a_large_page(machine: Make, base: int) -> None
     assert (m["rsi"], m["rdi"], m["rbp"]) == (2, 2, 2)
 
 
+@pytest.mark.parametrize("pieces", [(0,), (0x5000,), (0, 0x5000), (0x5000, 0, 0x5000)])
+@pytest.mark.parametrize("invalidated", [0, 0x5000, 0x9000])
+def test_invlpg_with_few_pieces_of_a_large_page(machine: Make, pieces: tuple[int, ...], invalidated: int) -> None:
+    """However many of its pieces a TLB has had, twice over."""
+    base = 0x1_4000_0000
+    touch = "\n".join(f"mov rcx, [r8+{piece}]" for piece in pieces)
+    again = "\n".join(f"mov rcx, [r8+{piece}]\n add rsi, rcx" for piece in pieces)
+    m = machine(
+        f"""
+        {touch}
+        mov [r9], r10
+        invlpg [r8+{invalidated}]
+        {again}
+        mov [r9], r11
+        invlpg [r8+{invalidated}]
+        {again}
+        hlt
+        """
+    )
+    pd = 0x50000
+    m.memory.write_u64(0x2000 + 8 * (base >> 30), pd | 7)
+    entry = pd + 8 * (base >> 21 & 511)
+    m.memory.write_u64(entry, ONE | 7 | LARGE)
+    for physical, value in ((ONE, 1), (ONE + 0x200000, 0x10), (ONE + 0x400000, 0x100)):
+        for offset in pieces:
+            m.memory.write_u64(physical + offset, value)
+    m.halt(r8=base, r9=entry, r10=ONE + 0x200000 | 7 | LARGE, r11=ONE + 0x400000 | 7 | LARGE, rsi=0)
+    assert m["rsi"] == 0x110 * len(pieces)
+
+
+def test_invlpg_keeps_the_flags(machine: Make) -> None:
+    m = machine("std\n cmp edx, 1\n invlpg [r8]\n pushfq\n pop rbx\n cld\n hlt")
+    m.halt(r8=PAGE, rdx=0)
+    assert m["rbx"] & 0x4D5 == 0x495
+
+
 @pytest.mark.parametrize("flush", ["invlpg [r8]", "mov rcx, cr3\n mov cr3, rcx"])
 @pytest.mark.parametrize(
     ("after", "instruction", "code"),

@@ -105,6 +105,18 @@ def test_site_caches_go_with_the_tlb(machine: Make, flush: str, effect: bool) ->
     assert (m["rbx"], m["rcx"]) == (1, 2 if effect else 1)
 
 
+@pytest.mark.parametrize("flush", ["invlpg [r8]", "mov rax, cr3\n mov cr3, rax"])
+def test_a_site_cache_that_was_filled_before(machine: Make, flush: str) -> None:
+    """The same access before and after."""
+    m = tuned(machine, f"again: mov rbx, rcx\n mov rcx, [r8]\n out 0x80, al\n {flush}\n dec edx\n jnz again\n hlt")
+    at = m.map(PAGE, ONE)
+    m.memory.write_u64(ONE, 1)
+    m.memory.write_u64(TWO, 2)
+    m.on_port(lambda _: m.memory.write_u64(at, (TWO if m["rdx"] == 2 else ONE) | P | W | U))
+    m.halt(r8=PAGE, rdx=5)
+    assert (m["rbx"], m["rcx"]) == (1, 2)
+
+
 def test_a_site_cache_of_the_kernel_is_not_the_user_s(machine: Make) -> None:
     m = tuned(machine, "read: mov rax, [r8]\n hlt\n user: mov rax, [r8]\n hlt")
     m.map(PAGE, ONE, P | W)

@@ -20,8 +20,9 @@ from tests.unit.translation.engine.guest import (
     W,
 )
 from trivisor.x86 import paging
+from trivisor.x86.control import CR4_PKE, CR4_PKS
 from trivisor.x86.exceptions import GuestException
-from trivisor.x86.paging import Access, PagingMode
+from trivisor.x86.paging import Access, PagingMode, ProtectionKeys
 
 TABLES = 0x60000
 """Where the random tables lie: 0x60000 the PDPT, and so on."""
@@ -47,6 +48,8 @@ def _entry(rng: random.Random, target: int, *, large: bool = False) -> int:
             value |= 1 << 13  # reserved in a large page
     if rng.random() < 0.04:
         value |= 1 << rng.choice((40, 45, 51))  # beyond MAXPHYADDR
+    if rng.random() < 0.5:
+        value |= rng.randrange(16) << 59  # a protection key, where it is a leaf
     return value
 
 
@@ -88,8 +91,9 @@ def _reference(m: Machine, linear: int, access: Access, user: bool) -> tuple[int
     """(physical address, global), or the exception."""
     core = m.core
     mode = PagingMode.from_registers(core.cr0, core.cr3, core.cr4, core.efer, physical_bits=m.vcpu.mmu.physical_bits)
+    keys = ProtectionKeys(core.pkru if core.cr4 & CR4_PKE else None, core.pkrs if core.cr4 & CR4_PKS else None)
     try:
-        found = paging.walk(m.vcpu.mmu._tables, mode, linear, access, user=user)
+        found = paging.walk(m.vcpu.mmu._tables, mode, linear, access, user=user, keys=keys)
     except GuestException as fault:
         return fault
     return found.physical, found.global_
@@ -104,10 +108,13 @@ def _without_accessed(tables: tuple[bytes, int]) -> tuple[list[int], int]:
 
 
 def _control(m: Machine, rng: random.Random) -> None:
-    """Random WP, SMEP, PGE and NXE."""
+    """Random WP, SMEP, PGE, NXE, PKE and PKS, and rights by protection key."""
+    m.core.pkru = rng.choice((0, rng.getrandbits(32), rng.getrandbits(32) & rng.getrandbits(32))) & ~3
+    m.core.pkrs = rng.choice((0, rng.getrandbits(32) & rng.getrandbits(32))) & ~3
     state = m.vcpu.state
     state.cr0 = state.cr0 & ~0x10000 | rng.choice((0, 0x10000))
     state.cr4 = state.cr4 & ~0x100080 | rng.choice((0, 0x80)) | rng.choice((0, 0x100000))
+    state.cr4 = state.cr4 & ~(CR4_PKE | CR4_PKS) | rng.choice((0, CR4_PKE)) | rng.choice((0, CR4_PKS))
     state.efer = state.efer & ~0x800 | rng.choice((0, 0x800))
     m.vcpu.state = state
 

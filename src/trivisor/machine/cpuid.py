@@ -51,7 +51,7 @@ EMULATED: Final = _names(
 UNPRIVILEGED: Final = frozenset({"rdpid", "serialize", "xgetbv1"})
 """Those of them that a processor runs by itself in ring 3, if it has them."""
 OPTIONAL: Final = frozenset({"pcid", "invpcid", "pku", "pks"})
-"""Emulated, and off unless asked for with `extra`.  XSAVE does not know PKRU."""
+"""Emulated, and off unless asked for with `extra`."""
 _REQUIRES: Final = {
     "avx": "xsave",
     "fma": "avx",
@@ -100,6 +100,8 @@ _NOTHING: Registers = (0, 0, 0, 0)
 _LEGACY_AREA = 576
 """Bytes of the XSAVE area's legacy region and header (SDM 1, 13.4)."""
 _AVX_AREA = 256
+_PKRU_AREA = 8
+_PKRU_COMPONENT = 9
 
 _CACHES = (
     # type (1 data, 2 code, 3 both), level, KiB, ways
@@ -136,7 +138,8 @@ class GuestCpuid:
         if "xsave" not in self.features:
             return 0
         avx = control.XCR0_AVX if "avx" in self.features else 0
-        return control.XCR0_X87 | control.XCR0_SSE | avx | self.hidden_xcr0
+        pkru = control.XCR0_PKRU if "pku" in self.features else 0
+        return control.XCR0_X87 | control.XCR0_SSE | avx | pkru | self.hidden_xcr0
 
     def query(
         self, leaf: int, subleaf: int, *, cr4: int = 0, xcr0: int = 1, apic_enabled: bool = True
@@ -161,6 +164,8 @@ class GuestCpuid:
         if "xsave" not in self.features or (subleaf and "xsavec" not in self.features):
             return answer
         size = _LEGACY_AREA + (_AVX_AREA if xcr0 & control.XCR0_AVX else 0)
+        if xcr0 & control.XCR0_PKRU:
+            size = _PKRU_AREA + (size if subleaf else self.table[0xD, _PKRU_COMPONENT][EBX])
         return (answer[EAX], size, answer[ECX], answer[EDX])
 
 
@@ -197,7 +202,7 @@ def guest_cpuid(
     _merge(table, _topology(apic_id))
     _merge(table, _clocks(tsc_frequency, crystal_frequency))
     if "xsave" in chosen:
-        _merge(table, _xsave_leaves("avx" in chosen))
+        _merge(table, _xsave_leaves("avx" in chosen, _pkru_offset(host) if "pku" in chosen else 0))
     return GuestCpuid(chosen, table, vendor=vendor)
 
 
@@ -305,10 +310,22 @@ def _clocks(tsc_frequency: int, crystal_frequency: int) -> dict[tuple[int, int],
     }
 
 
-def _xsave_leaves(avx: bool) -> dict[tuple[int, int], Registers]:
-    if not avx:
-        return {(0xD, 0): (control.XCR0_X87 | control.XCR0_SSE, 0, _LEGACY_AREA, 0)}
-    return {
-        (0xD, 0): (control.XCR0_X87 | control.XCR0_SSE | control.XCR0_AVX, 0, _LEGACY_AREA + _AVX_AREA, 0),
-        (0xD, 2): (_AVX_AREA, _LEGACY_AREA, 0, 0),
-    }
+def _pkru_offset(host: Query) -> int:
+    """Where PKRU is in the XSAVE area's standard format: the host's place, as its own XSAVE may be the guest's."""
+    return (host(0xD, _PKRU_COMPONENT)[EBX] if "pku" in features(host) else 0) or _LEGACY_AREA + _AVX_AREA
+
+
+def _xsave_leaves(avx: bool, pkru_offset: int) -> dict[tuple[int, int], Registers]:
+    """Components, sizes and offsets; no PKRU at offset 0."""
+    components, size = control.XCR0_X87 | control.XCR0_SSE, _LEGACY_AREA
+    leaves: dict[tuple[int, int], Registers] = {}
+    if avx:
+        leaves[0xD, 2] = (_AVX_AREA, _LEGACY_AREA, 0, 0)
+        components |= control.XCR0_AVX
+        size += _AVX_AREA
+    if pkru_offset:
+        leaves[0xD, _PKRU_COMPONENT] = (_PKRU_AREA, pkru_offset, 0, 0)
+        components |= control.XCR0_PKRU
+        size = pkru_offset + _PKRU_AREA
+    leaves[0xD, 0] = (components, 0, size, 0)
+    return leaves

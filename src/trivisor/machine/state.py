@@ -76,6 +76,8 @@ class CpuState:
     """Model-specific registers by index, those that have no field of their own."""
     xsave: bytes = b""
     """The XSAVE area in standard format (Intel SDM 1, 13.4); empty for the initial state."""
+    pkru: int = 0
+    """Rights by protection key, which are no part of `xsave` here (Intel SDM 3A 4.6.2)."""
     interrupt_shadow: bool = False
     """Interrupts are held off for one instruction (after STI, MOV SS)."""
     halted: bool = False

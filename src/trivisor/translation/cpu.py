@@ -66,6 +66,7 @@ from trivisor.x86.control import (
     DR6_BS,
     EFER_LMA,
     XCR0_AVX,
+    XCR0_PKRU,
     XCR0_SSE,
 )
 from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, host_cpuid, host_xgetbv, xsave_area
@@ -159,9 +160,11 @@ class TranslationVcpu:
         self._idle_since: int | None = None
         self._running = False
         host_xcr0 = host_xgetbv() if "xsave" in self.guest_cpuid.features else 0
-        self.xcr0_supported = self.guest_cpuid.xcr0_supported & host_xcr0
-        self.xsave_size = xsave_area(self.xcr0_supported)
-        self._native = native = NativeCode(self.core, self.xcr0_supported, CODE_CACHE_SIZE)
+        on_host = self.guest_cpuid.xcr0_supported & host_xcr0 & ~XCR0_PKRU  # PKRU is never the host's
+        self.xcr0_supported = on_host | (self.guest_cpuid.xcr0_supported & XCR0_PKRU if on_host else 0)
+        self.xsave_size = xsave_area(on_host)
+        """Bytes of the components that live in the host's registers while translated code runs."""
+        self._native = native = NativeCode(self.core, on_host, CODE_CACHE_SIZE)
         self.mmu.native_walker = native.walk
         self._deliver_interrupt = native.address("external")
         self.blocks = BlockStore(

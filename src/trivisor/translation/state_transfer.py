@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _INITIAL_FCW = 0x37F
 _INITIAL_MXCSR = 0x1F80
+_XSTATE_BV = 512
 
 _FIELDS = {
     msr.IA32_STAR: "star",
@@ -51,6 +52,7 @@ def get_state(cpu: TranslationVcpu) -> CpuState:
         dr=list(core.dr),
         msrs={**cpu.msrs.save(), **{index: getattr(core, name) for index, name in _FIELDS.items()}},
         xsave=bytes(core.bytes[OFFSETS["FPU"] : OFFSETS["FPU"] + cpu.xsave_size]),
+        pkru=core.pkru,
         interrupt_shadow=core.interrupt_shadow,
         halted=cpu.halted,
         nmi_blocked=core.nmi_blocked,
@@ -78,7 +80,7 @@ def set_state(cpu: TranslationVcpu, state: CpuState) -> None:
     core.gdtr_base, core.gdtr_limit = state.gdtr.base, state.gdtr.limit
     core.idtr_base, core.idtr_limit = state.idtr.base, state.idtr.limit
     core.cr0, core.cr2, core.cr3, core.cr4 = state.cr0, state.cr2, state.cr3, state.cr4
-    core.efer, core.xcr0 = state.efer, state.xcr0
+    core.efer, core.xcr0, core.pkru = state.efer, state.xcr0, state.pkru & 0xFFFFFFFF
     core.rip = state.rip  # CS and EFER are there: it is an offset in the segment
     cpu.board.interrupts.cr8 = state.cr8
     core.dr[:] = state.dr
@@ -106,6 +108,7 @@ def set_state(cpu: TranslationVcpu, state: CpuState) -> None:
     if state.xsave:
         image = state.xsave[: cpu.xsave_size]
         core.bytes[area : area + len(image)] = image
+        core.words[area + _XSTATE_BV >> 3] &= cpu.blocks.native.xsave_mask  # XRSTOR takes no others
     else:
         core.bytes[area : area + 2] = _INITIAL_FCW.to_bytes(2, "little")
         core.bytes[area + 24 : area + 28] = _INITIAL_MXCSR.to_bytes(4, "little")

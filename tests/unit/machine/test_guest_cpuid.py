@@ -119,6 +119,18 @@ def test_xsave_leaf() -> None:
     assert guest(without=["xsavec"]).query(0xD, 1, xcr0=7) == (5, 0, 0, 0)
 
 
+def test_protection_keys_are_a_component_of_xsave() -> None:
+    seen = guest(extra=["pku"])
+    assert seen.xcr0_supported == 0x207
+    size, offset, flags, _ = seen.query(0xD, 9)
+    assert (size, offset, flags) == (8, 832, 0)
+    assert seen.query(0xD, 0, xcr0=0x207) == (0x207, 840, 840, 0)
+    assert seen.query(0xD, 0, xcr0=0x203)[EBX] == 840
+    assert seen.query(0xD, 0, xcr0=7)[EBX] == 832
+    assert [seen.query(0xD, 1, xcr0=xcr0)[EBX] for xcr0 in (0x207, 0x203, 7)] == [840, 584, 832]
+    assert guest(extra=["pku"], without=["xsave"]).xcr0_supported == 0
+
+
 def test_one_processor() -> None:
     seen = guest(apic_id=5)
     assert seen.query(0xB, 0) == (0, 1, 0x100, 5)

@@ -9,8 +9,8 @@ from trivisor.hardware.kvm import abi
 from trivisor.machine.state import CpuState, Segment, Table
 from trivisor.machine.vcpu import GeneralProtection
 from trivisor.x86 import msr
-from trivisor.x86.control import EFER_LMA
-from trivisor.x86.cpuid import xsave_area
+from trivisor.x86.control import EFER_LMA, XCR0_PKRU
+from trivisor.x86.cpuid import host_cpuid, xsave_area
 
 if TYPE_CHECKING:
     from trivisor.hardware.kvm.cpu import KvmVcpu
@@ -19,6 +19,8 @@ _REGS = struct.Struct("<18Q")
 _TO_STATE: Final = (0, 2, 3, 1, 6, 7, 4, 5, *range(8, 16))
 """Where `kvm_regs` has the general register of each encoding number."""
 _INITIAL_FCW, _INITIAL_MXCSR = 0x37F, 0x1F80
+_XSTATE_BV = 512
+"""Where the XSAVE area tells of the components that it has."""
 
 KEPT_MSRS: Final = frozenset(
     {
@@ -80,8 +82,34 @@ def get_state(cpu: KvmVcpu) -> CpuState:
         state.exception_pending = (events.exception.nr, error)
     area = bytearray(4096)
     handle.control(abi.GET_XSAVE, area)
-    state.xsave = bytes(area[: xsave_area(cpu.xcr0_supported)])
+    state.pkru = _take_pkru(cpu, area)
+    state.xsave = bytes(area[: xsave_area(cpu.xcr0_supported & ~XCR0_PKRU)])
     return state
+
+
+def _pkru_field(cpu: KvmVcpu) -> slice | None:
+    """PKRU's place in the XSAVE area; None for a guest that has none."""
+    if not cpu.xcr0_supported & XCR0_PKRU:
+        return None
+    offset = host_cpuid(0xD, 9)[1]
+    return slice(offset, offset + 4)
+
+
+def _take_pkru(cpu: KvmVcpu, area: bytearray) -> int:
+    """PKRU out of an XSAVE area, whose header forgets it."""
+    field, saved = _pkru_field(cpu), int.from_bytes(area[_XSTATE_BV : _XSTATE_BV + 8], "little")
+    if field is None or not saved & XCR0_PKRU:
+        return 0
+    area[_XSTATE_BV : _XSTATE_BV + 8] = (saved & ~XCR0_PKRU).to_bytes(8, "little")
+    return int.from_bytes(area[field], "little")
+
+
+def _put_pkru(cpu: KvmVcpu, area: bytearray, pkru: int) -> None:
+    """The way back."""
+    if (field := _pkru_field(cpu)) is not None:
+        area[field] = pkru.to_bytes(4, "little")
+        saved = int.from_bytes(area[_XSTATE_BV : _XSTATE_BV + 8], "little")
+        area[_XSTATE_BV : _XSTATE_BV + 8] = (saved | XCR0_PKRU).to_bytes(8, "little")
 
 
 def set_state(cpu: KvmVcpu, state: CpuState) -> None:
@@ -168,6 +196,7 @@ def _set_xsave(cpu: KvmVcpu, state: CpuState) -> None:
     if not state.xsave:
         area[:2] = _INITIAL_FCW.to_bytes(2, "little")
         area[24:28] = _INITIAL_MXCSR.to_bytes(4, "little")
+    _put_pkru(cpu, area, state.pkru)
     cpu.handle.control(abi.SET_XSAVE, area)
 
 

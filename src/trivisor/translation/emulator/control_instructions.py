@@ -347,7 +347,12 @@ def _wrpkru(cpu: Cpu, instruction: Instruction) -> None:
     _check_pkru(core)
     if core.regs[RDX] & MASK32:
         raise general_protection()
-    core.pkru = core.regs[RAX] & MASK32
+    write_pkru(cpu, core.regs[RAX] & MASK32)
+
+
+def write_pkru(cpu: Cpu, value: int) -> None:
+    """Load PKRU."""
+    cpu.core.pkru = value
     cpu.flush_tlb(keep_global=False)
     cpu.mode_changed()
 

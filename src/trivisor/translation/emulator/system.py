@@ -13,6 +13,7 @@ from trivisor.translation.emulator import (
     legacy_instructions,
     msr_instructions,
     strings_io,
+    xsave_instructions,
 )
 from trivisor.translation.emulator.contract import Cpu, Handler, UnsupportedFeature
 from trivisor.translation.emulator.operands import invalid_opcode, next_rip
@@ -24,6 +25,7 @@ _STRAIGHT: dict[int, Handler] = {
     **interrupt_instructions.STRAIGHT,
     **strings_io.STRAIGHT,
     **legacy_instructions.STRAIGHT,
+    **xsave_instructions.STRAIGHT,
 }
 """Handlers after which the next instruction follows."""
 _BRANCHES: dict[int, Handler] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iced_x86 import Code, Instruction, Mnemonic, Register
+from iced_x86 import Code, CpuidFeature, Instruction, Mnemonic, Register
 
 from trivisor.translation.modes import CallOut
 from trivisor.translation.translator.recipe import Item, Recipe, asm
@@ -17,6 +17,7 @@ from trivisor.translation.translator.registers import (
     STACK,
     name,
 )
+from trivisor.x86.control import XCR0_AVX, XCR0_PKRU
 
 if TYPE_CHECKING:
     from trivisor.translation.translator.instructions import InstructionMaker
@@ -52,12 +53,94 @@ def bit_string_op(maker: InstructionMaker, instruction: Instruction) -> bytes:
     return asm("mov r11d, [rsp+SLOT]") + maker.on_host_address(host, False, False, True, 8, displaced=False)
 
 
+_COMPACTING = {Mnemonic.XSAVEC, Mnemonic.XSAVEC64}
+"""They store components that are in use alone."""
+_LEGACY_AREA = 576
+"""Bytes of the XSAVE area's legacy region and header."""
+_WITHIN_XCR0 = """
+    mov r11, [rsp+XCR0_FIELD]
+    not r11
+    test [r10+512], r11
+    jnz unknown
+    btr r11, 63
+    test [r10+520], r11
+    jz known
+    unknown:
+    fault gp
+    known:
+"""
+"""XRSTOR's #GP for components in the header that the guest's XCR0 does not have; those the host's lacks it finds."""
+
+
+def _escape_keyed(mask: str) -> str:
+    """Have Python do it if XCR0 has PKRU, and so has what `mask` puts into r11d."""
+    return f"""
+        test dword [rsp+XCR0_FIELD], {XCR0_PKRU}
+        jz plain
+        {mask}
+        test r11d, {XCR0_PKRU}
+        jz plain
+        escape
+        plain:
+    """
+
+
+def _check_area(maker: InstructionMaker, recipe: Recipe, instruction: Instruction, saves: bool) -> None:
+    """The check of as much of the area as the instruction accesses: of AVX's part if it is asked for, and is there."""
+    maker.address(recipe, instruction, segmented=False)
+    segment, kind = SEGMENTS[instruction.memory_segment], "write" if saves else "read"
+
+    def check(size: int) -> str:
+        return f"{maker.to_linear(segment, f'{kind} {size}')}\n check {kind} {size} judged\n"
+
+    asked = f"mov r11d, eax\n and r11d, [rsp+XCR0_FIELD]\n test r11d, {XCR0_AVX}"
+    if maker.xsave_size == _LEGACY_AREA:
+        recipe.clobber(check(_LEGACY_AREA))
+    elif saves:
+        recipe.clobber(
+            f"""
+            {asked}
+            jz short
+            {check(maker.xsave_size)}
+            jmp checked
+            short:
+            {check(_LEGACY_AREA)}
+            checked:
+            """,
+            loops=True,
+        )
+    else:
+        recipe.clobber(
+            f"""
+            mov [rsp+SLOT], r10
+            {check(_LEGACY_AREA)}
+            {asked}
+            jz checked
+            test dword [r10+512], {XCR0_AVX}
+            jz checked
+            mov r10, [rsp+SLOT]
+            {check(maker.xsave_size)}
+            checked:
+            """,
+            loops=True,
+        )
+
+
 def xsave(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
-    """The XSAVE family on the host's own, limited to what the guest's XCR0 has."""
+    """The XSAVE family on the host's own, limited to what the guest's XCR0 has.
+
+    Where PKRU is among the components, which no host register holds, Python does it.
+    """
     mnemonic = instruction.mnemonic
     saves = mnemonic not in (Mnemonic.XRSTOR, Mnemonic.XRSTOR64)
-    maker.address(recipe, instruction)
-    recipe.check(maker.xsave_size, write=saves, judged=True)
+    keyed = CpuidFeature.PKU in maker.features
+    if saves and keyed:
+        recipe.clobber(_escape_keyed("mov r11d, eax"))
+    _check_area(maker, recipe, instruction, saves)
+    if not saves:
+        if keyed:
+            recipe.clobber(_escape_keyed("mov r11d, [r10+512]\n or r11d, [r10+520]\n or r11d, eax"))
+        recipe.clobber(_WITHIN_XCR0)
     host = instruction.copy()
     # XSAVEOPT may leave out what the processor knows is unchanged; here it does not know, so all is stored.
     host.code = {Code.XSAVEOPT_MEM: Code.XSAVE_MEM, Code.XSAVEOPT64_MEM: Code.XSAVE64_MEM}.get(host.code, host.code)
@@ -72,7 +155,8 @@ def xsave(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> 
     body = maker.on_host_address(host, False, saves, True, 64)
     recipe.items.append(Item(False, body))
     if saves:
-        recipe.clobber("test al, 1\n jz no_x87\n mov qword [r10+8], 0\n mov qword [r10+16], 0\n no_x87:")
+        asked = "test byte [r10+512], 1" if mnemonic in _COMPACTING else "test al, 1"
+        recipe.clobber(f"{asked}\n jz no_x87\n mov qword [r10+8], 0\n mov qword [r10+16], 0\n no_x87:")
     recipe.code("mov rax, [rsp+SPILL]\n mov rdx, [rsp+SPILL_2]")
 
 

@@ -41,7 +41,7 @@ _FLAT = {KERNEL_CS: 0xA09B, KERNEL_DS: 0xC093, USER_CS32: 0xC0FB, USER_DS: 0xC0F
          KERNEL_CS32: 0xC09B}  # fmt: skip
 P, W, U, A, D, LARGE, G, NX = 1, 2, 4, 0x20, 0x40, 0x80, 0x100, 1 << 63
 _MASK = (1 << 64) - 1
-PATIENCE = 5.0
+PATIENCE = 20.0
 """Seconds after which a guest that does not end is kicked, and its test fails."""
 
 

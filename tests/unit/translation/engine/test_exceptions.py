@@ -101,6 +101,16 @@ def test_an_sse_exception_without_osxmmexcpt_is_undefined(machine: Make) -> None
     assert (frame.vector, frame.rip) == (6, m.labels["here"])
 
 
+@pytest.mark.parametrize("target", [DATA, HOLE, NONCANONICAL])
+def test_a_pending_x87_exception_comes_before_what_maskmovq_does(machine: Make, target: int) -> None:
+    m = machine("fninit\n push 0x37b\n fldcw [rsp]\n fldz\n fld1\n fdivrp st1, st0\n here: maskmovq mm0, mm1\n hlt")
+    m.map(HOLE, 0, 0)
+    m.memory.write_u64(DATA, 0x1122334455667788)
+    frame = m.fault(rdi=target)
+    assert (frame.vector, frame.rip, m["rdi"]) == (16, m.labels["here"], target)
+    assert m.memory.read_u64(DATA) == 0x1122334455667788
+
+
 def test_a_pending_x87_exception_comes_at_the_next_waiting_instruction(machine: Make) -> None:
     m = machine("fninit\n fldcw [cw]\n fld1\n fldz\n fdivp st1, st0\n nop\n here: fwait\n hlt\n cw: dw 0x37b")
     frame = m.fault()

@@ -11,6 +11,7 @@ from trivisor.boot import Image, ImageKind, firmware, load_image
 from trivisor.devices.disk_file import DiskFile
 from trivisor.machine import tsc
 from trivisor.machine.clock import Clock
+from trivisor.machine.cpuid import GuestCpuid
 from trivisor.machine.memory import LOW_RAM_LIMIT, PHYSICAL_ADDRESS_BITS, GuestMemory
 from trivisor.machine.state import CpuState
 from trivisor.machine.user_cache import user_cache
@@ -56,6 +57,8 @@ class Assembly:
         self.vcpu = vcpu
         self.keeper = keeper
         """Of the engine's translations, if they are kept."""
+        self.kept_as = b""
+        """The digest that they are kept by; empty when they are not."""
         self._more_statistics = more_statistics
         self._close_devices = close_devices
         """Ends the devices' threads, which use memory and call the vCPU."""
@@ -102,14 +105,15 @@ def assemble(
             test_device="pc-testdev" in plan.hardware.devices,
             absent=plan.hardware.cpu.removed,
         )
-        vcpu = _vcpu(technique, board, plan.hardware)
+        vcpu = make_vcpu(technique, board, plan.hardware)
     except BaseException:
         memory.close()
         raise
     machine = Assembly(memory, board, vcpu)
     try:
         if plan.keep:
-            machine.keeper = _keeper(vcpu, plan.kernel)
+            machine.kept_as = _guest_digest(plan.kernel)
+            machine.keeper = keeper_for(vcpu, machine.kept_as)
         vcpu.state = _load(plan, memory, board)
     except BaseException:
         machine.close()
@@ -145,7 +149,8 @@ def _assemble_xen(
     machine = Assembly(xen.memory, xen.platform, vcpu, more_statistics=xen.statistics, close_devices=xen.close_devices)
     try:
         if plan.keep:
-            machine.keeper = _keeper(vcpu, plan.kernel, b"xen")
+            machine.kept_as = _guest_digest(plan.kernel, b"xen")
+            machine.keeper = keeper_for(vcpu, machine.kept_as)
         vcpu.technique, vcpu.engine = "paravirt", "a Xen PV domain by binary translation"
         xen.domain.observers = lambda kind: vcpu.observed.get(kind, [])
         initrd = plan.initrd.read_bytes() if isinstance(plan.initrd, Path) else plan.initrd
@@ -184,36 +189,39 @@ def _load(plan: BootPlan, memory: GuestMemory, board: Pc) -> CpuState:
     return state
 
 
-def _vcpu(technique: str, board: Pc, hardware: Hardware) -> Vcpu:
+def make_vcpu(technique: str, board: Surroundings, hardware: Hardware, cpuid: GuestCpuid | None = None) -> Vcpu:
+    """A processor for a board; the guest sees `cpuid`, without one the best that the technique has."""
     from trivisor.translation.cpu import TranslationVcpu
 
     if technique == "translation":
-        return TranslationVcpu(board, hardware.cpu)
+        return TranslationVcpu(board, hardware.cpu, cpuid)
     assert technique == "hardware"
     from trivisor.hardware.kvm.cpu import KvmVcpu
     from trivisor.hardware.kvm.system import KvmUnavailable
 
     try:
-        return KvmVcpu(board, hardware.cpu, substitute=lambda cpuid: TranslationVcpu(board, cpuid=cpuid))
+        return KvmVcpu(board, hardware.cpu, cpuid, substitute=lambda own: TranslationVcpu(board, cpuid=own))
     except KvmUnavailable as reason:
         raise TechniqueUnavailable(f"technique hardware: {reason}") from None
 
 
-def _keeper(vcpu: Vcpu, kernel: Path, flavour: bytes = b"") -> Keeper | None:
-    """What keeps the translations of a kernel; None without a place for them, or under other techniques.
+def _guest_digest(kernel: Path, flavour: bytes = b"") -> bytes:
+    """What names a guest's translations; a `flavour` sets apart the ways in which one kernel runs different code."""
+    with kernel.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(flavour)
+    return digest.digest()
 
-    A `flavour` sets apart the ways in which the same kernel runs different code.
-    """
+
+def keeper_for(vcpu: Vcpu, guest: bytes) -> Keeper | None:
+    """What keeps the translations of the guest of a digest; None without a digest or a place, or other techniques."""
     from trivisor.translation.cpu import TranslationVcpu
     from trivisor.translation.keeper import Keeper
 
-    if not isinstance(vcpu, TranslationVcpu):
+    if not guest or not isinstance(vcpu, TranslationVcpu):
         return None
     try:
         directory = user_cache() / "translations"
     except RuntimeError:
         return None
-    with kernel.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    digest.update(flavour)
-    return Keeper(vcpu.blocks, directory, digest.digest())
+    return Keeper(vcpu.blocks, directory, guest)

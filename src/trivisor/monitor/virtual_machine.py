@@ -21,6 +21,7 @@ from trivisor.monitor.assembly import Assembly, assemble
 from trivisor.monitor.attachments import DiskName
 from trivisor.monitor.console import Console, Deadline, Pattern, compile_pattern
 from trivisor.monitor.endings import by_device, by_processor, with_command
+from trivisor.monitor.handover import change_technique
 from trivisor.monitor.linear import read_linear
 from trivisor.monitor.outcome import Outcome, StopReason
 from trivisor.monitor.perf_map import open_perf_map
@@ -28,7 +29,7 @@ from trivisor.monitor.plan import Progress, Wish, make_hardware, make_plan
 from trivisor.monitor.signals import attention
 from trivisor.monitor.sizes import parse_memory
 from trivisor.monitor.statistics import add_counters
-from trivisor.monitor.techniques import Needs, choose
+from trivisor.monitor.techniques import Needs, TechniqueUnavailable, choose
 
 Module = str | os.PathLike[str] | tuple[str | os.PathLike[str], str]
 """A multiboot module: its file, or its file and command line."""
@@ -354,6 +355,35 @@ class VirtualMachine:
         outcome = self._run(timeout, lambda: self._console.matches(expression))
         if outcome is not None and outcome.reason is not StopReason.TIMEOUT:
             raise EOFError(f"no {expression.pattern!r} from the guest: {outcome.message}")
+
+    # Another technique
+
+    def change_technique(self, technique: str) -> None:
+        """Have the guest go on under "translation" or "hardware", from the instruction that it stands at.
+
+        Between runs, as often as wanted; the guest does not notice.  Its processor
+        keeps the features that it began with.  Raises `TechniqueUnavailable`, and
+        leaves all as it was, where that cannot be done: this host has no such
+        technique or it lacks what the guest uses, or a PV guest is concerned.
+        """
+        with self._exclusively():
+            chosen = choose(technique).technique.name
+            if chosen == self.technique:
+                return
+            if self._perf_map is not None:
+                raise TechniqueUnavailable("a perf map is of translations: leave one of them out")
+            if not self._is_sound:
+                raise RuntimeError("the last run ended in an error: the processor's state may be anything")
+            machine = self._machine
+            counters = machine.statistics()
+            with self._kick_lock:
+                self._kickable = None
+            try:
+                change_technique(machine, chosen, self._plan.hardware)
+            finally:
+                self._kickable = machine.vcpu
+            add_counters(self._earlier_counters, counters)
+            self._technique = chosen
 
     # Inspection
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -13,13 +14,15 @@ from statistics import median
 from typing import Any
 
 from bench.machines import QEMU, have_qemu
-from bench.process import Timing, time_to_line
+from bench.process import Failed, Timing, time_to_line
 from trivisor.guests.debian import default_guest
 from trivisor.guests.initramfs import console_command_line, default_initramfs
 from trivisor.machine.user_cache import user_cache
 
 FIRST_LINE = b"trivisor: userspace after"
 """What the guest's /init says first."""
+ANSWER = b"restored"
+"""What the command in a restored guest says."""
 MEMORY_MIB = 512
 _LIMIT_SECONDS = 300.0
 
@@ -34,6 +37,8 @@ class Boots:
     """trivisor's own, of each of its boots up to there."""
     kept: list[Timing] = field(default_factory=list)
     """trivisor's with the translations that a boot before them has kept."""
+    restored: list[Timing] = field(default_factory=list)
+    """No boot: from the start of the process to the first output of a command in a restored guest."""
 
     @property
     def kept_ratio(self) -> float | None:
@@ -69,7 +74,10 @@ def run_boots(runs: int, said: Callable[[str], None], *, qemu: bool = True) -> B
         theirs = qemu_command(guest.kernel, initrd) if qemu and have_qemu() else None
         said("a boot under trivisor whose translations are kept")
         time_to_line(keeping, FIRST_LINE, limit=_LIMIT_SECONDS, end_with=signal.SIGTERM)
+        restoring = _restoring(keeping, Path(directory, "snapshot"), said)
         for number in range(1, runs + 1):
+            said(f"restore {number} of {runs}")
+            boots.restored.append(time_to_line(restoring, ANSWER, limit=_LIMIT_SECONDS))
             said(f"boot {number} of {runs} under trivisor, translations kept")
             boots.kept.append(time_to_line(keeping, FIRST_LINE, limit=_LIMIT_SECONDS, end_with=signal.SIGTERM))
             said(f"boot {number} of {runs} under trivisor")
@@ -79,6 +87,20 @@ def run_boots(runs: int, said: Callable[[str], None], *, qemu: bool = True) -> B
                 said(f"boot {number} of {runs} under QEMU")
                 boots.qemu.append(time_to_line(theirs, FIRST_LINE, limit=_LIMIT_SECONDS))
     return boots
+
+
+def _restoring(keeping: list[str], snapshot: Path, said: Callable[[str], None]) -> list[str]:
+    """The command that restores the booted guest, which is put into `snapshot` here, for a command in it."""
+    said("a snapshot")
+    made = subprocess.run(
+        [*keeping, "--snapshot", str(snapshot)], stdin=subprocess.DEVNULL, capture_output=True, timeout=_LIMIT_SECONDS
+    )
+    if made.returncode:
+        raise Failed(f"no snapshot: {made.stderr.decode(errors='replace').strip()}")
+    environment = keeping[: keeping.index("run") + 1]
+    restoring = [*environment, "--restore", str(snapshot), "--", "echo", ANSWER.decode()]
+    time_to_line(restoring, ANSWER, limit=_LIMIT_SECONDS, end_with=signal.SIGTERM)  # it keeps what it has translated
+    return restoring
 
 
 def _cache_of_its_own(directory: Path) -> Path:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from bench.boot import Boots
 from bench.machines import QEMU
-from bench.verdict import print_memory
+from bench.verdict import print_memory, print_restored
 
 _EXITS_SHOWN = 8
 
@@ -51,6 +51,7 @@ def print_boots(console: Console, boots: Boots) -> None:
         ratio = "" if boots.kept_ratio is None else f", {boots.kept_ratio:.2f} times QEMU's"
         seconds = median(t.wall for t in boots.kept)
         console.print(f"With the translations of an earlier boot kept: median {seconds:.2f}{ratio}.", highlight=False)
+    print_restored(console, [timing.wall for timing in boots.restored])
     print_memory(console, boots.statistics)
     if not both:
         console.print(f"{QEMU} is not installed here: nothing to compare with.", highlight=False)
@@ -122,6 +123,7 @@ def boots_as_json(boots: Boots, start: Sequence[float]) -> dict[str, Any]:
         "ratios": boots.ratios,
         "kept": [asdict(timing) for timing in boots.kept],
         "kept ratio": boots.kept_ratio,
+        "restored": [asdict(timing) for timing in boots.restored],
         "median": {
             "trivisor": median(t.wall for t in boots.trivisor),
             "qemu": median(t.wall for t in boots.qemu) if boots.qemu else None,

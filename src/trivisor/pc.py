@@ -88,7 +88,8 @@ class Pc(Remembers):
 
     `tsc()` is the time-stamp counter, at `tsc_frequency` Hz, until a processor tells its own.  `serial_output`
     gets what the guest sends on COM1.  `on_stop()` is called once, when a
-    device has set `stop_reason`.  The board writes its firmware's data into `memory`.
+    device has set `stop_reason`.  The board writes its firmware's data into `memory`, unless
+    not `leaves_data`.
     `test_device` adds the device that kvm-unit-tests drives, and of the CPU
     features `absent` those count that the local APIC has to do with.  `wall_time` is the date, in seconds since 1970.
     """
@@ -107,6 +108,7 @@ class Pc(Remembers):
         test_device: bool = False,
         absent: Collection[str] = (),
         wall_time: Callable[[], float] = time.time,
+        leaves_data: bool = True,
     ) -> None:
         self.memory = memory
         self.clock = clock
@@ -149,7 +151,7 @@ class Pc(Remembers):
         self._attach_devices(reset)
         if test_device:
             self._attach_test_device()
-        self.rsdp_address = self._leave_firmware_data()
+        self.rsdp_address = self._leave_firmware_data() if leaves_data else _FIRMWARE_START
 
     @property
     def post_code(self) -> int:

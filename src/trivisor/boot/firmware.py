@@ -21,8 +21,8 @@ _SHADOW_SIZE = 128 << 10
 _SHADOW_END = MIB
 
 
-def load(memory: GuestMemory, mmio: Bus, path: str | os.PathLike[str]) -> CpuState:
-    """Put the image in its two places; the processor as it leaves RESET.  Raises ImageError."""
+def load(memory: GuestMemory, mmio: Bus, path: str | os.PathLike[str]) -> tuple[bytes, CpuState]:
+    """Put the image in its two places; (the image, the processor as it leaves RESET).  Raises ImageError."""
     with Image(path, recognise=False) as image:
         if image.size == 0 or image.size % PAGE_SIZE or image.size > MAXIMUM_SIZE:
             raise ImageError(
@@ -30,7 +30,14 @@ def load(memory: GuestMemory, mmio: Bus, path: str | os.PathLike[str]) -> CpuSta
                 "take the flat image that goes into flash memory"
             )
         data = image.read(0, image.size)
-    mmio.attach(HIGH_RAM_START - len(data), len(data), Rom(data))
+    attach(mmio, data)
     shadow = data[-_SHADOW_SIZE:]
     memory.write(_SHADOW_END - len(shadow), shadow)
-    return CpuState()
+    return data, CpuState()
+
+
+def attach(mmio: Bus, data: bytes) -> None:
+    """Have the image answer below 4 GiB; ValueError for one that has no place there."""
+    if not data or len(data) % PAGE_SIZE or len(data) > MAXIMUM_SIZE:
+        raise ValueError(f"{len(data)} bytes are no firmware")
+    mmio.attach(HIGH_RAM_START - len(data), len(data), Rom(data))

@@ -45,6 +45,8 @@ class Request:
     devices: tuple[str, ...] = ()
     cpu: str = ""
     disks: tuple[str, ...] = ()
+    snapshot: Path | None = None
+    restore: Path | None = None
     command: tuple[str, ...] | None = None
 
 
@@ -136,6 +138,11 @@ _FILE = click.Path(path_type=Path)
     "--timeout", type=float, metavar="SECONDS", callback=_timeout,
     help="End the run after that much host time.",
 )  # fmt: skip
+@click.option(
+    "--snapshot", type=_FILE, metavar="FILE",
+    help="Write the machine to FILE: when the default guest is up, and end; of any other guest at SIGUSR2, and go on.",
+)  # fmt: skip
+@click.option("--restore", type=_FILE, metavar="FILE", help="Go on with the machine in FILE instead of booting one.")
 @click.option("--no-reboot", is_flag=True, help="End when the guest reboots, instead of booting it again.")
 @click.option("--no-keep", is_flag=True, help="Use and leave no translations in the cache directory.")
 @click.option("--stats", is_flag=True, help="Print exits and where the time went, on stderr at the end.")
@@ -156,7 +163,27 @@ def run(image: Path | None, kernel: Path | None, **options: Any) -> int:
     """
     if image is not None and kernel is not None:
         raise click.UsageError("IMAGE and --kernel are the same thing: give one of them")
+    if options["restore"] is not None:
+        _refuse_beside_restore(image or kernel)
     from trivisor.cli.session import run_session
 
     command = click.get_current_context().meta.get(_COMMAND_KEY)
+    if command is not None and options["snapshot"] is not None:
+        raise click.UsageError("a machine that runs a command cannot be put into a snapshot")
     return run_session(Request(kernel=image or kernel, command=command, **options))
+
+
+_IN_THE_SNAPSHOT = ("initrd", "append", "modules", "firmware", "memory", "devices", "cpu", "disks", "perf_map")
+"""Options that the file of `--restore` has already decided."""
+
+
+def _refuse_beside_restore(image: Path | None) -> None:
+    """UsageError for options that make no sense with a machine that is there."""
+    context = click.get_current_context()
+    given = ["IMAGE"] if image is not None else []
+    for parameter in context.command.params:
+        default = context.get_parameter_source(parameter.name or "") is click.core.ParameterSource.DEFAULT
+        if parameter.name in _IN_THE_SNAPSHOT and not default:
+            given.append(parameter.opts[0])
+    if given:
+        raise click.UsageError(f"--restore goes on with a machine as it is: leave out {', '.join(given)}")

@@ -8,7 +8,9 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 from trivisor.cli.progress import Progress, progress
@@ -17,17 +19,21 @@ from trivisor.cli.run import Request
 from trivisor.cli.serial import Serial, open_serial
 from trivisor.monitor import VirtualMachine
 from trivisor.monitor.outcome import Outcome, StopReason
-from trivisor.monitor.perf_map import default_path
+from trivisor.monitor.plan import is_multiboot
+from trivisor.monitor.sizes import format_memory
 
 STATUS_CANNOT_WRITE = 1
+_SETTLE_SECONDS = 0.5
+"""For which a guest that has come to wait goes on before its snapshot, to be done with what it has begun."""
 STATUS_CLOSED_OUTPUT = 128 + signal.SIGPIPE
 
 
 class Interruption:
-    """Ends the machine when a signal asks for it, and remembers which."""
+    """Ends the machine when a signal asks for it, and remembers which; SIGUSR2 stops it for a snapshot."""
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.wants_snapshot = False
         self._machine: VirtualMachine | None = None
 
     def watch(self, machine: VirtualMachine) -> None:
@@ -41,6 +47,11 @@ class Interruption:
         if self._machine is not None:
             print_statistics(self._machine.statistics())
 
+    def _save(self, _number: int, _frame: FrameType | None) -> None:
+        self.wants_snapshot = True
+        if self._machine is not None:
+            self._machine.stop()
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.number = number
         if self._machine is None:
@@ -48,11 +59,13 @@ class Interruption:
         self._machine.stop()
 
     @contextlib.contextmanager
-    def handled(self) -> Iterator[None]:
+    def handled(self, *, snapshots: bool) -> Iterator[None]:
         """Have the signals that end a program come here while the block runs."""
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         before = {number: signal.signal(number, self._handle) for number in numbers}
         before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._tell)
+        if snapshots:
+            before[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, self._save)
         try:
             yield
         finally:
@@ -67,7 +80,7 @@ def run_session(request: Request) -> int:
     gc.set_threshold(100_000, 50, 1_000)
     interruption = Interruption()
     try:
-        with interruption.handled():
+        with interruption.handled(snapshots=request.snapshot is not None):
             return _run(request, interruption)
     except KeyboardInterrupt:  # a signal during set-up
         return 128 + (interruption.number or signal.SIGINT)
@@ -83,7 +96,7 @@ def _run(request: Request, interruption: Interruption) -> int:
         interruption.watch(machine)
         with serial.connected(machine):
             shown.say("waiting for the guest to speak")
-            outcome = machine.run(request.timeout)
+            outcome = _run_on(request, machine, interruption)
         machine.keep()
         shown.stop()
         serial.finish(prompt=outcome.resumable)
@@ -95,11 +108,42 @@ def _run(request: Request, interruption: Interruption) -> int:
     return outcome.status
 
 
+def _run_on(request: Request, machine: VirtualMachine, interruption: Interruption) -> Outcome:
+    """Run to the end, with a snapshot whenever there is cause for one."""
+    deadline = None if request.timeout is None else time.monotonic() + request.timeout
+    while True:
+        outcome = machine.run(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if request.snapshot is None:
+            return outcome
+        if outcome.reason is StopReason.WAITING:
+            machine.run(_SETTLE_SECONDS)
+            _write_snapshot(request.snapshot, machine)
+            return outcome
+        if not (interruption.wants_snapshot and outcome.reason is StopReason.STOPPED) or interruption.number:
+            return outcome
+        interruption.wants_snapshot = False
+        _write_snapshot(request.snapshot, machine)
+
+
+def _write_snapshot(path: Path, machine: VirtualMachine) -> None:
+    length = machine.snapshot(path)
+    _say(f"snapshot of {max(length >> 20, 1)} MiB in {path}")
+
+
 def _build(request: Request, serial: Serial, shown: Progress) -> VirtualMachine:
     def speaks(data: bytes) -> None:
         shown.stop()
         serial.output(data)
 
+    if request.restore is not None:
+        return VirtualMachine.restore(
+            request.restore,
+            technique=request.technique,
+            command=request.command,
+            serial=speaks,
+            terminal_size=_terminal_size() if serial.interactive else None,
+            keep_translations=not request.no_keep,
+        )
     return VirtualMachine(
         request.kernel,
         initrd=request.initrd,
@@ -115,11 +159,19 @@ def _build(request: Request, serial: Serial, shown: Progress) -> VirtualMachine:
         terminal_size=_terminal_size() if serial.interactive else None,
         progress=shown.say,
         keep_translations=not request.no_keep,
-        perf_map=default_path() if request.perf_map else None,
+        perf_map=f"/tmp/perf-{os.getpid()}.map" if request.perf_map else None,
         devices=request.devices,
         cpu=request.cpu,
         disks=request.disks,
+        waiting=request.snapshot is not None and not _other_user_space(request),
     )
+
+
+def _other_user_space(request: Request) -> bool:
+    """Whether what is booted is not the default user space, which can wait."""
+    if request.initrd is not None or request.firmware is not None or request.modules:
+        return True
+    return request.kernel is not None and is_multiboot(request.kernel)
 
 
 def _terminal_size() -> tuple[int, int]:
@@ -132,14 +184,14 @@ def _announce(request: Request, machine: VirtualMachine) -> None:
     """One line on what runs: where someone looks, and never beside a command's output."""
     if request.verbose or (request.command is None and sys.stderr.isatty()):
         chosen = f" (auto: {machine.why})" if machine.why else ""
-        _say(f"{machine.technique}{chosen}, {machine.engine}, {request.memory} of RAM")
+        _say(f"{machine.technique}{chosen}, {machine.engine}, {format_memory(machine.memory_size)} of RAM")
     if request.verbose and machine.kept:
         _say(f"translations of earlier runs: {machine.kept}")
 
 
 def _report(request: Request, machine: VirtualMachine, outcome: Outcome) -> None:
     """How it ended, when that is not plain from what was asked for; the statistics."""
-    quiet = {StopReason.POWEROFF, StopReason.RESET, StopReason.DEBUG_EXIT, StopReason.STOPPED}
+    quiet = {StopReason.POWEROFF, StopReason.RESET, StopReason.DEBUG_EXIT, StopReason.STOPPED, StopReason.WAITING}
     if request.verbose or outcome.reason not in quiet or outcome.cut_short:
         _say(outcome.message)
     if request.firmware is not None and (request.verbose or outcome.dump):

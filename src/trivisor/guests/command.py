@@ -36,6 +36,11 @@ def end_mark(marker: bytes, status: int) -> bytes:
     return marker + b":end:%d\n" % status
 
 
+def ready_mark(word: bytes) -> bytes:
+    """Return what a guest that waits for a command sends when it has begun to (`trivisor.guests.waiting`)."""
+    return word + b":waits\n"
+
+
 class CommandOutput:
     """Takes the serial line's bytes as they come and passes on those that are the command's output."""
 

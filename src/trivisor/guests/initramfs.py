@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from trivisor.guests import cpio
 from trivisor.guests.attached import NOTHING_ATTACHED, Attached
-from trivisor.guests.command import begin_mark, end_mark
+from trivisor.guests.command import begin_mark, end_mark, ready_mark
 
 
 def console_command_line(console: str = "ttyS0") -> str:
@@ -49,7 +49,7 @@ dev /dev devtmpfs defaults 0 0
 """
 
 _SHELL = """\
-{size}echo
+echo
 echo "A shell on busybox; \\"exit\\" powers the machine off."
 setsid -c sh </dev/{console} >/dev/{console} 2>&1
 {power_off}
@@ -81,15 +81,32 @@ echo "uptime: $up s"
 
 # The marker stands here in halves: a command that prints this file must not print a mark.
 # The shell's own words on a killed command ("Segmentation fault") are not the command's output.
-_COMMAND = """\
-stty raw -echo </dev/{console}
+_MARKER = """\
 first={first} second={second}
+"""
+
+_RUN = """\
 echo "$first$second{begin}"
 exec 3>&2 2>/dev/null
-(set -- {arguments}
-exec -- "$@") </dev/null 2>&3 3>&-
+(exec -- "$@") </dev/null 2>&3 3>&-
 echo "$first$second{end}$?"
 {power_off}
+"""
+
+
+# What is read is a line of shell that calls one of the two functions: there is little to type, at 115,200 baud.
+_WAIT = """\
+run() {{
+{run}}}
+shell() {{
+echo 7 >/proc/sys/kernel/printk
+stty sane "$@" </dev/{console}
+{shell}}}
+echo 1 >/proc/sys/kernel/printk
+stty 115200 raw -echo </dev/{console}
+{marker}echo "$first$second{waits}"
+IFS= read -r line </dev/{console}
+eval "$line"
 """
 
 
@@ -102,18 +119,22 @@ def default_initramfs(
     terminal_size: tuple[int, int] | None = None,
     console: str = "ttyS0",
     attached: Attached = NOTHING_ATTACHED,
+    waits_as: bytes = b"",
 ) -> bytes:
     """Return a cpio archive whose /init does what one run is for, then powers the machine off.
 
     With `command`, /init runs that argument list and encloses its output in
     marks made from `marker` (see `trivisor.guests.command`); boot it with
     `command_command_line`.  Without, `interactive` gives a shell on the `console` device, as
-    large as `terminal_size` (rows, columns) says; otherwise the guest reports
+    large as `terminal_size` (rows, columns) says; with a word `waits_as` it waits
+    to be told what to run (`trivisor.guests.waiting`); otherwise the guest reports
     on itself.  What is `attached` is made ready first.  Raises ValueError for an
     argument that no process can be given.
     """
     if command is not None:
         action = _command_script(command, marker, console)
+    elif waits_as:
+        action = _wait_script(waits_as, console)
     elif interactive:
         action = _shell_script(terminal_size, console)
     else:
@@ -155,27 +176,41 @@ def _shell_script(terminal_size: tuple[int, int] | None, console: str) -> bytes:
     if terminal_size is not None:
         rows, columns = terminal_size
         size = f"stty rows {int(rows)} cols {int(columns)} </dev/{console}\n"
-    return _SHELL.format(size=size, console=console, power_off=_POWER_OFF).encode()
+    return (size + _SHELL.format(console=console, power_off=_POWER_OFF)).encode()
 
 
 def _command_script(command: Sequence[str], marker: bytes, console: str) -> bytes:
+    check_command(command)
+    return os.fsencode(
+        f"stty raw -echo </dev/{console}\n{_marker(marker)}set -- {' '.join(map(_quote, command))}\n{_run_script()}"
+    )
+
+
+def _wait_script(word: bytes, console: str) -> bytes:
+    shell = _SHELL.format(console=console, power_off=_POWER_OFF)
+    waits = ready_mark(b"").decode().rstrip()
+    script = _WAIT.format(run=_run_script(), shell=shell, marker=_marker(word), waits=waits, console=console)
+    return script.encode()
+
+
+def check_command(command: Sequence[str]) -> None:
+    """Raise ValueError for an argument list that no process can be given."""
     if not command:
         raise ValueError("the command is empty")
-    if not marker.isalnum() or len(marker) < 2:
-        raise ValueError("the marker must be letters and digits")
     if any("\0" in argument for argument in command):
         raise ValueError("an argument of a command cannot hold a NUL character")
-    word = marker.decode()
-    script = _COMMAND.format(
-        console=console,
-        first=word[: len(word) // 2],
-        second=word[len(word) // 2 :],
-        begin=begin_mark(b"").decode().rstrip("\n"),
-        end=end_mark(b"", 0).decode().rstrip("0\n"),
-        arguments=" ".join(map(_quote, command)),
-        power_off=_POWER_OFF,
-    )
-    return os.fsencode(script)
+
+
+def _marker(word: bytes) -> str:
+    if not word.isalnum() or len(word) < 2:
+        raise ValueError("the marker must be letters and digits")
+    text = word.decode()
+    return _MARKER.format(first=text[: len(text) // 2], second=text[len(text) // 2 :])
+
+
+def _run_script() -> str:
+    begin, end = begin_mark(b"").decode().rstrip("\n"), end_mark(b"", 0).decode().rstrip("0\n")
+    return _RUN.format(begin=begin, end=end, power_off=_POWER_OFF)
 
 
 def _quote(argument: str) -> str:

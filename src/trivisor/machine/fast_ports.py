@@ -28,7 +28,7 @@ class FastPorts:
     """The words of all ports, and the queue."""
 
     def __init__(self) -> None:
-        self._words = (ctypes.c_uint16 * _PORTS)(*[READS | DROPS | 0xFF] * _PORTS)
+        self._words = (ctypes.c_uint16 * _PORTS).from_buffer_copy((READS | DROPS | 0xFF).to_bytes(2, "little") * _PORTS)
         self.queue_port = 0
         self.on_queue: Callable[[], None] = lambda: None
         """Set by an engine; called when the queueing port was written to the slow way: it may start to queue."""

@@ -57,6 +57,8 @@ class Assembly:
         self.vcpu = vcpu
         self.keeper = keeper
         """Of the engine's translations, if they are kept."""
+        self.firmware = b""
+        """The image that ends at 4 GiB, if there is one."""
         self.kept_as = b""
         """The digest that they are kept by; empty when they are not."""
         self._more_statistics = more_statistics
@@ -114,7 +116,7 @@ def assemble(
         if plan.keep:
             machine.kept_as = _guest_digest(plan.kernel)
             machine.keeper = keeper_for(vcpu, machine.kept_as)
-        vcpu.state = _load(plan, memory, board)
+        vcpu.state = _load(plan, machine, board)
     except BaseException:
         machine.close()
         raise
@@ -165,19 +167,20 @@ def _assemble_xen(
     return machine
 
 
-def _load(plan: BootPlan, memory: GuestMemory, board: Pc) -> CpuState:
+def _load(plan: BootPlan, machine: Assembly, board: Pc) -> CpuState:
     """Put the guest into memory; the processor as its first instruction finds it.
 
     Boot protocols skip the firmware, so the MTRRs are set here as firmware leaves them.
     """
     if plan.is_firmware:
-        return firmware.load(memory, board.mmio, plan.kernel)
+        machine.firmware, state = firmware.load(machine.memory, board.mmio, plan.kernel)
+        return state
     initrd = plan.initrd.read_bytes() if isinstance(plan.initrd, Path) else plan.initrd
     with Image(plan.kernel) as image:
         if image.kind is ImageKind.MULTIBOOT:
             board.leave_bios_interrupts()
         state = load_image(
-            memory,
+            machine.memory,
             image,
             initrd=initrd,
             modules=plan.modules,

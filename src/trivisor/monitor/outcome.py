@@ -18,6 +18,7 @@ class StopReason(StrEnum):
     UNSUPPORTED = "unsupported"
     TIMEOUT = "timeout"
     STOPPED = "stopped"
+    WAITING = "waiting"
 
 
 STATUS_UNSUPPORTED = 3
@@ -32,7 +33,7 @@ _STATUS = {
     StopReason.TIMEOUT: STATUS_TIMEOUT,
 }
 
-_RESUMABLE = frozenset({StopReason.TIMEOUT, StopReason.STOPPED})
+_RESUMABLE = frozenset({StopReason.TIMEOUT, StopReason.STOPPED, StopReason.WAITING})
 
 
 @dataclass(frozen=True, slots=True)

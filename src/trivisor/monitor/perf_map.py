@@ -11,10 +11,6 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import Any, TextIO
 
-from elftools.common.exceptions import ELFError
-from elftools.elf.elffile import ELFFile
-from elftools.elf.sections import SymbolTableSection
-
 from trivisor.machine.vcpu import Vcpu
 from trivisor.translation.block_tables import STEP, Block
 from trivisor.translation.cpu import TranslationVcpu
@@ -37,6 +33,10 @@ class Symbols:
     """The functions of a guest kernel by linear address; none for files that do not tell."""
 
     def __init__(self, kernel: Path) -> None:
+        from elftools.common.exceptions import ELFError  # slow to import
+        from elftools.elf.elffile import ELFFile
+        from elftools.elf.sections import SymbolTableSection
+
         found: list[tuple[int, str]] = []
         try:
             with kernel.open("rb") as file:

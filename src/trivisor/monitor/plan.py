@@ -71,6 +71,8 @@ class Wish:
     progress: Progress = lambda what, part: None
     hardware: Hardware = Hardware()
     keep: bool = True
+    waiting: bool = False
+    """The default user space waits to be told what to run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,8 @@ class BootPlan:
     modules: tuple[tuple[Path, str], ...]
     marker: bytes = b""
     """The word that encloses a command's output on the console; empty when there is no command."""
+    waits_as: bytes = b""
+    """The word of the guest that waits (`guests.waiting`); empty when it does not."""
     hardware: Hardware = Hardware()
     is_firmware: bool = False
     keep: bool = False
@@ -103,9 +107,13 @@ def make_plan(wish: Wish) -> BootPlan:
 def _boot(wish: Wish) -> BootPlan:
     if wish.command is not None and not wish.command:
         raise BadPlan("the command is empty")
+    if wish.waiting and (wish.command is not None or wish.firmware or wish.initrd or wish.modules):
+        raise BadPlan("the default user space alone can wait for what to run: leave out command and initrd")
     if wish.firmware is not None:
         return _firmware_plan(wish.firmware, wish)
-    if wish.kernel is not None and _kind(wish.kernel) is ImageKind.MULTIBOOT:
+    if wish.kernel is not None and is_multiboot(wish.kernel):
+        if wish.waiting:
+            raise BadPlan("a multiboot kernel cannot wait for what to run")
         return _multiboot_plan(wish.kernel, wish)
     if wish.modules:
         raise BadPlan("modules are for multiboot kernels")
@@ -133,6 +141,11 @@ def _kind(kernel: Path) -> ImageKind | None:
         return image.kind
 
 
+def is_multiboot(kernel: Path) -> bool:
+    """Whether an image is a multiboot kernel; raises ImageError or OSError."""
+    return _kind(kernel) is ImageKind.MULTIBOOT
+
+
 def _multiboot_plan(kernel: Path, wish: Wish) -> BootPlan:
     if wish.command is not None:
         raise BadPlan("a command needs a Linux guest")
@@ -151,6 +164,7 @@ def _default_user_space(wish: Wish) -> BootPlan:
         DISK_NAMES[: len(wish.hardware.disks)],
     )
     marker = b"" if wish.command is None else new_marker()
+    waits_as = new_marker() if wish.waiting else b""
     initramfs = default_initramfs(
         guest.busybox.read_bytes(),
         wish.command,
@@ -159,9 +173,10 @@ def _default_user_space(wish: Wish) -> BootPlan:
         terminal_size=wish.terminal_size,
         console=wish.console,
         attached=attached,
+        waits_as=waits_as,
     )
     command_line = (console_command_line if wish.command is None else command_command_line)(wish.console)
-    return BootPlan(wish.kernel or guest.kernel, initramfs, _joined(command_line, wish.append), (), marker)
+    return BootPlan(wish.kernel or guest.kernel, initramfs, _joined(command_line, wish.append), (), marker, waits_as)
 
 
 def _joined(command_line: str, append: str | None) -> str:

@@ -28,3 +28,8 @@ def parse_memory(text: str | int) -> int:
     if size % PAGE_SIZE:
         raise ValueError(f"memory must be a whole number of 4 KiB pages, not {text}")
     return size
+
+
+def format_memory(size: int) -> str:
+    """Bytes of RAM as people write them: "512M", or in K when they are no whole number of MiB."""
+    return f"{size // MIB}M" if size % MIB == 0 else f"{size >> 10}K"

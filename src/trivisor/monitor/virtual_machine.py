@@ -7,12 +7,14 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from trivisor.guests import waiting as waiting_guest
 from trivisor.guests.command import CommandOutput
+from trivisor.guests.waiting import ReadyMark
 from trivisor.machine.exits import Exit, Halt
 from trivisor.machine.footprint import footprint
 from trivisor.machine.state import CpuState
@@ -21,15 +23,19 @@ from trivisor.monitor.assembly import Assembly, assemble
 from trivisor.monitor.attachments import DiskName
 from trivisor.monitor.console import Console, Deadline, Pattern, compile_pattern
 from trivisor.monitor.endings import by_device, by_processor, with_command
-from trivisor.monitor.handover import change_technique
+from trivisor.monitor.handover import EXCHANGEABLE, change_technique
 from trivisor.monitor.linear import read_linear
 from trivisor.monitor.outcome import Outcome, StopReason
-from trivisor.monitor.perf_map import open_perf_map
-from trivisor.monitor.plan import Progress, Wish, make_hardware, make_plan
+from trivisor.monitor.plan import Hardware, Progress, Wish, make_hardware, make_plan
 from trivisor.monitor.signals import attention
 from trivisor.monitor.sizes import parse_memory
+from trivisor.monitor.snapshot_file import SnapshotFile, write_snapshot
+from trivisor.monitor.snapshots import extra, remember, restore
 from trivisor.monitor.statistics import add_counters
-from trivisor.monitor.techniques import Needs, TechniqueUnavailable, choose
+from trivisor.monitor.techniques import Choice, Needs, TechniqueUnavailable, choose
+
+if TYPE_CHECKING:
+    from trivisor.monitor.perf_map import PerfMap
 
 Module = str | os.PathLike[str] | tuple[str | os.PathLike[str], str]
 """A multiboot module: its file, or its file and command line."""
@@ -58,7 +64,9 @@ class VirtualMachine:
     "FILE,readonly", which only paravirtualization has.  `keep_translations`: what the
     translator made is kept in the user's cache for the next run of the kernel.
     `perf_map` is a file in which Linux's perf finds the names of translated code
-    (`/tmp/perf-PID.map`), complete once the machine is closed.
+    (`/tmp/perf-PID.map`), complete once the machine is closed.  With `waiting`
+    the default user space comes up and waits: `run` ends with `StopReason.WAITING`,
+    and a `snapshot` taken then can be `restore`d to a shell or to any command.
 
     Raises ValueError or OSError for a guest that cannot be loaded,
     `guests.debian.GuestUnavailable` when the default guest cannot be fetched,
@@ -91,11 +99,14 @@ class VirtualMachine:
         disks: Sequence[DiskName] = (),
         keep_translations: bool = True,
         perf_map: str | os.PathLike[str] | None = None,
+        waiting: bool = False,
     ) -> None:
         hardware = make_hardware(devices, cpu, disks)
         choice = choose(technique, Needs(hardware.cpu, perf_map is not None, hardware.xen_device))
-        self._technique, self.why = choice.technique.name, choice.why
-        self._memory_size = parse_memory(memory)
+        memory_size = parse_memory(memory)
+        name = choice.technique.name
+        if waiting and name not in EXCHANGEABLE:
+            raise TechniqueUnavailable(f"a guest of technique {name} cannot be put into a snapshot")
         wish = Wish(
             kernel=None if kernel is None else Path(kernel),
             initrd=None if initrd is None else Path(initrd),
@@ -105,16 +116,95 @@ class VirtualMachine:
             command=command,
             interactive=interactive,
             terminal_size=terminal_size,
-            console="hvc0" if self._technique == "paravirt" else "ttyS0",
+            console="hvc0" if name == "paravirt" else "ttyS0",
             progress=progress,
             hardware=hardware,
             keep=keep_translations,
+            waiting=waiting,
         )
-        self._plan = make_plan(wish)
-        self._no_reboot = no_reboot or command is not None
+        plan = make_plan(wish)
+        names = None
+        if perf_map is not None:
+            from trivisor.monitor.perf_map import open_perf_map
+
+            names = open_perf_map(Path(perf_map), plan.kernel)
+        self._set_up(
+            lambda: assemble(plan, memory_size, self._technique, self._printed, self._kick),
+            choice,
+            hardware,
+            serial,
+            marker=plan.marker,
+            waits_as=plan.waits_as,
+            no_reboot=no_reboot or command is not None,
+            perf_map=names,
+        )
+
+    @classmethod
+    def restore(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        technique: str = "auto",
+        command: Sequence[str] | None = None,
+        serial: Callable[[bytes], None] | None = None,
+        terminal_size: tuple[int, int] | None = None,
+        keep_translations: bool = True,
+    ) -> Self:
+        """The machine that `snapshot` wrote into a file, at the moment at which it was written.
+
+        A guest that waited (`waiting`) starts a shell, or `command` and nothing
+        else.  Parameters are those of the constructor; the file has all the others.
+        A restored guest that reboots has come to its end.
+
+        Raises `SnapshotError`, a ValueError, for a file that is none, damaged, of
+        another format, or of a processor that this host cannot stand for; OSError;
+        and `TechniqueUnavailable`.
+        """
+        choice = choose(technique)
+        with closing(SnapshotFile(Path(path))) as file:
+            about = extra(file)
+            if choice.technique.name not in EXCHANGEABLE:
+                raise TechniqueUnavailable(f"a snapshot cannot go on under {choice.technique.name}")
+            line = b""
+            if about.waits_as:
+                line = waiting_guest.line(command, terminal_size)
+            elif command is not None:
+                raise file.error("its guest does not wait for a command; `trivisor run --snapshot` makes one that does")
+            machine = cls.__new__(cls)
+            machine._set_up(
+                lambda: restore(file, machine._technique, machine._printed, machine._kick, keep=keep_translations),
+                choice,
+                about.hardware,
+                serial,
+                marker=b"" if command is None else about.waits_as,
+                no_reboot=True,
+            )
+            machine._console.write(line)
+        return machine
+
+    def _set_up(
+        self,
+        build: Callable[[], Assembly],
+        choice: Choice,
+        hardware: Hardware,
+        serial: Callable[[bytes], None] | None,
+        *,
+        marker: bytes,
+        no_reboot: bool,
+        waits_as: bytes = b"",
+        perf_map: PerfMap | None = None,
+    ) -> None:
+        """Begin with a machine that `build` makes, and makes again after a reset."""
+        self._build = build
+        self._technique, self.why = choice.technique.name, choice.why
+        self._hardware = hardware
+        self._no_reboot = no_reboot
         self._serial = None if serial is None else self._guard(serial)
         self._console = Console()
-        self._command = CommandOutput(self._plan.marker, self._show) if self._plan.marker else None
+        self._command = CommandOutput(marker, self._show) if marker else None
+        self._waits_as = waits_as
+        self._ready_mark: ReadyMark | None = None
+        self._waits = self._begins_to_wait = False
         self._subscribers: list[tuple[type, Callable[[Any], None]]] = []
         self._running = threading.Lock()
         self._attention = threading.Event()
@@ -126,11 +216,14 @@ class VirtualMachine:
         self._earlier_counters: dict[str, Any] = {}
         self._kickable: Vcpu | None = None
         self._kick_lock = threading.RLock()  # a signal handler may kick while its own thread holds it
-        self._perf_map = None if perf_map is None else open_perf_map(Path(perf_map), self._plan.kernel)
+        self._perf_map = perf_map
         self._machine = self._switch_on()
 
     def _switch_on(self) -> Assembly:
-        machine = assemble(self._plan, self._memory_size, self._technique, self._printed, self._kick)
+        if self._waits_as:
+            self._ready_mark = ReadyMark(self._waits_as, self._show, self._waits_now)
+            self._waits = False
+        machine = self._build()
         for exit_type, callback in self._subscribers:
             machine.vcpu.observed.setdefault(exit_type, []).append(callback)
         if self._perf_map is not None:
@@ -211,6 +304,9 @@ class VirtualMachine:
                     return Outcome(StopReason.STOPPED, "stopped")
                 if expired.is_set():
                     return Outcome(StopReason.TIMEOUT, f"the guest still ran after {timeout:g} s")
+                if self._begins_to_wait:
+                    self._begins_to_wait = False
+                    return Outcome(StopReason.WAITING, "the guest waits for what it is to run")
                 self._before_entry()
                 self._is_sound = False
                 exit_ = self._machine.vcpu.run()
@@ -304,10 +400,16 @@ class VirtualMachine:
 
     def _printed(self, data: bytes) -> None:
         """The serial port's output, in the vCPU's thread."""
-        if self._command is None:
+        if self._ready_mark is not None:
+            self._ready_mark.feed(data)
+        elif self._command is None:
             self._show(data)
         else:
             self._command.feed(data)
+
+    def _waits_now(self) -> None:
+        self._waits = self._begins_to_wait = True
+        self._kick()
 
     def _show(self, data: bytes) -> None:
         """The output that the machine's owner sees."""
@@ -323,6 +425,8 @@ class VirtualMachine:
 
     def write(self, data: str | bytes) -> None:
         """Type `data` on the serial console; from any thread."""
+        self._waits = False
+        self._ready_mark = None
         self._console.write(data.encode() if isinstance(data, str) else data)
         self._kick()
 
@@ -372,18 +476,41 @@ class VirtualMachine:
                 return
             if self._perf_map is not None:
                 raise TechniqueUnavailable("a perf map is of translations: leave one of them out")
-            if not self._is_sound:
-                raise RuntimeError("the last run ended in an error: the processor's state may be anything")
+            self._require_sound()
             machine = self._machine
             counters = machine.statistics()
             with self._kick_lock:
                 self._kickable = None
             try:
-                change_technique(machine, chosen, self._plan.hardware)
+                change_technique(machine, chosen, self._hardware)
             finally:
                 self._kickable = machine.vcpu
             add_counters(self._earlier_counters, counters)
             self._technique = chosen
+
+    # Snapshots
+
+    def snapshot(self, path: str | os.PathLike[str]) -> int:
+        """Write the whole machine into a file, between runs, and return the file's length in bytes.
+
+        `restore` makes a machine of it that goes on from here; this one can go on
+        too.  The file is there whole or not at all, and only its owner may read
+        it, since it has the guest's memory.  Raises OSError when it cannot be written,
+        `TechniqueUnavailable` for a PV guest, ValueError for a machine that runs a
+        command or has come to its end.
+        """
+        with self._exclusively():
+            if self._ended is not None:
+                raise ValueError(f"there is nothing to put into a snapshot: {self._ended.message}")
+            if self._command is not None:
+                raise ValueError("a machine that runs a command cannot be put into a snapshot")
+            self._require_sound()
+            remembered = remember(self._machine, self._hardware, self._waits_as if self._waits else b"")
+            return write_snapshot(Path(path), remembered, self._machine.memory)
+
+    def _require_sound(self) -> None:
+        if not self._is_sound:
+            raise RuntimeError("the last run ended in an error: the processor's state may be anything")
 
     # Inspection
 
@@ -443,6 +570,11 @@ class VirtualMachine:
         """What was found of earlier runs' translations, in a few words; empty when they are not kept."""
         keeper = self._machine.keeper
         return "" if keeper is None else keeper.state
+
+    @property
+    def memory_size(self) -> int:
+        """Bytes of RAM."""
+        return self._machine.memory.size
 
     @property
     def technique(self) -> str:

@@ -14,7 +14,7 @@ from rich.console import Console
 from bench import report
 from bench.boot import Boots, qemu_command
 from bench.process import Failed, Timing, time_to_line
-from bench.verdict import print_memory
+from bench.verdict import print_memory, print_restored
 
 
 def script(text: str) -> list[str]:
@@ -105,3 +105,11 @@ def test_qemu_gets_the_same_guest(tmp_path) -> None:
     assert command[command.index("-accel") + 1] == "tcg"
     assert command[command.index("-m") + 1] == "512"
     assert command[command.index("-append") + 1] == "console=ttyS0 panic=-1"
+
+
+def test_the_verdict_on_restored_guests() -> None:
+    for seconds, says in (([0.4, 0.6, 0.45], "0.45 s (median) (must be at most 0.5): met"), ([0.6], "not met"), ([], "")):
+        out = io.StringIO()
+        print_restored(Console(file=out, width=120), seconds)
+        assert says in out.getvalue()
+        assert bool(out.getvalue()) == bool(seconds)

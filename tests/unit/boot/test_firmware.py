@@ -17,7 +17,8 @@ def test_the_image_ends_at_4_gib_and_at_1_mib(tmp_path: Path, size: int) -> None
     path, memory, mmio = tmp_path / "bios.bin", GuestMemory(16 << 20), Bus("memory")
     data = bytes(i * 7 & 0xFF for i in range(0x1000)) * (size // 0x1000 - 1) + bytes(range(256)) * 16
     path.write_bytes(data)
-    state = firmware.load(memory, mmio, path)
+    image, state = firmware.load(memory, mmio, path)
+    assert image == data
     assert state == CpuState()
     assert state.cs.base + state.rip == 0xFFFFFFF0
     assert mmio.contents(0x1_0000_0000 - size, size) == data

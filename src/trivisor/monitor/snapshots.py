@@ -1,0 +1,197 @@
+"""A machine into a snapshot and out of it: what is remembered beside the RAM, and a machine built from that.
+
+Guest time stands still in a snapshot: clock and time-stamp counter go on from
+where they were, so no guest sees them jump.  The clock chip alone tells the
+host's date, as one that has its battery.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from trivisor.boot import firmware
+from trivisor.machine import tsc
+from trivisor.machine.clock import Clock
+from trivisor.machine.cpuid import GuestCpuid
+from trivisor.machine.memory import GuestMemory
+from trivisor.machine.saving import Saved
+from trivisor.machine.state_values import load_cpuid, load_state, save_cpuid, save_state
+from trivisor.monitor.assembly import Assembly, keeper_for, make_vcpu
+from trivisor.monitor.handover import EXCHANGEABLE
+from trivisor.monitor.plan import DEVICES, Hardware
+from trivisor.monitor.snapshot_file import SnapshotFile
+from trivisor.monitor.techniques import TechniqueUnavailable
+from trivisor.pc import Pc
+from trivisor.x86.cpuid import FEATURES, host_cpuid, host_xgetbv
+from trivisor.x86.msr import IA32_TIME_STAMP_COUNTER
+
+_FREQUENCY_TOLERANCE: Final = 100
+"""The TSC's frequency may differ by one part in so many; more would have the guest's time run wrong."""
+_DIGEST = 32
+_MARKER = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """What the monitor itself remembers of a machine."""
+
+    hardware: Hardware
+    technique: str
+    """The one that ran the machine."""
+    waits_as: bytes
+    """The word of the guest that waits for what to run (`guests.waiting`); empty for any other."""
+
+
+def remember(machine: Assembly, hardware: Hardware, waits_as: bytes) -> Saved:
+    """All that a machine remembers beside its RAM; raises `TechniqueUnavailable` for a PV domain."""
+    vcpu, board = machine.vcpu, machine.board
+    if not isinstance(board, Pc):
+        raise TechniqueUnavailable(f"a guest of technique {vcpu.technique} cannot be put into a snapshot")
+    state = vcpu.state
+    del state.msrs[IA32_TIME_STAMP_COUNTER]
+    counter, now = tsc.read() + vcpu.tsc_offset & (1 << 64) - 1, board.clock.now()
+    return {
+        "technique": vcpu.technique,
+        "memory": machine.memory.size,
+        "devices": sorted(hardware.devices),
+        "firmware": machine.firmware.hex(),
+        "tsc": counter,
+        "tsc_frequency": board.tsc_frequency,
+        "now": now,
+        "cpuid": save_cpuid(vcpu.guest_cpuid),
+        "processor": save_state(state),
+        "board": board.save(),
+        "kept_as": machine.kept_as.hex(),
+        "waits_as": waits_as.decode(),
+    }
+
+
+def extra(file: SnapshotFile) -> Extra:
+    """The monitor's own part; raises `SnapshotError`."""
+    saved = file.remembered
+    try:
+        devices = saved.get("devices")
+        if not isinstance(devices, list) or not all(device in DEVICES for device in devices):
+            raise ValueError("it has devices that are not known")
+        technique = _text(saved, "technique", 16)
+        if technique not in EXCHANGEABLE:
+            raise ValueError(f"there is no technique {technique!r}")
+        word = _text(saved, "waits_as", _MARKER)
+        if word and not (word.isascii() and word.isalnum()):
+            raise ValueError("waits_as is no word")
+        return Extra(Hardware(frozenset(devices)), technique, word.encode())
+    except ValueError as error:
+        raise file.error(f"cannot be restored: {error}") from None
+
+
+def restore(
+    file: SnapshotFile,
+    technique: str,
+    serial_output: Callable[[bytes], None],
+    on_stop: Callable[[], None],
+    *,
+    keep: bool,
+) -> Assembly:
+    """The machine of a snapshot, ready to go on; raises `SnapshotError`, and ValueError or OSError of the host's."""
+    try:
+        return _restore(file, file.remembered, technique, serial_output, on_stop, keep)
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        if type(error).__name__ == "SnapshotError":
+            raise
+        raise file.error(f"cannot be restored: {error}") from None
+
+
+def _restore(
+    file: SnapshotFile,
+    saved: Saved,
+    technique: str,
+    serial_output: Callable[[bytes], None],
+    on_stop: Callable[[], None],
+    keep: bool,
+) -> Assembly:
+    cpuid = load_cpuid(saved.get("cpuid"), host_cpuid, host_xgetbv())
+    state = load_state(saved.get("processor"), cpuid)
+    frequency = _frequency(saved)
+    memory = GuestMemory(_integer(saved, "memory"))
+    loading = file.begin_loading(memory)  # goes on beside what Python has to do
+    try:
+        board = _board(memory, saved, cpuid, frequency, serial_output, on_stop)
+        rom = bytes.fromhex(_text(saved, "firmware", 2 * firmware.MAXIMUM_SIZE))
+        if rom:
+            firmware.attach(board.mmio, rom)
+        vcpu = make_vcpu(technique, board, extra(file).hardware, cpuid)
+    except BaseException:
+        loading.cancel()
+        memory.close()
+        raise
+    machine = Assembly(memory, board, vcpu)
+    try:
+        machine.firmware = rom
+        machine.kept_as = bytes.fromhex(_text(saved, "kept_as", 2 * _DIGEST)) if keep else b""
+        machine.keeper = keeper_for(vcpu, machine.kept_as)
+        loading.finish()
+        board.load(_part(saved, "board"))
+        vcpu.state = state
+        # Both at once, and last: from here on guest time runs.
+        vcpu.tsc_offset = _integer(saved, "tsc") - tsc.read()
+        board.clock.elapsed = _integer(saved, "now")
+    except BaseException:
+        loading.cancel()
+        machine.close()
+        raise
+    return machine
+
+
+def _board(
+    memory: GuestMemory,
+    saved: Saved,
+    cpuid: GuestCpuid,
+    frequency: int,
+    serial_output: Callable[[bytes], None],
+    on_stop: Callable[[], None],
+) -> Pc:
+    return Pc(
+        memory,
+        Clock(),
+        serial_output=serial_output,
+        tsc=tsc.read,
+        tsc_frequency=frequency,
+        on_stop=on_stop,
+        test_device="pc-testdev" in saved["devices"],
+        absent=frozenset(FEATURES) - cpuid.features,
+        leaves_data=False,  # it is in the snapshot, if the guest has left it
+    )
+
+
+def _frequency(saved: Saved) -> int:
+    """The guest's TSC frequency in Hz, which must be the host's."""
+    frequency, here = _integer(saved, "tsc_frequency"), tsc.frequency()
+    if abs(frequency - here) * _FREQUENCY_TOLERANCE > here:
+        raise ValueError(
+            f"it was made where the time-stamp counter runs at {frequency / 1e6:.0f} MHz, and here it does at "
+            f"{here / 1e6:.0f} MHz"
+        )
+    return frequency
+
+
+def _integer(saved: Saved, name: str) -> int:
+    value: Any = saved.get(name)
+    if type(value) is not int or value < 0 or value >> 64:
+        raise ValueError(f"{name} is no number")
+    return value
+
+
+def _part(saved: Saved, name: str) -> Saved:
+    value: Any = saved.get(name)
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is missing")
+    return value
+
+
+def _text(saved: Saved, name: str, longest: int) -> str:
+    value: Any = saved.get(name)
+    if not isinstance(value, str) or len(value) > longest:
+        raise ValueError(f"{name} is no text")
+    return value

@@ -110,11 +110,11 @@ def _run(request: Request, interruption: Interruption) -> int:
 
 def _run_on(request: Request, machine: VirtualMachine, interruption: Interruption) -> Outcome:
     """Run to the end, with a snapshot whenever there is cause for one."""
+    if request.snapshot is None:
+        return machine.run(request.timeout)
     deadline = None if request.timeout is None else time.monotonic() + request.timeout
     while True:
         outcome = machine.run(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        if request.snapshot is None:
-            return outcome
         if outcome.reason is StopReason.WAITING:
             machine.run(_SETTLE_SECONDS)
             _write_snapshot(request.snapshot, machine)

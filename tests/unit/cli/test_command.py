@@ -33,7 +33,7 @@ Behaviour = Callable[["FakeMachine"], Outcome]
 class FakeMachine:
     """Stands for VirtualMachine; `behaviour` is what its guest does."""
 
-    technique, engine, why = "translation", "fake", ""
+    technique, engine, why, memory_size = "translation", "fake", "", 512 << 20
     behaviour: Behaviour = staticmethod(lambda machine: POWERED_OFF)
     made: FakeMachine
 

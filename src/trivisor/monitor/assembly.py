@@ -61,6 +61,8 @@ class Assembly:
         """The image that ends at 4 GiB, if there is one."""
         self.kept_as = b""
         """The digest that they are kept by; empty when they are not."""
+        self.booted_as = b""
+        """Of a restored guest: the one by which those of its boot are."""
         self._more_statistics = more_statistics
         self._close_devices = close_devices
         """Ends the devices' threads, which use memory and call the vCPU."""
@@ -216,8 +218,8 @@ def _guest_digest(kernel: Path, flavour: bytes = b"") -> bytes:
     return digest.digest()
 
 
-def keeper_for(vcpu: Vcpu, guest: bytes) -> Keeper | None:
-    """What keeps the translations of the guest of a digest; None without a digest or a place, or other techniques."""
+def keeper_for(vcpu: Vcpu, guest: bytes, booted: bytes = b"") -> Keeper | None:
+    """What keeps the translations of a guest (`Keeper`); None without a digest or a place, or if there are none."""
     from trivisor.translation.cpu import TranslationVcpu
     from trivisor.translation.keeper import Keeper
 
@@ -227,4 +229,4 @@ def keeper_for(vcpu: Vcpu, guest: bytes) -> Keeper | None:
         directory = user_cache() / "translations"
     except RuntimeError:
         return None
-    return Keeper(vcpu.blocks, directory, guest)
+    return Keeper(vcpu.blocks, directory, guest, booted)

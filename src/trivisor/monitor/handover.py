@@ -29,7 +29,7 @@ def change_technique(machine: Assembly, technique: str, hardware: Hardware) -> N
     if machine.keeper is not None:
         machine.keeper.close()
     machine.vcpu = new
-    machine.keeper = keeper_for(new, machine.kept_as)
+    machine.keeper = keeper_for(new, machine.kept_as, machine.booted_as)
 
 
 def _successor(old: Vcpu, machine: Assembly, technique: str, hardware: Hardware) -> Vcpu:

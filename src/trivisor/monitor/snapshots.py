@@ -7,6 +7,7 @@ host's date, as one that has its battery.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -63,7 +64,7 @@ def remember(machine: Assembly, hardware: Hardware, waits_as: bytes) -> Saved:
         "cpuid": save_cpuid(vcpu.guest_cpuid),
         "processor": save_state(state),
         "board": board.save(),
-        "kept_as": machine.kept_as.hex(),
+        "kept_as": (machine.booted_as or machine.kept_as).hex(),
         "waits_as": waits_as.decode(),
     }
 
@@ -129,8 +130,10 @@ def _restore(
     machine = Assembly(memory, board, vcpu)
     try:
         machine.firmware = rom
-        machine.kept_as = bytes.fromhex(_text(saved, "kept_as", 2 * _DIGEST)) if keep else b""
-        machine.keeper = keeper_for(vcpu, machine.kept_as)
+        machine.booted_as = bytes.fromhex(_text(saved, "kept_as", 2 * _DIGEST)) if keep else b""
+        if machine.booted_as:
+            machine.kept_as = hashlib.sha256(machine.booted_as + b"restored").digest()
+        machine.keeper = keeper_for(vcpu, machine.kept_as, machine.booted_as)
         loading.finish()
         board.load(_part(saved, "board"))
         vcpu.state = state

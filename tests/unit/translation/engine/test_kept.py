@@ -380,3 +380,28 @@ def test_several_that_write_and_read_at_once(tmp_path: Path) -> None:
         for writer in writers:
             writer.join()
     assert [found.name for found in tmp_path.iterdir()] == ["x.kept"]
+
+
+def test_a_restored_guest_begins_with_its_boots_translations_and_keeps_those_it_uses(
+    machine: Make, keep: Kept, tmp_path: Path
+) -> None:
+    def restored() -> tuple[Machine, Keeper]:
+        m = machine(f"mov edi, {FAR}\n xor ecx, ecx\n call rdi\n hlt")
+        m.put(FUNCTION, FAR)
+        return m, Keeper(m.vcpu.blocks, tmp_path / "translations", b"restored", GUEST)
+
+    boots = first_run(keep, tmp_path)
+    m, keeper = restored()
+    m.halt()
+    assert m["rax"] == 3
+    keeper.save()
+    keeper.close()
+    (own,) = {*boots.parent.iterdir()} - {boots}
+    assert own.stat().st_size < boots.stat().st_size, "the boot's own loop is left out"
+    m, keeper = restored()
+    m.halt()
+    assert translated(m) == 0
+    before = own.stat().st_mtime_ns, own.read_bytes()
+    keeper.save()
+    assert own.read_bytes() == before[1], "nothing is new"
+    keeper.close()

@@ -14,14 +14,14 @@ from trivisor.machine.memory import PHYSICAL_ADDRESS_BITS
 from trivisor.machine.saving import Saved
 from trivisor.machine.state import SEGMENT_NAMES, CpuState, Segment, Table
 from trivisor.x86 import flags
-from trivisor.x86.control import CR0_PE, CR0_PG, CR4_PAE, CR4_PCIDE, EFER_LMA, EFER_LME
+from trivisor.x86.control import CR0_PE, CR0_PG, CR4_PAE, CR4_PCIDE, EFER_LMA, EFER_LME, XCR0_PKRU
 from trivisor.x86.cpuid import FEATURES, VENDORS, Query, features, xsave_area
 from trivisor.x86.descriptors import DB, LONG
 from trivisor.x86.paging import is_canonical
 
 _NUMBERS: Final = {
     "rip": 64, "rflags": 22, "cr0": 32, "cr2": 64, "cr3": PHYSICAL_ADDRESS_BITS, "cr4": 32, "cr8": 4, "efer": 16,
-    "xcr0": 64,
+    "xcr0": 64, "pkru": 32,
 }  # fmt: skip
 """Their widths in bits."""
 _FLAGS = ("interrupt_shadow", "halted", "nmi_blocked", "nmi_pending")
@@ -156,7 +156,7 @@ def load_cpuid(saved: Any, host: Query, host_xcr0: int) -> GuestCpuid:
         vendor=saved["vendor"],
         hidden_xcr0=_number(saved.get("hidden_xcr0"), "hidden_xcr0", 64),
     )
-    if cpuid.xcr0_supported & ~host_xcr0:
+    if cpuid.xcr0_supported & ~(host_xcr0 | XCR0_PKRU):  # PKRU is kept apart, and emulated
         raise ValueError("this host's processor lacks registers that the guest was told of")
     return cpuid
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ def long_mode_state() -> CpuState:
         cr8=3,
         efer=0xD01,
         xcr0=1,
+        pkru=0x55555554,
         msrs={0xC0000081: 0x23001000000000, 0x277: 0x7040600070406},
         xsave=bytes(area),
         halted=True,
@@ -40,6 +42,10 @@ def long_mode_state() -> CpuState:
         interrupts_pending=[0x20, 0xEC],
         exception_pending=(14, 2),
     )
+
+
+def test_nothing_of_a_state_is_left_out() -> None:
+    assert {field.name for field in fields(CpuState)} == {*save_state(CpuState())}
 
 
 def plain(value: Any) -> Any:

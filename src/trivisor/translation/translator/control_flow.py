@@ -62,7 +62,7 @@ def push(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
             number = 11
         recipe.code(f"mov {width} {at}, {name(STACK if number == RSP else number, size)}")
     elif kind == OpKind.MEMORY:
-        recipe.code(f"mov {name(11, size)}, [rsp+{SLOT}]\n mov [r10], {name(11, size)}")
+        recipe.code(f"mov {name(11, size)}, [rsp+{SLOT}]\n mov {at}, {name(11, size)}")
     else:
         value = instruction.immediate(0) & ((1 << 8 * size) - 1)
         if value >> 63:

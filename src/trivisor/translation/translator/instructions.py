@@ -461,7 +461,7 @@ class InstructionMaker:
             return
         recipe.check(size, write=write, judged=priority.may_fault_before(instruction))
         slotted = sum(number in DISPLACED for number in self._explicit_registers(instruction))
-        recipe.takes_form = slotted <= 1 and not high
+        recipe.takes_form = slotted <= 1 and not high and not memory_forms.has_pointers(instruction)
         body = self.on_host_address(instruction, high, write, access in _READS, size, offset=recipe.before)
         self._op(recipe, instruction, body)
         memory_forms.hide_pointers(recipe, instruction)

@@ -171,6 +171,11 @@ _POINTERS = {
 """What takes the x87's last instruction and operand pointers out of a stored state: they are the host's addresses."""
 
 
+def has_pointers(instruction: Instruction) -> bool:
+    """Whether the instruction stores x87 state with pointers to hide."""
+    return instruction.code in _POINTERS
+
+
 def hide_pointers(recipe: Recipe, instruction: Instruction) -> None:
     """After an instruction that has stored x87 state at [r10]."""
     if (source := _POINTERS.get(instruction.code)) is not None:

@@ -60,6 +60,30 @@ def test_one_check_serves_pushes_and_pops(machine: Make) -> None:
     assert (m["rdx"], m["rsi"], m["rsp"], m.memory.read_u64(STACK - 40)) == (2, 1, STACK, 3)
 
 
+def test_a_segment_register_is_pushed_at_its_own_place(machine: Make) -> None:
+    m = tuned(machine, "start: push gs\n push fs\n push rax\n hlt")
+    state = m.vcpu.state
+    state.fs.selector, state.gs.selector = 0x18, 0x2B
+    m.vcpu.state = state
+    for _ in range(2):  # the first time, the TLB has nothing for the group
+        for at in (8, 16, 24):
+            m.memory.write_u64(STACK - at, 0x5555555555555555)
+        m.halt("start", rax=7, rsp=STACK)
+        assert [m.memory.read_u64(STACK - at) for at in (8, 16, 24)] == [0x2B, 0x18, 7]
+    assert made(m) == 1
+
+
+def test_the_x87_environment_hides_its_pointers_at_its_own_place(machine: Make) -> None:
+    m = tuned(machine, "start: fld1\n fld qword [rbx+64]\n mov [rbx], rax\n fnstenv [rbx+16]\n hlt")
+    for _ in range(2):
+        m.memory.write(DATA, bytes([0x55]) * 64)
+        m.halt("start", rax=7, rbx=DATA)
+        image = m.memory.read(DATA, 64)
+        assert image[8:16] == bytes([0x55]) * 8 and image[44:] == bytes([0x55]) * 20
+        assert not any(image[16 + 12 : 16 + 18]) and not any(image[16 + 20 : 16 + 26])
+    assert made(m) == 1
+
+
 @pytest.mark.parametrize("above", range(0, 48, 8))
 def test_a_group_across_pages_goes_one_by_one(machine: Make, above: int) -> None:
     m = tuned(machine, "push rax\n push rbx\n push rcx\n push rdx\n pop r8\n pop r9\n pop r10\n pop r11\n hlt")

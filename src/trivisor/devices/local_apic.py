@@ -220,7 +220,7 @@ class LocalApic(Remembers):
         vector = self._irr.bit_length() - 1
         self._irr &= ~(1 << vector)
         self._isr |= 1 << vector
-        self._update()
+        self._judge()
         return vector
 
     @property
@@ -485,27 +485,31 @@ class LocalApic(Remembers):
             self._tmr |= bit
         else:
             self._tmr &= ~bit
-        self._update()
+        self._judge()
         return True
 
     def _update(self) -> None:
         """Work out again what the processor may be interrupted with, after any change (10.8.3)."""
-        virtual, irr = self.virtual, self._irr
-        if virtual.take_end():
-            self._isr &= ~(1 << self._isr.bit_length() - 1)
-        isr = self._isr
         enabled = bool(self._base & GLOBAL_ENABLE)
-        was_ready = self._ready
-        self._ready = enabled and (irr.bit_length() - 1) >> 4 > max(virtual.tpr, isr.bit_length() - 1) >> 4
-        self._allow()
+        self._judge()
         was_open = self._extint_open
         self._extint_open = (
             not enabled or self._extint_message or self._lvt[LVT_LINT0] & (MASKED | 0x700) == EXTINT << 8
         )
+        if self._extint_open and not was_open:
+            self._extint_raised()
+
+    def _judge(self) -> None:
+        """Whether the most urgent request may interrupt what is in service, after a change of either or of the TPR."""
+        virtual, irr, isr = self.virtual, self._irr, self._isr
+        if virtual.take_end():
+            isr = self._isr = isr & ~(1 << isr.bit_length() - 1)
+        was_ready = self._ready
+        priority = max(virtual.tpr, isr.bit_length() - 1)
+        self._ready = (irr.bit_length() - 1) >> 4 > priority >> 4 and bool(self._base & GLOBAL_ENABLE)
+        self._allow()
         if self._ready and not was_ready:
             self.on_pending()
-        elif self._extint_open and not was_open:
-            self._extint_raised()
 
     def _priority(self) -> int:
         """The processor priority (10.8.3.1)."""

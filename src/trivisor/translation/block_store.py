@@ -224,10 +224,10 @@ class BlockStore:
 
     def _stands_at(self, physical: int, code: bytes) -> bool:
         """Whether these bytes are there in RAM and within a page."""
-        length, memory = len(code), self.mmu.memory
-        if (physical & 0xFFF) + length > 0x1000 or not memory.is_ram(physical, length):
+        end, memory = physical + len(code), self.mmu.memory
+        if end > (physical | 0xFFF) + 1 or not (end <= memory.low_end or memory.is_ram(physical, len(code))):
             return False
-        return bytes(memory.view[physical : physical + length]) == code
+        return bytes(memory.view[physical:end]) == code
 
     def _contents(self, page: int) -> bytes:
         """A physical page as code is fetched from it: all ones where there is no memory."""

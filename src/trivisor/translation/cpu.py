@@ -88,12 +88,13 @@ _SUPERVISED = {Code.SYSCALL: -1, Code.INT_IMM8: -1, Code.INT3: BREAKPOINT}
 (
     _MODE, _NATIVE_EVENTS, _NATIVE_MSRS, _NATIVE_MMIO, _WATCHING, _OPENED_COUNT, _PENDING, _ARMED, _POLL, _GOOD, _BAD,
     _EXIT_A,
-    _EXIT_B, _FAULT_IP, _PORT_QUEUED,
+    _EXIT_B, _FAULT_IP, _PORT_QUEUED, _SAMPLE_COUNT,
 ) = (
     OFFSETS[name] // 8
     for name in (
         "MODE", "NATIVE_EVENTS", "NATIVE_MSRS", "NATIVE_MMIO", "WATCHING", "OPENED_COUNT", "PENDING", "ARMED", "POLL",
         "POLL_GOOD", "POLL_BAD", "EXIT_A", "EXIT_B", "HOST_FAULT_IP", "PORT_QUEUED",
+        "SAMPLE_COUNT",
     )
 )  # fmt: skip
 
@@ -553,7 +554,8 @@ class TranslationVcpu:
         words[_PENDING] = 0
         words[_ARMED] = words[_POLL] = words[_GOOD]
         self._waiting = False
-        self.tuner.look()
+        if words[_SAMPLE_COUNT]:
+            self.tuner.look()
         board = self.board
         board.clock.run_due()
         deadline = board.clock.next_deadline()

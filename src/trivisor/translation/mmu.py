@@ -33,6 +33,8 @@ _CR0_WP = 1 << 16
 _OPENED_COUNT, _LOCAL_COUNT = OFFSETS["OPENED_COUNT"] // 8, OFFSETS["LOCAL_COUNT"] // 8
 _KEYS, _KEYED_COUNT = OFFSETS["KEYS"] // 8, OFFSETS["KEYED_COUNT"] // 8
 _KINDS = {Access.READ: 0, Access.WRITE: KIND_WRITE, Access.EXECUTE: 8}
+_WALKED_TO_A_DEVICE = 4
+"""The native walker's outcome for a page that is not RAM."""
 _PAGING_NATIVE, _WALKED_PHYSICAL, _WALKED_LEAF, _WALKED_RIGHTS, _WALKED_NX, _WALKED_INFO = (
     OFFSETS[name] // 8
     for name in ("PAGING_NATIVE", "WALKED_PHYSICAL", "WALKED_LEAF", "WALKED_RIGHTS", "WALKED_NX", "WALKED_INFO")
@@ -138,12 +140,20 @@ class Mmu:
             return NO_KEYS
         return ProtectionKeys(core.pkru if core.cr4 & CR4_PKE else None, core.pkrs if core.cr4 & CR4_PKS else None)
 
+    def device_address(self, linear: int, kind: int) -> int | None:
+        """Where an access of `kind` (KIND_WRITE, KIND_USER) goes if that is no RAM and easily found out; else None."""
+        words = self._words
+        if not words[_PAGING_NATIVE] or self.native_walker(linear, kind) != _WALKED_TO_A_DEVICE:
+            return None
+        physical: int = words[_WALKED_PHYSICAL] | linear & 0xFFF
+        return physical
+
     def _native_walk(self, linear: int, access: Access, user: bool) -> Translation | None:
         """The same by the native walker; None for what it leaves to the exact one."""
         kind = _KINDS[access] | (KIND_USER if user else 0)
         status = self.native_walker(linear, kind)
         words = self._words
-        if status in (0, 4):
+        if status in (0, _WALKED_TO_A_DEVICE):
             info, rights = words[_WALKED_INFO], words[_WALKED_RIGHTS]
             return Translation(
                 words[_WALKED_PHYSICAL] | linear & 0xFFF,

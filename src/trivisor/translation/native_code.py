@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from trivisor.machine.memory import host_map, host_unmap
 from trivisor.translation.code_cache import CodeCache
@@ -68,11 +69,7 @@ class NativeCode:
         """A helper with the C calling convention whose first argument is the state block."""
         kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_uint64] * (arguments + 1))
         function, state = kind(self.address(label)), self._state
-        if arguments == 0:
-            return lambda: function(state)
-        if arguments == 1:
-            return lambda argument: function(state, argument)
-        return lambda *given: function(state, *given)
+        return partial(function, state)
 
     def _fill_in(self, core: Core) -> None:
         """Tell the state block where everything is."""

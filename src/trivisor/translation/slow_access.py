@@ -15,10 +15,9 @@ from iced_x86 import Code, InstructionInfoFactory, Mnemonic, OpAccess, Register
 from trivisor.machine.exits import Exit
 from trivisor.translation import wild_jumps
 from trivisor.translation.emulator.contract import UnsupportedFeature
-from trivisor.translation.emulator.operands import next_rip
 from trivisor.translation.layout import EXITS, OFFSETS
 from trivisor.translation.translator import priority
-from trivisor.translation.translator.recipe import KIND_CHUNK, KIND_JUDGED
+from trivisor.translation.translator.recipe import KIND_CHUNK, KIND_JUDGED, KIND_USER, KIND_WRITE
 from trivisor.translation.translator.registers import GPR
 from trivisor.translation.translator.vector_access import BYTE_MOVES
 from trivisor.x86.exceptions import ALIGNMENT_CHECK, GENERAL_PROTECTION, STACK_FAULT, X87_ERROR, GuestException
@@ -64,20 +63,24 @@ class Prepared:
 
 def handle(cpu: TranslationVcpu) -> Exit | None:
     """EXIT_SLOW_ACCESS: fill the TLB and go on, or do the instruction with what it needs prepared."""
+    if cpu.core.words[_EXIT_B] >> 16 == 4 and _register_access(cpu):
+        return None
     access = _access(cpu)
-    if access is None:
-        return None
-    if not access.crosses and _register_access(cpu, *access.pieces[0]):
-        return None
-    return step(cpu, [access])
+    return None if access is None else step(cpu, [access])
 
 
-def _register_access(cpu: TranslationVcpu, physical: int, size: int) -> bool:
-    """Do the plain 32-bit moves that drivers access device registers with; False for everything else."""
-    mmu, core = cpu.mmu, cpu.core
-    if size != 4 or core.debug.pages or mmu.memory.is_ram(physical & ~0xFFF, 0x1000):
+def _register_access(cpu: TranslationVcpu) -> bool:
+    """Do the plain 32-bit moves that drivers of 64-bit kernels access device registers with; False for the rest."""
+    mmu, core, mode = cpu.mmu, cpu.core, cpu.mode
+    words = core.words
+    linear, description = words[_EXIT_A], words[_EXIT_B]
+    if linear & 0xFFF > 0xFFC or core.debug.pages or mode.aligned or mode.bits != 64:
         return False
-    instruction = cpu.blocks.instruction(cpu.mode, core.linear_rip)
+    physical = mmu.device_address(linear, description & (KIND_WRITE | KIND_USER))
+    if physical is None:
+        return False
+    rip = core.linear_rip
+    instruction = cpu.blocks.instruction(mode, rip)
     code = instruction.code
     if code == Code.MOV_RM32_R32:
         mmu.write_device(physical, 4, core.regs[GPR[instruction.op1_register][0]] & 0xFFFFFFFF)
@@ -87,7 +90,7 @@ def _register_access(cpu: TranslationVcpu, physical: int, size: int) -> bool:
         mmu.write_device(physical, 4, instruction.immediate32)
     else:
         return False
-    core.rip = next_rip(core, instruction)
+    core.linear_rip = rip + instruction.len
     cpu.count("mmio access")
     return True
 

@@ -31,9 +31,9 @@ from trivisor.translation.layout import BLOCK_TABLE_ENTRIES, BLOCK_TABLE_ENTRY_S
 from trivisor.translation.mmu import Mmu
 from trivisor.translation.modes import Mode
 from trivisor.translation.native_code import NativeCode
-from trivisor.translation.shapes import ShapeTables
+from trivisor.translation.shapes import WANTS_SHAPE, WANTS_VARIANT, ShapeTables
 from trivisor.translation.translator.block import Translation
-from trivisor.translation.translator.translator import Choice, Translator
+from trivisor.translation.translator.translator import Translator, fits
 from trivisor.x86.exceptions import GuestException
 
 _NOTHING = b"\xff" * 0x1000
@@ -41,6 +41,7 @@ _TABLE = OFFSETS["BLOCK_TABLE"] // 8
 _FORGOTTEN, _COMPOSED, _COMPOSED_INSTRUCTIONS = (
     OFFSETS[name] // 8 for name in ("COUNT_FORGOTTEN", "COUNT_COMPOSED", "COMPOSED_INSTRUCTIONS")
 )
+_WANTS = OFFSETS["COMPOSER_WANTS"] // 8
 _MAXIMUM_REMEMBERED = 1 << 16
 """Decoded instructions and single-step blocks."""
 _LONGEST = 15  # bytes of an instruction
@@ -117,7 +118,7 @@ class BlockStore:
         With `plain` = PLAIN it is the one that stands in for a tuned block there.
         """
         page, _ = self.mmu.fetch(rip, mode.user_view)
-        number = self.native.find_block(rip, page | mode.key | plain)
+        number = self._find(rip, page | mode.key | plain)
         if number:
             found = Block(self.tables, number)
             if not found.second or self._has_second(found, mode):
@@ -137,12 +138,12 @@ class BlockStore:
         started = time.perf_counter_ns()
         code, second = self.code_at(mode, rip, page)
         key = page | mode.key | plain
-        number = 0
-        choice = self.translator.choose(mode, rip, code)
-        if self.shapes.composing and self.translator.teach(choice):
-            number = self.native.find_block(rip, key)
+        number = self._compose(mode, rip, key, code)
         if not number:
-            made = self._laid_out(choice)
+            made = self.translator.translate(mode, rip, code)
+            if not self._has_room(made, len(code)):
+                self.flush()
+                made = self.translator.translate(mode, rip, code)
             lasting = not (made.crosses or mode.debug) and self.mmu.memory.is_ram(page, 0x1000)
             template, start = self._keep(made, mode.key | plain, code, lasting=lasting)
             number = self.native.take_up(template, rip, key, start, second | 1 if made.crosses else 0)
@@ -150,13 +151,25 @@ class BlockStore:
         self.translating += time.perf_counter_ns() - started
         return Block(self.tables, number)
 
-    def _laid_out(self, choice: Choice) -> Translation:
-        """The block of these instructions, with room made for it."""
-        made = self.translator.lay_out(choice)
-        if not self._has_room(made, len(choice.code)):
-            self.flush()
-            made = self.translator.lay_out(choice)
-        return made
+    def _find(self, rip: int, key: int) -> int:
+        """The number of a block that is there or can be composed; 0 if there is none."""
+        self.core.words[_WANTS] = 0
+        return self.native.find_block(rip, key)
+
+    def _compose(self, mode: Mode, rip: int, key: int, code: bytes) -> int:
+        """The block's number after the composer was taught what it has wanted when `_find` failed; or 0."""
+        words = self.core.words
+        while wants := words[_WANTS]:
+            if wants == WANTS_SHAPE:
+                at = words[_WANTS + 1]
+                taught = self.translator.learn(mode, fits(rip), rip + at, code[at:])
+            else:
+                taught = self.shapes.add_variant(words[_WANTS + 1], wants - WANTS_VARIANT)
+            if not taught:
+                return 0
+            if number := self._find(rip, key):
+                return number
+        return 0
 
     def tune(self, mode: Mode, block: Block, scattered: Container[int]) -> tuple[Block, list[tuple[int, int]]] | None:
         """A better block in place of this one, with its site caches (see `Translator.tune`); None if there is none."""

@@ -243,7 +243,9 @@ _FIELDS = (
     "TEMPLATE_HEADS",
     "PAGE_BLOCKS",
     "ARCHIVE",  # host address of an earlier run's images
-    "SHAPES",  # ... of shapes.py's tables
+    "SHAPES",  # ... of shapes.py's tables, or 0 if nothing is to be composed
+    "COMPOSER_WANTS",  # what it does not know of a block: a WANTS_ constant of shapes.py, or 0 if it cannot be composed
+    "COMPOSER_WANTS_WHAT",  # ... a shape: the instruction's offset in the block; a variant: its shape's record
     "CODE_BASE",  # the code cache: host addresses of its two views, bytes in use, size
     "CODE_WRITABLE",
     "CODE_USED",

@@ -1,16 +1,17 @@
 """What the native composer knows: the recipes of instructions, where machine code can find them.
 
 A **shape** is an instruction without its constants: its bytes with displacement
-and immediate blanked out (an instruction whose code takes up its constants
-otherwise than by a patch is a shape of its own).  The translator tells of every
-recipe that it makes, and of every variant of it.  A block of nothing but known
-shapes is then put together by `natives/compose.py`, without Python, byte for
-byte as `translator/emission.py` would have done it.
+and immediate blanked out.  It may stand for its whole family (`families.py`),
+and an instruction whose code takes up its constants otherwise than by a patch is
+a shape of its own.  A block of nothing but known shapes is put together by
+`natives/compose.py`, without Python, byte for byte as `translator/emission.py`
+would have done it.  What it does not know of a block, a shape or a variant of
+one, it asks for (`WANTS_SHAPE`, `WANTS_VARIANT`).
 
 The tables are one piece of memory that only grows: list heads, the composer's
 scratch space, its tables for finding out where an instruction ends, fixed
-sequences, and then records of shapes and variants.  When it is full no more is
-told, and Python translates what is not known.
+sequences, and then records of shapes and variants.  When it is full nothing
+more is told, and Python translates what is not known.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import mmap
 from struct import Struct, pack_into
 
 from trivisor.machine.memory import host_map, host_unmap
+from trivisor.translation import families
 from trivisor.translation import instruction_lengths as lengths
 from trivisor.translation.core import Core
 from trivisor.translation.layout import OFFSETS
@@ -41,6 +43,10 @@ from trivisor.translation.translator.recipe import (
 
 _SHAPES = OFFSETS["SHAPES"] // 8
 SIZE = 32 << 20
+
+WANTS_SHAPE = 1
+WANTS_VARIANT = 8
+"""Plus the variant's index: 4 if flags are parked, plus its way."""
 HEADS = 1 << 16
 
 HASH_LOW, HASH_HIGH = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
@@ -65,7 +71,7 @@ SHAPE = {
     "S_CLOBBERS": 29,
     "S_POLLS": 30,
     "S_ENDS": 31,  # how the block ends with it: an ENDS_ constant
-    "S_EXACT": 32,  # 1: the constants are part of the bytes
+    "S_KIND": 32,  # a KIND_ constant: what is blanked in the bytes
     "S_RELATIVE": 33,  # where the distance of a branch or a rip-relative operand is: a RELATIVE_ constant
     "S_VECTOR": 34,  # of an exception; the condition of a branch
     "S_ARGUMENT": 36,  # the exception's error code; the state block's field of a helper
@@ -74,6 +80,8 @@ SHAPE = {
 }
 _SHAPE = Struct("<16sIIHBBBBBBBBBxiiIIIIIIII").pack
 NEAR = 0x8000
+KIND_SHAPE, KIND_EXACT, KIND_FAMILY = range(3)
+"""Constants; nothing; register numbers too."""
 ENDS_NOT, ENDS_JUMP, ENDS_BRANCH, ENDS_INDIRECT, ENDS_CALL_OUT, ENDS_NATIVE, ENDS_RAISE = range(7)
 RELATIVE_DISPLACEMENT, RELATIVE_IMMEDIATE, RELATIVE_EXACT = range(3)
 
@@ -81,13 +89,14 @@ VARIANT = {
     "V_CODE": 0,  # bytes of code, which begins at V_BYTES and is padded to 8
     "V_STATE": 2,  # bit 0: flags are parked afterwards; bit 1: ... where the host may fault
     "V_ABSOLUTES": 3,  # how many: {offset, 2 bytes; width; 1 if relative; distance, 4 bytes}
-    "V_PATCHES": 4,  # then: {offset, 2 bytes; width; which constant}, padded to 8 in all
-    "V_MISSES": 5,  # then those of 16 bytes, MISS
+    "V_PATCHES": 4,  # then: {offset, 2 bytes; width; which constant}
+    "V_MISSES": 5,  # last those of 16 bytes, MISS
+    "V_FIELDS": 6,  # after the patches, padded to 8 with them: {offset, 2 bytes; kind; distance}, see families.py
     "V_BYTES": 8,
 }
-_VARIANT = Struct("<HBBBBxx").pack
+_VARIANT = Struct("<HBBBBBx").pack
 _ABSOLUTE = Struct("<HBBi").pack
-_PATCH = Struct("<HBB").pack
+_PATCH = _FIELD = Struct("<HBB").pack
 MISS = {"M_JUMP_END": 0, "M_RETRY": 2, "M_KIND": 4, "M_CROSSING": 8, "M_REJOIN": 10}
 _MISS = Struct("<HHIHHxxxx").pack
 MISS_SIZE = 16
@@ -125,7 +134,11 @@ for _name, _size in {
     "C_CONSTANT_END": 8,
     "C_VARIANT": 8,  # host address of that of the instruction being done
     "C_LEFT": 8,  # instructions still to be done
-    "C_KEY": 16,
+    "C_KEY": 16,  # the instruction's bytes without its constants
+    "C_FAMILY": 16,  # ... and without register numbers
+    "C_FORM": 8,  # a form of families.py
+    "C_WHERE": 8,  # as I_WHERE
+    "C_SPECIAL": 8,  # families.SPECIAL
     "C_INSTRUCTIONS": MAXIMUM_INSTRUCTIONS * 16,
     "C_RELOCATIONS": 4 * 8192,
     "C_LOCATIONS": 4 * 2048,
@@ -135,15 +148,17 @@ for _name, _size in {
     "C_LENGTH_MASKS": 16 * 16,
     "C_ONE_BYTE": 256,
     "C_TWO_BYTES": 256,
+    "C_ONE_BYTE_FORMS": 256,
+    "C_TWO_BYTES_FORMS": 256,
     **{f"Q_{name}": SEQUENCE_SIZE for name in SEQUENCES},
 }.items():
     _AT[_name] = _at
     _at += _size
 _FIRST_RECORD = (_at + 63) & -64
 
-# Of an instruction of the block, in C_INSTRUCTIONS; of a miss, in C_MISSES.
+# Of an instruction of the block, in C_INSTRUCTIONS (offsets of ModRM, and of REX + 1, in it); of a miss, in C_MISSES.
 _LISTS = {
-    "I_SHAPE": 0, "I_POSITION": 4, "I_WAY": 8,
+    "I_SHAPE": 0, "I_POSITION": 4, "I_WAY": 8, "I_WHERE": 12, "I_MODRM": 13, "I_REX": 14,
     "O_START": 0, "O_END": 4, "O_MISS": 8, "O_POSITION": 12, "O_PARKED": 14,
 }  # fmt: skip
 
@@ -155,6 +170,9 @@ SHAPE_SYMBOLS: dict[str, int] = {
     "ENDS_JUMP": ENDS_JUMP, "ENDS_BRANCH": ENDS_BRANCH, "ENDS_INDIRECT": ENDS_INDIRECT,
     "ENDS_CALL_OUT": ENDS_CALL_OUT, "ENDS_NATIVE": ENDS_NATIVE, "ENDS_RAISE": ENDS_RAISE,
     "WAY_DEAD": DEAD, "WAY_KEPT": KEPT, "WAY_WANTED": WANTED, "WAY_UNTOUCHED": UNTOUCHED,
+    "KIND_EXACT": KIND_EXACT, "KIND_FAMILY": KIND_FAMILY, "WANTS_SHAPE": WANTS_SHAPE, "WANTS_VARIANT": WANTS_VARIANT,
+    "FORM_REG": families.REG, "FORM_BYTE": families.BYTE,
+    "FIELD_ADDRESS": families.FIELD_ADDRESS, "FIELD_OPERAND": families.FIELD_OPERAND,
     "HASH_LOW": HASH_LOW, "HASH_HIGH": HASH_HIGH, "MAXIMUM_INSTRUCTIONS": MAXIMUM_INSTRUCTIONS,
     **{
         f"LENGTH_{name}": getattr(lengths, name)
@@ -177,11 +195,17 @@ class ShapeTables:
         self.bytes = memoryview((ctypes.c_ubyte * SIZE).from_address(self._address)).cast("B")
         self._heads = self.bytes[: 4 * HEADS].cast("I")
         self._used = _FIRST_RECORD
-        self.shapes = 0
+        self._recipes: dict[int, Recipe] = {}
+        """By the offsets of their shapes' records."""
+        self._told: set[tuple[int, bool, bytes]] = set()
+        """Instructions, by mode and nearness, that were told of: to tell again would change nothing."""
         masks = b"".join((b"\xff" * length).ljust(16, b"\0") for length in range(16))
         self._put("C_LENGTH_MASKS", masks)
         self._put("C_ONE_BYTE", lengths.ONE_BYTE)
         self._put("C_TWO_BYTES", lengths.TWO_BYTES)
+        self._put("C_ONE_BYTE_FORMS", families.ONE_BYTE)
+        self._put("C_TWO_BYTES_FORMS", families.TWO_BYTES)
+        self._put("C_SPECIAL", families.SPECIAL.to_bytes(8, "little"))
         for name, code in SEQUENCES.items():
             assert len(code) < SEQUENCE_SIZE
             self._put(f"Q_{name}", code.ljust(SEQUENCE_SIZE - 1, b"\0") + bytes((len(code),)))
@@ -202,35 +226,39 @@ class ShapeTables:
         """Forget all shapes; recipes that were told must not be used any more."""
         self._heads[:] = memoryview(bytes(4 * HEADS)).cast("I")
         self._used = _FIRST_RECORD
-        self.shapes = 0
+        self._recipes.clear()
+        self._told.clear()
 
-    def tell(self, mode: Mode, near: bool, recipe: Recipe, constants: Constants, raw: bytes) -> None:
-        """What is new about a recipe; `raw` and `constants` are of an instruction that it is for."""
-        if recipe.shape < 0:
-            return
-        if recipe.shape == 0:
-            recipe.shape = self._add(mode, near, recipe, constants, raw)
-            if recipe.shape < 0:
-                return
-            if recipe.simple is not None:
-                self._add_simple(recipe, recipe.simple)
-        if recipe.told != len(recipe.variants):
-            for (parked, way), variant in recipe.variants.items():
-                ways = ((False, DEAD), (True, DEAD)) if way == DEAD else ((parked, way),)
-                if not self._variant_at(recipe.shape, *ways[0]):
-                    at = self._add_variant(variant, variant.parked, variant.fault_parked)
-                    for place in ways:
-                        self._set_variant(recipe.shape, *place, at)
-            recipe.told = len(recipe.variants)
+    def tell(self, mode: Mode, near: bool, recipe: Recipe, constants: Constants, raw: bytes) -> bool:
+        """Make the shape of an instruction known; whether there is anything new."""
+        if (mode.key, near, raw) in self._told:
+            return False
+        self._told.add((mode.key, near, raw))
+        shape = self._add(mode, near, recipe, constants, raw)
+        if not shape:
+            return False
+        self._recipes[shape] = recipe
+        if recipe.simple is not None:
+            self._add_simple(shape, recipe, recipe.simple)
+        return True
+
+    def add_variant(self, shape: int, index: int) -> bool:
+        """Make a variant of a shape known, as `WANTS_VARIANT` has it; whether it could be."""
+        parked, way = bool(index >> 2), index & 3
+        variant = self._recipes[shape].variant_for(parked, way)
+        at = self._add_variant(variant, variant.parked, variant.fault_parked)
+        for place in ((False, DEAD), (True, DEAD)) if way == DEAD else ((parked, way),):
+            self._set_variant(shape, *place, at)
+        return at > 0
 
     def _add(self, mode: Mode, near: bool, recipe: Recipe, constants: Constants, raw: bytes) -> int:
-        """The offset of a new shape's record; -1 if it cannot be had."""
+        """The offset of a new shape's record; 0 if it cannot be had."""
         ends = self._ends(recipe)
         if (
             ends is None or recipe.shadow or recipe.prepared or recipe.single or recipe.form is not None
             or mode.bits != 64 or mode.key & SEGMENTED_KEYS or mode.debug or self._used + 64 * 1024 > SIZE
         ):  # fmt: skip
-            return -1
+            return 0
         kind, vector, argument = ends
         displacement, immediate = len(constants.displacement), len(constants.immediate)
         at_displacement, at_immediate = constants.places
@@ -240,15 +268,20 @@ class ShapeTables:
         if exact:
             relative, distance = RELATIVE_EXACT, constants.relative
             if not -(1 << 31) <= distance < 1 << 31:
-                return -1
+                return 0
         else:
             # A branch has its distance for an immediate, a rip-relative operand for a displacement.
             relative = RELATIVE_IMMEDIATE if branches else RELATIVE_DISPLACEMENT
             given = constants.immediate if branches else constants.displacement
             if constants.relative not in (0, int.from_bytes(given, "little", signed=True)):
-                return -1
-        shape = bytearray(raw)
+                return 0
+        what, shape = KIND_EXACT if exact else KIND_SHAPE, bytearray(raw)
         if not exact:
+            if (registers := families.registers_of(raw)) is not None:
+                fields = families.find_fields(recipe, raw, registers)
+                if fields is not None:
+                    recipe.set_fields(fields)
+                    what, shape = KIND_FAMILY, bytearray(registers.blanked)
             shape[at_displacement : at_displacement + displacement] = bytes(displacement)
             shape[at_immediate : at_immediate + immediate] = bytes(immediate)
         key = bytes(shape).ljust(16, b"\0")
@@ -260,10 +293,9 @@ class ShapeTables:
         at = self._take(76)
         self.bytes[at : at + 76] = _SHAPE(
             key, self._heads[bucket], places, mode_word, len(raw), recipe.reads, recipe.writes, recipe.clobbers,
-            recipe.polls, kind, exact, relative, vector, argument, distance, 0, 0, 0, 0, 0, 0, 0, 0,
+            recipe.polls, kind, what, relative, vector, argument, distance, 0, 0, 0, 0, 0, 0, 0, 0,
         )  # fmt: skip
         self._heads[bucket] = at
-        self.shapes += 1
         return at
 
     def _ends(self, recipe: Recipe) -> tuple[int, int, int] | None:
@@ -286,16 +318,16 @@ class ShapeTables:
                 return ENDS_RAISE, ends.vector, ends.error
         return None
 
-    def _add_simple(self, recipe: Recipe, simple: Variant) -> None:
+    def _add_simple(self, shape: int, recipe: Recipe, simple: Variant) -> None:
         """The one variant of a recipe without checks, for all cases in which it is good."""
         at = self._add_variant(simple, False, False)
         for parked, way in ((False, DEAD), (True, DEAD)):
-            self._set_variant(recipe.shape, parked, way, at)
+            self._set_variant(shape, parked, way, at)
         if recipe.reads | recipe.writes:
-            self._set_variant(recipe.shape, False, WANTED, at)
+            self._set_variant(shape, False, WANTED, at)
         else:
-            self._set_variant(recipe.shape, False, UNTOUCHED, at)
-            self._set_variant(recipe.shape, True, UNTOUCHED, self._add_variant(simple, True, True))
+            self._set_variant(shape, False, UNTOUCHED, at)
+            self._set_variant(shape, True, UNTOUCHED, self._add_variant(simple, True, True))
 
     def _add_variant(self, variant: Variant, parked: bool, fault_parked: bool) -> int:
         """The offset of a variant's record; 0 if it cannot be had."""
@@ -304,16 +336,20 @@ class ShapeTables:
             return 0
         if any(miss.site >= 0 or miss.leads for miss in misses):
             return 0
+        fields = variant.fields
         made = b"".join(
             (
-                _VARIANT(len(code), parked | fault_parked << 1, len(absolutes), len(patches), len(misses)),
+                _VARIANT(
+                    len(code), parked | fault_parked << 1, len(absolutes), len(patches), len(misses), len(fields)
+                ),
                 code, bytes(-len(code) & 7),
                 *(
                     _ABSOLUTE(offset, width, distance is None, distance or 0)
                     for offset, width, distance in absolutes
                 ),
                 *(_PATCH(offset, width, which == IMMEDIATE) for offset, width, which in patches),
-                bytes(4 * (len(patches) & 1)),
+                *(_FIELD(*field) for field in fields),
+                bytes(4 * (len(patches) + len(fields) & 1)),
                 *(
                     _MISS(miss.jump_end, miss.retry, miss.kind_and_size, len(miss.crossing), miss.rejoin)
                     for miss in misses
@@ -328,10 +364,6 @@ class ShapeTables:
         at = self._used
         self._used = (at + size + 7) & -8
         return at
-
-    def _variant_at(self, shape: int, parked: bool, way: int) -> int:
-        at = shape + SHAPE["S_VARIANTS"] + 4 * (parked * 4 + way)
-        return int.from_bytes(self.bytes[at : at + 4], "little")
 
     def _set_variant(self, shape: int, parked: bool, way: int, variant: int) -> None:
         pack_into("<I", self.bytes, shape + SHAPE["S_VARIANTS"] + 4 * (parked * 4 + way), variant)

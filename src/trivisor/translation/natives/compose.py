@@ -56,14 +56,15 @@ compose_next:
     ; where does the instruction end, and where are its constants?
     lea rsi, [r14+r15]
     mov rdi, rsi
-    xor r8d, r8d            ; 1: operand-size prefix, 2: REX.W
+    xor r8d, r8d            ; 1: operand-size prefix, 2: REX.W, 4: VEX; offsets of ModRM and of REX + 1, bytes
     xor r9d, r9d            ; its places
+    mov byte [rbx+C_FORM], 0
 length_prefix:
     movzx eax, byte [rdi]
     inc rdi
     movzx edx, byte [rbx+rax+C_ONE_BYTE]
     test dl, 128
-    jz length_opcode
+    jz length_one_byte
     cmp dl, LENGTH_PREFIX
     je length_prefix
     cmp dl, LENGTH_OPERAND_SIZE
@@ -84,14 +85,21 @@ length_rex:
     shr eax, 2
     and eax, 2
     or r8d, eax
+    mov rax, rdi
+    sub rax, rsi
+    shl eax, 16
+    or r8d, eax
     movzx eax, byte [rdi]
     inc rdi
     movzx edx, byte [rbx+rax+C_ONE_BYTE]
     cmp dl, LENGTH_ESCAPE
     je length_escape
     test dl, 128
-    jz length_opcode
-    jmp find_none
+    jnz find_none
+length_one_byte:
+    mov al, [rbx+rax+C_ONE_BYTE_FORMS]
+    mov [rbx+C_FORM], al
+    jmp length_opcode
 length_vex_3:
     movzx eax, byte [rdi]
     add rdi, 3
@@ -104,10 +112,10 @@ length_vex_3:
     je length_opcode
     cmp eax, 1
     jne find_none
-    dec rdi
-    jmp length_two_bytes
+    sub rdi, 2
 length_vex_2:
     inc rdi
+    or r8d, 4
     jmp length_two_bytes
 length_escape:
     movzx eax, byte [rdi]
@@ -126,9 +134,17 @@ length_two_bytes:
     movzx edx, byte [rbx+rax+C_TWO_BYTES]
     test dl, 128
     jnz find_none
+    test r8d, 4
+    jnz length_opcode
+    mov al, [rbx+rax+C_TWO_BYTES_FORMS]
+    mov [rbx+C_FORM], al
 length_opcode:
     test dl, LENGTH_MODRM
     jz length_immediate
+    mov rax, rdi
+    sub rax, rsi
+    shl eax, 8
+    or r8d, eax
     movzx eax, byte [rdi]
     inc rdi
     test dl, LENGTH_TEST_GROUP
@@ -216,10 +232,9 @@ length_done:
     and rax, [rbx+rdi+C_LENGTH_MASKS]
     mov rdx, [rsi+8]
     and rdx, [rbx+rdi+C_LENGTH_MASKS+8]
-    test r9d, r9d
-    jz compose_look
     mov [rbx+C_KEY], rax
     mov [rbx+C_KEY+8], rdx
+    mov [rbx+C_WHERE], r8
     mov eax, r9d
     test ah, ah
     jz blank_immediate
@@ -251,15 +266,23 @@ blank_16:
 blank_32:
     mov dword [rbx+rdx+C_KEY], 0
 blank_done:
+    cmp byte [rbx+C_FORM], 0
+    je compose_look
+    call blank_registers
+    jc compose_look
+    mov edi, KIND_FAMILY
+    call find_shape
+    test edi, edi
+    jnz compose_found
+compose_look:
     mov rax, [rbx+C_KEY]
     mov rdx, [rbx+C_KEY+8]
-compose_look:
     xor edi, edi
     call find_shape
     test edi, edi
     jnz compose_found
     test r9d, r9d
-    jz find_none
+    jz compose_unknown
     ; maybe one with just these constants
     mov edi, ecx
     shl edi, 4
@@ -267,15 +290,21 @@ compose_look:
     and rax, [rbx+rdi+C_LENGTH_MASKS]
     mov rdx, [rsi+8]
     and rdx, [rbx+rdi+C_LENGTH_MASKS+8]
-    mov edi, 1
+    mov edi, KIND_EXACT
     call find_shape
     test edi, edi
-    jz find_none
+    jnz compose_found
+compose_unknown:
+    mov [rbp+COMPOSER_WANTS_WHAT], r15
+    mov qword [rbp+COMPOSER_WANTS], WANTS_SHAPE
+    jmp find_none
 compose_found:
     mov eax, r11d
     shl eax, 4
     mov [rbx+rax+C_INSTRUCTIONS+I_SHAPE], edi
     mov [rbx+rax+C_INSTRUCTIONS+I_POSITION], r15d
+    mov edx, [rbx+C_WHERE]
+    mov [rbx+rax+C_INSTRUCTIONS+I_WHERE], edx
     inc r11d
     add r15d, ecx
     add rdi, rbx
@@ -327,7 +356,103 @@ compose_way:
     jnz compose_live
     jmp emit
 
-; find_shape: rax and rdx = its bytes, ecx = length, r9d = places, edi = 1 for an exact one -> edi = its offset, or 0.
+; blank_registers: rsi = the instruction, r8d = C_WHERE -> rax and rdx = C_KEY without register numbers; carry if they
+; are not those of ordinary registers (families.registers_of).  Keeps rcx, rsi, r9, r11.
+blank_registers:
+    mov rax, [rbx+C_KEY]
+    mov [rbx+C_FAMILY], rax
+    mov rax, [rbx+C_KEY+8]
+    mov [rbx+C_FAMILY+8], rax
+    xor edi, edi            ; REX, if it has one
+    mov eax, r8d
+    shr eax, 16
+    jz blank_modrm
+    movzx edi, byte [rsi+rax-1]
+    and byte [rbx+rax+C_FAMILY-1], 0x48
+blank_modrm:
+    mov eax, r8d
+    shr eax, 8
+    and eax, 0xff
+    movzx edx, byte [rsi+rax]
+    test byte [rbx+C_FORM], FORM_REG
+    jz blank_rm
+    mov r10d, edi
+    and r10d, 4
+    add r10d, r10d
+    mov r8d, edx
+    shr r8d, 3
+    and r8d, 7
+    or r10d, r8d
+    bt dword [rbx+C_SPECIAL], r10d
+    jc blank_none
+    test byte [rbx+C_FORM], FORM_BYTE
+    jz blank_reg
+    cmp edx, 0xc0
+    jae blank_reg
+    test edi, edi
+    jnz blank_reg
+    cmp r10d, 4
+    jae blank_none
+blank_reg:
+    and byte [rbx+rax+C_FAMILY], 0xc7
+blank_rm:
+    mov r8d, edx
+    and r8d, 7
+    cmp edx, 0xc0
+    jae blank_base
+    cmp r8d, 4
+    je blank_sib
+    cmp edx, 0x40
+    jae blank_base
+    cmp r8d, 5
+    je blank_none
+blank_base:
+    test edi, 2             ; REX.X means nothing here
+    jnz blank_none
+    mov r10d, edi
+    and r10d, 1
+    shl r10d, 3
+    or r10d, r8d
+    bt dword [rbx+C_SPECIAL], r10d
+    jc blank_none
+    and byte [rbx+rax+C_FAMILY], 0xf8
+    jmp blank_found
+blank_sib:
+    movzx r8d, byte [rsi+rax+1]
+    cmp edx, 0x40
+    jae blank_sib_base
+    mov r10d, r8d
+    and r10d, 7
+    cmp r10d, 5
+    je blank_none
+blank_sib_base:
+    mov edx, edi
+    and edx, 1
+    shl edx, 3
+    mov r10d, r8d
+    and r10d, 7
+    or r10d, edx
+    bt dword [rbx+C_SPECIAL], r10d
+    jc blank_none
+    and edi, 2
+    shl edi, 2
+    mov r10d, r8d
+    shr r10d, 3
+    and r10d, 7
+    or r10d, edi
+    bt dword [rbx+C_SPECIAL], r10d
+    jc blank_none
+    and byte [rbx+rax+C_FAMILY+1], 0xc0
+blank_found:
+    mov rax, [rbx+C_FAMILY]
+    mov rdx, [rbx+C_FAMILY+8]
+    clc
+    ret
+blank_none:
+    stc
+    ret
+
+; find_shape: rax and rdx = its bytes, ecx = length, r9d = places, edi = its kind -> edi = its offset, or 0.
 ; Keeps rcx, rsi, r9, r11.
 find_shape:
     push rsi
@@ -356,7 +481,7 @@ find_shape_next:
     jne find_shape_other
     cmp [r10+S_LENGTH], cl
     jne find_shape_other
-    cmp [r10+S_EXACT], dil
+    cmp [r10+S_KIND], dil
     je find_shape_done
 find_shape_other:
     mov esi, [r10+S_NEXT]
@@ -439,7 +564,7 @@ emit_instruction:
     add eax, [r15+I_WAY]
     mov edx, [r11+rax*4+S_VARIANTS]
     test edx, edx
-    jz find_none
+    jz emit_unknown
     add rdx, rbx
     mov [rbx+C_VARIANT], rdx
     mov [rbx+C_AT], rdi
@@ -505,10 +630,7 @@ emit_patches:
     mov rdx, [rbx+C_VARIANT]
     movzx ecx, byte [rdx+V_PATCHES]
     test ecx, ecx
-    jz emit_misses
-    lea rax, [rsi+rcx*4+7]
-    and rax, -8
-    push rax
+    jz emit_fields
 emit_patch:
     push rcx
     mov eax, [r11+S_PLACES]
@@ -551,8 +673,8 @@ emit_patch_address:
     jb emit_patched
     cmp byte [rcx+3], 0xff
     je emit_patched
-    cmp byte [r11+S_EXACT], 0
-    jne emit_patched
+    cmp byte [r11+S_KIND], KIND_EXACT
+    je emit_patched
     sub rcx, r8
     call note_constant
 emit_patched:
@@ -560,8 +682,86 @@ emit_patched:
     pop rcx
     dec ecx
     jnz emit_patch
+emit_fields:
+    mov rdx, [rbx+C_VARIANT]
+    movzx ecx, byte [rdx+V_FIELDS]
+    test ecx, ecx
+    jz emit_misses
+emit_field:
+    push rcx
+    movzx ecx, word [rsi]
+    add rcx, [rbx+C_AT]
+    movzx edx, byte [r15+I_MODRM]
+    add rdx, r14
+    add rdx, [rbx+C_HERE]               ; the guest's ModRM
+    movzx eax, byte [r15+I_REX]
+    test eax, eax
+    jz emit_field_rex
+    push rdx
+    mov rdx, [rbx+C_HERE]
+    add rdx, r14
+    movzx eax, byte [rdx+rax-1]
+    pop rdx
+emit_field_rex:
+    cmp byte [rsi+2], FIELD_ADDRESS
+    jb emit_field_raw
+    je emit_field_address
+    cmp byte [rsi+2], FIELD_OPERAND
+    je emit_field_operand
+    shr eax, 2
+    and eax, 1
+    and byte [rcx], 0xfe
+    or [rcx], al
+    movzx eax, byte [rsi+3]
+    add rcx, rax
+    mov al, [rdx]
+    shr al, 3
+    and al, 7
+    and byte [rcx], 0xf8
+    or [rcx], al
+    jmp emit_field_done
+emit_field_operand:
+    and eax, 4
+    and byte [rcx], 0xfb
+    or [rcx], al
+    movzx eax, byte [rsi+3]
+    add rcx, rax
+    mov al, [rdx]
+    and al, 0x38
+    and byte [rcx], 0xc7
+    or [rcx], al
+    jmp emit_field_done
+emit_field_address:
+    and eax, 3
+    and byte [rcx], 0xfc
+    or [rcx], al
+    mov al, [rdx]
+    and al, 7
+    and byte [rcx+2], 0xf8
+    or [rcx+2], al
+    cmp al, 4
+    jne emit_field_done
+    mov al, [rdx+1]
+    mov [rcx+3], al
+    jmp emit_field_done
+emit_field_raw:
+    push rsi
+    push rdi
+    mov rdi, rcx
+    mov rsi, [rbx+C_HERE]
+    add rsi, r14
+    movzx ecx, byte [r11+S_LENGTH]
+    rep movsb
+    pop rdi
     pop rsi
+emit_field_done:
+    add rsi, 4
+    pop rcx
+    dec ecx
+    jnz emit_field
 emit_misses:
+    add rsi, 7
+    and rsi, -8
     mov rdx, [rbx+C_VARIANT]
     movzx ecx, byte [rdx+V_MISSES]
     test ecx, ecx
@@ -609,6 +809,13 @@ emit_next:
     add r10, 4
     lea rsi, [rbx+Q_POLL_CODE]
     call put
+    jmp emit_ending
+emit_unknown:
+    add eax, WANTS_VARIANT
+    mov [rbp+COMPOSER_WANTS], rax
+    sub r11, rbx
+    mov [rbp+COMPOSER_WANTS_WHAT], r11
+    jmp find_none
 
 emit_ending:
     mov rax, [rbx+C_POSITION]

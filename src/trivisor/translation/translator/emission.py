@@ -91,9 +91,12 @@ class Emission:
 
     def emit(self, chosen: list[Entry], poll_at_end: bool) -> None:
         """Emit everything."""
-        lives = liveness(chosen)
-        first = chosen[0][0]
-        live = first.reads | (lives[0] & ~first.writes)
+        # Liveness, backwards: what comes after the block is not known, so all flags are live there.
+        live = ARITHMETIC
+        lives = []
+        for recipe, _, _ in reversed(chosen):
+            lives.append(live)
+            live = recipe.reads | (live & ~recipe.writes)
         block, out = self.block, self.out
         rip = at = block.rip
         if not self.single:
@@ -103,7 +106,7 @@ class Emission:
         body = block.body = len(out)
         parked = False
         locations = self.locations
-        for (recipe, constants, finished), needed in zip(chosen, lives, strict=True):
+        for (recipe, constants, finished), needed in zip(chosen, reversed(lives), strict=True):
             start = len(out)
             if finished is not None and not (parked and recipe.reads | recipe.writes):
                 locations.append((start - body) | parked << 21 | (at - rip) << 22)
@@ -113,7 +116,7 @@ class Emission:
                     self._note_constants(start, at, recipe.simple.patches, constants)
                 at += recipe.length
                 continue
-            code, misses, absolutes, patches, parked, fault_parked = recipe.variant(parked, needed)
+            code, misses, absolutes, patches, parked, fault_parked, _ = recipe.variant(parked, needed)
             locations.append((start - body) | fault_parked << 21 | (at - rip) << 22)
             out += code
             for offset, width, which in patches:
@@ -367,17 +370,6 @@ class Emission:
             out += CALL_CHAIN
             link.number = len(out)
             out += bytes(4)
-
-
-def liveness(chosen: list[Entry]) -> list[int]:
-    """The flags that are needed after each instruction; what comes after the block is not known, so all are there."""
-    live = ARITHMETIC
-    lives = []
-    for recipe, _, _ in reversed(chosen):
-        lives.append(live)
-        live = recipe.reads | (live & ~recipe.writes)
-    lives.reverse()
-    return lives
 
 
 def _rip_into_r10(rip: int) -> bytes:

@@ -278,6 +278,8 @@ class Variant(NamedTuple):
     """Whether the flags are parked afterwards."""
     fault_parked: bool
     """Whether they are parked where the host may fault."""
+    fields: tuple[tuple[int, int, int], ...] = ()
+    """See `Item.fields`."""
 
 
 class Constants(NamedTuple):
@@ -321,6 +323,8 @@ class Item(NamedTuple):
     """Of an immediate at the end that is relative to the next instruction."""
     displacement: int | None = 0
     patch: tuple[int, int, int] | None = None
+    fields: tuple[tuple[int, int, int], ...] = ()
+    """What depends on the instruction's registers: (offset, kind, distance to a second place); see `families.py`."""
 
 
 @dataclass(slots=True)
@@ -362,12 +366,7 @@ class Recipe:
     """r10 is an offset in this segment, which the next check turns into a linear address first."""
     simple: Variant | None = None
     """The bytes for flags that are not parked, where it does not matter who needs them."""
-    variants: dict[tuple[bool, int], Variant] = field(default_factory=dict)
-    """Those made so far, by whether flags are parked on entry and by the way it meets them (`DEAD` and its like)."""
-    shape: int = 0
-    """Where the native composer knows it (`shapes.py`): 0 if it was not told of it, -1 if it cannot be."""
-    told: int = 0
-    """How many of its variants the composer was told of."""
+    _variants: dict[tuple[bool, int], Variant] = field(default_factory=dict)
     checks: int = 0
     """TLB checks, prepared ones included."""
     takes_form: bool = False
@@ -450,17 +449,28 @@ class Recipe:
             way = WANTED
         else:
             way = KEPT if self.clobbers else UNTOUCHED
+        return self.variant_for(parked, way)
+
+    def variant_for(self, parked: bool, way: int) -> Variant:
+        """The same by the way in which it meets the flags: `DEAD` and its like."""
         key = (parked, way)
-        found = self.variants.get(key)
+        found = self._variants.get(key)
         if found is None:
-            found = self.variants[key] = self._build(parked, way)
+            found = self._variants[key] = self._build(parked, way)
         return found
+
+    def set_fields(self, fields: dict[int, tuple[tuple[int, int, int], ...]]) -> None:
+        """Note in which of its items register numbers stand; see `Item.fields`."""
+        self.items = [item._replace(fields=fields.get(number, ())) for number, item in enumerate(self.items)]
+        self._variants.clear()
+        self.finish()
 
     def _build(self, parked: bool, way: int) -> Variant:
         out = bytearray()
         misses: list[Miss] = []
         absolutes: list[tuple[int, int, int | None]] = []
         patches: list[tuple[int, int, int]] = []
+        fields: list[tuple[int, int, int]] = []
         if way in (KEPT, WANTED) and self.clobbers and not parked:
             out += PARK
             parked = True
@@ -491,6 +501,7 @@ class Recipe:
             loops = loops or item.loops
             if item.patch is not None:
                 patches.append((at + item.patch[0], item.patch[1], item.patch[2]))
+            fields.extend((at + offset, kind, distance) for offset, kind, distance in item.fields)
             if item.width:
                 absolutes.append((len(out) - item.width, item.width, item.displacement))
             if item.is_op or item.misses or item.restart:
@@ -504,7 +515,7 @@ class Recipe:
             tail = last.jump_end + CHECK_TAIL
             if not any(offset > tail for offset, _, _ in absolutes):
                 misses[-1] = last._replace(crossing=bytes(out[tail:]))
-        return Variant(bytes(out), tuple(misses), tuple(absolutes), tuple(patches), parked, fault_parked)
+        return Variant(bytes(out), tuple(misses), tuple(absolutes), tuple(patches), parked, fault_parked, tuple(fields))
 
 
 # How a recipe meets the flags: nobody needs them; somebody does, later; the op does; nothing touches them.

@@ -11,7 +11,7 @@ from trivisor.translation.code_cache import CodeCache
 from trivisor.translation.modes import Breakpoint, Mode, Raise
 from trivisor.translation.shapes import MAXIMUM_INSTRUCTIONS, ShapeTables
 from trivisor.translation.translator.block import Translation
-from trivisor.translation.translator.emission import Emission, FarTarget, liveness
+from trivisor.translation.translator.emission import Emission, FarTarget
 from trivisor.translation.translator.instructions import InstructionMaker
 from trivisor.translation.translator.recipe import Constants, Entry, Recipe, may_be_address
 from trivisor.translation.translator.tuned import FIRST_FREE_SITE, PLAIN_CHECK, Decoded, Tuning
@@ -21,21 +21,6 @@ from trivisor.x86.exceptions import GENERAL_PROTECTION
 def fits(address: int) -> bool:
     """Whether code around `address` is named by sign-extended 32-bit immediates, some slack included."""
     return address < 0x7F000000 or address >= 0xFFFFFFFF81000000 - 0x1000000
-
-
-class Choice(NamedTuple):
-    """The instructions of a block."""
-
-    mode: Mode
-    near: bool
-    rip: int
-    code: bytes
-    """The guest's, from there on."""
-    entries: list[Entry]
-    length: int
-    """Bytes of guest code."""
-    polls: bool
-    """Interrupts are looked for at the end."""
 
 
 class _Known(NamedTuple):
@@ -72,7 +57,7 @@ class Translator:
     def __init__(
         self, cache: CodeCache, lookup: int, features: frozenset[int], xsave_size: int, shapes: ShapeTables
     ) -> None:
-        """`lookup`: offset in the cache of the jump cache miss helper; `shapes`: what is to be told of recipes."""
+        """`lookup`: offset in the cache of the jump cache miss helper; `shapes`: what the composer knows."""
         self.cache = cache
         self.lookup = lookup
         self.features = features
@@ -92,46 +77,21 @@ class Translator:
         `code` holds the bytes from there to the end of the page, or, for an
         instruction that crosses into the next, up to 15 bytes.
         """
-        return self.lay_out(self.choose(mode, rip, code))
-
-    def choose(self, mode: Mode, rip: int, code: bytes) -> Choice:
-        """The instructions of the block at linear `rip`; see `translate`."""
-        return self._choice(mode, fits(rip), rip, code)
-
-    def _choice(self, mode: Mode, near: bool, rip: int, code: bytes) -> Choice:
-        if mode.debug and rip in self.breakpoints:
-            return Choice(mode, False, rip, code, [self._nothing_but(mode, Breakpoint())], 1, False)
-        chosen, position, polls = self._choose(self._known_for(mode, near), mode, rip, code)
-        if not chosen:
-            return Choice(mode, False, rip, code, [self._beyond_limit(mode)], 1, False)
-        return Choice(mode, near, rip, code, chosen, position, polls)
-
-    def teach(self, choice: Choice) -> bool:
-        """Tell the native composer of these instructions; whether it knows all that it needs for the block now."""
-        entries = choice.entries
-        at = 0
-        parked = False
-        for (recipe, constants, finished), live in zip(entries, liveness(entries), strict=True):
-            if recipe.shape < 0:
-                return False
-            if finished is None or (parked and recipe.reads | recipe.writes):
-                parked = recipe.variant(parked, live).parked
-            if not recipe.shape or recipe.told != len(recipe.variants):
-                self.shapes.tell(choice.mode, choice.near, recipe, constants, choice.code[at : at + recipe.length])
-            at += recipe.length
-        return recipe.shape > 0
-
-    def lay_out(self, choice: Choice) -> Translation:
-        """The block of these instructions, for the place in the code cache that is free next."""
-        self.instructions += len(choice.entries)
+        near = fits(rip)
         try:
-            return self._laid_out(choice)
+            return self._translate(mode, near, rip, code)
         except FarTarget:
-            return self._laid_out(self._choice(choice.mode, False, choice.rip, choice.code))
+            return self._translate(mode, False, rip, code)
 
-    def _laid_out(self, choice: Choice) -> Translation:
-        block = Translation(choice.rip, choice.length)
-        return self._emit(choice.mode, choice.near, block, choice.entries, choice.polls, single=False)
+    def _translate(self, mode: Mode, near: bool, rip: int, code: bytes) -> Translation:
+        if mode.debug and rip in self.breakpoints:
+            return self._only(mode, rip, Breakpoint(), single=False)
+        known = self._known_for(mode, near)
+        chosen, position, polls = self._choose(known, mode, rip, code)
+        if not chosen:
+            return self._beyond_limit(mode, rip, single=False)
+        self.instructions += len(chosen)
+        return self._emit(mode, near, Translation(rip, position), chosen, polls, single=False)
 
     def _known_for(self, mode: Mode, near: bool) -> _Known:
         known = self._known.get((mode.key, near))
@@ -257,27 +217,44 @@ class Translator:
                 known.shapes[key] = recipe
         return recipe.entry(constants)
 
-    def _beyond_limit(self, mode: Mode) -> Entry:
+    def _beyond_limit(self, mode: Mode, rip: int, *, single: bool) -> Translation:
         """An instruction that does not lie within its code segment faults (Intel SDM 3A 5.3)."""
-        return self._nothing_but(mode, Raise(GENERAL_PROTECTION, 0))
+        return self._only(mode, rip, Raise(GENERAL_PROTECTION, 0), single=single)
 
-    def _nothing_but(self, mode: Mode, ends: object) -> Entry:
-        """A block's only entry that is nothing but an end."""
+    def _only(self, mode: Mode, rip: int, ends: object, *, single: bool) -> Translation:
+        """A block that is nothing but an end."""
         recipe = Recipe(mode.user_view, False, length=1, ends=ends)
         recipe.finish()
-        return recipe.entry(Constants())
+        return self._emit(mode, False, Translation(rip, 1), [recipe.entry(Constants())], False, single=single)
 
     def forget_modes(self) -> None:
         """Forget every mode's recipes, because their keys get other meanings."""
         self._known.clear()
         self.shapes.clear()
 
+    def learn(self, mode: Mode, near: bool, rip: int, code: bytes) -> bool:
+        """Tell the composer of the instruction at linear `rip`, whose bytes begin `code`; whether it knows it now.
+
+        `near`: as the block that it is for has it.
+        """
+        known = self._known_for(mode, near)
+        decoder = Decoder(mode.bits, code, ip=rip)
+        decoder.decode_out(self._instruction)
+        if self._instruction.is_invalid:
+            return False
+        raw = code[: decoder.position]
+        entry = known.entries.get(raw)
+        if entry is None:
+            entry = known.entries[raw] = self._entry(known, decoder, self._instruction, raw)
+        recipe, constants, _ = entry
+        return self.shapes.tell(mode, near, recipe, constants, raw)
+
     def translate_step(self, mode: Mode, rip: int, code: bytes, prepared: int) -> Translation:
         """Translate one instruction that leaves to Python when it is done; see `Recipe.prepared`."""
         decoder = Decoder(mode.bits, code, ip=rip)
         instruction = decoder.decode()
         if mode.bits != 64 and (rip - mode.code_base & 0xFFFFFFFF) + instruction.len - 1 > mode.code_limit:
-            return self._emit(mode, False, Translation(rip, 1), [self._beyond_limit(mode)], False, single=True)
+            return self._beyond_limit(mode, rip, single=True)
         offsets = decoder.get_constant_offsets(instruction)
         maker = InstructionMaker(mode, False, self.features, self.xsave_size)
         raw = code[: instruction.len]

@@ -1,0 +1,174 @@
+"""Families: instructions that differ in nothing but ordinary registers and constants (see shapes.py).
+
+`mov rax, [rbx+8]` and `mov rcx, [rdi+16]` become the same code but for the register numbers in it, and these stand in
+the guest's bytes.  So the composer knows such instructions by their bytes with the register numbers blanked too, and
+puts the numbers into their places.  Registers are ordinary if they are in the host's register of the same name and
+need no form of their own: all but rsp, r10, r11 and r15.
+
+The encoding is Intel SDM 2A 2.1 and 2.2.1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from trivisor.translation import instruction_lengths as lengths
+from trivisor.translation.translator.recipe import Recipe
+
+REG = 1
+"""ModRM.reg is a general register."""
+GROUP = 2
+"""... part of the opcode."""
+BYTE = 4
+"""... a register of a byte, which may be AH to BH if there is no REX."""
+
+FIELD_RAW, FIELD_ADDRESS, FIELD_OPERAND, FIELD_TARGET = range(4)
+"""What of a variant's code is to be filled in:
+
+the instruction itself; REX, ModRM and SIB of a LEA with its memory operand; REX.R and ModRM.reg, which are at this
+distance from one another; REX.B and ModRM.rm from the guest's REX.R and ModRM.reg."""
+
+SPECIAL = 1 << 4 | 1 << 10 | 1 << 11 | 1 << 15
+"""Registers by number that are not ordinary."""
+
+
+def _forms(parts: dict[int, list[int | range]]) -> bytes:
+    table = bytearray(256)
+    for form, opcodes in parts.items():
+        for part in opcodes:
+            for opcode in (part,) if isinstance(part, int) else part:
+                table[opcode] = form
+    return bytes(table)
+
+
+_ARITHMETIC = range(0, 0x40, 8)
+ONE_BYTE = _forms(
+    {
+        REG | BYTE: [
+            *(at for at in _ARITHMETIC), *(at + 2 for at in _ARITHMETIC), 0x84, 0x86, 0x88, 0x8A,
+        ],
+        REG: [
+            *(at + 1 for at in _ARITHMETIC), *(at + 3 for at in _ARITHMETIC), 0x63, 0x69, 0x6B, 0x85, 0x87, 0x89,
+            0x8B, 0x8D,
+        ],
+        GROUP: [0x80, 0x81, 0x83, 0xC0, 0xC1, 0xC6, 0xC7, range(0xD0, 0xD4), 0xF6, 0xF7, 0xFE, 0xFF],
+    }
+)  # fmt: skip
+"""Of opcodes of one byte; 0: no family."""
+TWO_BYTES = _forms(
+    {
+        REG: [
+            range(0x40, 0x50), 0xA3, 0xA4, 0xA5, 0xAB, 0xAC, 0xAD, 0xAF, 0xB1, 0xB3, 0xB6, 0xB7, 0xB8, 0xBB, 0xBC, 0xBD,
+            0xBE, 0xBF, 0xC1,
+        ],
+        REG | BYTE: [0xB0, 0xC0],
+        GROUP: [range(0x90, 0xA0), 0xBA],
+    }
+)  # fmt: skip
+
+
+class Registers(NamedTuple):
+    """Where an instruction has its register numbers, all of them of ordinary registers."""
+
+    rex_at: int
+    """-1 if it has no REX."""
+    modrm_at: int
+    form: int
+    memory: bool
+    blanked: bytes
+    """The instruction with zeros in place of the numbers."""
+
+
+def registers_of(raw: bytes) -> Registers | None:
+    """The register numbers of an instruction; None if it is of no family."""
+    at = 0
+    while lengths.ONE_BYTE[raw[at]] in (lengths.PREFIX, lengths.OPERAND_SIZE):
+        at += 1
+    rex_at, rex = -1, 0
+    if lengths.ONE_BYTE[raw[at]] == lengths.REX:
+        rex_at, rex = at, raw[at]
+        at += 1
+    table = ONE_BYTE
+    if raw[at] == 0x0F:
+        table = TWO_BYTES
+        at += 1
+    form = table[raw[at]]
+    at += 1
+    if not form:
+        return None
+    modrm = raw[at]
+    blanked = bytearray(raw)
+    memory = modrm < 0xC0
+    if form & REG:
+        number = modrm >> 3 & 7 | (rex & 4) << 1
+        if SPECIAL >> number & 1 or (form & BYTE and memory and rex_at < 0 and number >= 4):
+            return None
+        blanked[at] &= 0xC7
+    if memory and modrm & 7 == 4:
+        sib = raw[at + 1]
+        base, index = sib & 7 | (rex & 1) << 3, sib >> 3 & 7 | (rex & 2) << 2
+        if (SPECIAL >> base | SPECIAL >> index) & 1 or (modrm < 0x40 and sib & 7 == 5):
+            return None
+        blanked[at + 1] &= 0xC0
+    else:
+        if SPECIAL >> (modrm & 7 | (rex & 1) << 3) & 1 or (modrm < 0x40 and modrm & 7 == 5) or rex & 2:
+            return None
+        blanked[at] &= 0xF8
+    if rex_at >= 0:
+        blanked[rex_at] &= 0x48
+    return Registers(rex_at, at, form, memory, bytes(blanked))
+
+
+def find_fields(recipe: Recipe, raw: bytes, registers: Registers) -> dict[int, tuple[tuple[int, int, int], ...]] | None:
+    """In which of a recipe's items the numbers stand, by the items' numbers, as `Item.fields`; None: not known."""
+    items = recipe.items
+    if not registers.memory:
+        if len(items) == 1 and items[0].is_op and items[0].code == raw:
+            return {0: ((0, FIELD_RAW, 0),)}
+        return None
+    if len(items) < 2 or not items[-1].is_op or any(item.is_op for item in items[:-1]):
+        return None
+    rex = raw[registers.rex_at] if registers.rex_at >= 0 else 0
+    modrm = raw[registers.modrm_at]
+    lea = items[0].code
+    if not _is_lea(lea, rex, modrm, raw[registers.modrm_at + 1 :]):
+        return None
+    found: dict[int, tuple[tuple[int, int, int], ...]] = {0: ((0, FIELD_ADDRESS, 0),)}
+    number = modrm >> 3 & 7 | (rex & 4) << 1
+    if registers.form & REG:
+        field = _operand(items[-1].code, number, is_lea=raw[registers.modrm_at - 1] == 0x8D)
+        if field is None:
+            return None
+        found[len(items) - 1] = (field,)
+    return found
+
+
+def _is_lea(code: bytes, rex: int, modrm: int, after: bytes) -> bool:
+    """Whether it is LEA of r10 with the guest's operand."""
+    return (
+        len(code) > 2
+        and code[0] & 0xF7 == 0x44 | rex & 3
+        and code[1] == 0x8D
+        and code[2] == modrm & 0xC7 | 0x10
+        and (modrm & 7 != 4 or code[3] == after[0])
+    )
+
+
+def _operand(code: bytes, number: int, *, is_lea: bool) -> tuple[int, int, int] | None:
+    """The field of a general register `number` in an instruction of the host's whose other operand is [r10]."""
+    at = 0
+    while code[at] in (0x66, 0xF0, 0xF2, 0xF3):
+        at += 1
+    rex_at, rex = at, code[at]
+    if rex & 0xF0 != 0x40:
+        return None
+    at += 2 if code[at + 1] != 0x0F else 3
+    modrm = code[at]
+    if is_lea:
+        # mov target, r10
+        if code[at - 1] != 0x89 or modrm < 0xC0 or modrm & 7 | (rex & 1) << 3 != number:
+            return None
+        return rex_at, FIELD_TARGET, at - rex_at
+    if modrm & 0xC7 != 2 or not rex & 1 or modrm >> 3 & 7 | (rex & 4) << 1 != number:
+        return None
+    return rex_at, FIELD_OPERAND, at - rex_at

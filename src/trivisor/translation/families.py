@@ -3,7 +3,8 @@
 `mov rax, [rbx+8]` and `mov rcx, [rdi+16]` become the same code but for the register numbers in it, and these stand in
 the guest's bytes.  So the composer knows such instructions by their bytes with the register numbers blanked too, and
 puts the numbers into their places.  Registers are ordinary if they are in the host's register of the same name and
-need no form of their own: all but rsp, r10, r11 and r15.
+need no form of their own: all but rsp, r10, r11 and r15.  Where the operand or the address has another, that is part
+of what the family has in common.
 
 The encoding is Intel SDM 2A 2.1 and 2.2.1.
 """
@@ -68,15 +69,17 @@ TWO_BYTES = _forms(
 
 
 class Registers(NamedTuple):
-    """Where an instruction has its register numbers, all of them of ordinary registers."""
+    """Where an instruction has register numbers that its family leaves open."""
 
     rex_at: int
     """-1 if it has no REX."""
     modrm_at: int
-    form: int
-    memory: bool
+    operand: bool
+    """ModRM.reg is open."""
+    address: bool
+    """The registers of the memory operand are."""
     blanked: bytes
-    """The instruction with zeros in place of the numbers."""
+    """The instruction with zeros in place of the open numbers."""
 
 
 def registers_of(raw: bytes) -> Registers | None:
@@ -97,45 +100,64 @@ def registers_of(raw: bytes) -> Registers | None:
     if not form:
         return None
     modrm = raw[at]
-    blanked = bytearray(raw)
     memory = modrm < 0xC0
-    if form & REG:
-        number = modrm >> 3 & 7 | (rex & 4) << 1
-        if SPECIAL >> number & 1 or (form & BYTE and memory and rex_at < 0 and number >= 4):
-            return None
+    number = modrm >> 3 & 7 | (rex & 4) << 1
+    high = form & BYTE and memory and rex_at < 0 and number >= 4
+    operand = bool(form & REG) and not (SPECIAL >> number & 1 or high)
+    rm = _open_address(modrm, raw[at + 1 :], rex)
+    if not memory and not (rm and (operand or not form & REG)):
+        return None
+    if not operand and not rm:
+        return None
+    blanked = bytearray(raw)
+    if operand:
         blanked[at] &= 0xC7
-    if memory and modrm & 7 == 4:
-        sib = raw[at + 1]
-        base, index = sib & 7 | (rex & 1) << 3, sib >> 3 & 7 | (rex & 2) << 2
-        if (SPECIAL >> base | SPECIAL >> index) & 1 or (modrm < 0x40 and sib & 7 == 5):
-            return None
-        blanked[at + 1] &= 0xC0
-    else:
-        if SPECIAL >> (modrm & 7 | (rex & 1) << 3) & 1 or (modrm < 0x40 and modrm & 7 == 5) or rex & 2:
-            return None
-        blanked[at] &= 0xF8
+        rex &= ~4
+    if rm:
+        rex &= ~3
+        if memory and modrm & 7 == 4:
+            blanked[at + 1] &= 0xC0
+        else:
+            blanked[at] &= 0xF8
     if rex_at >= 0:
-        blanked[rex_at] &= 0x48
-    return Registers(rex_at, at, form, memory, bytes(blanked))
+        blanked[rex_at] = rex
+    return Registers(rex_at, at, operand, memory and rm, bytes(blanked))
 
 
-def find_fields(recipe: Recipe, raw: bytes, registers: Registers) -> dict[int, tuple[tuple[int, int, int], ...]] | None:
-    """In which of a recipe's items the numbers stand, by the items' numbers, as `Item.fields`; None: not known."""
+def _open_address(modrm: int, after: bytes, rex: int) -> bool:
+    """Whether ModRM.rm, or base and index of a SIB byte, name ordinary registers."""
+    if modrm < 0xC0 and modrm & 7 == 4:
+        base, index = after[0] & 7, after[0] >> 3 & 7 | (rex & 2) << 2
+        numbers = 1 << (base | (rex & 1) << 3) | 1 << index
+    else:
+        base, numbers = modrm & 7, 1 << (modrm & 7 | (rex & 1) << 3)
+        if rex & 2:
+            return False
+    return not numbers & SPECIAL and not (modrm < 0x40 and base == 5)
+
+
+Fields = dict[int, tuple[tuple[int, int, int], ...]]
+"""`Item.fields` by the numbers of a recipe's items."""
+
+
+def find_fields(recipe: Recipe, raw: bytes, registers: Registers) -> Fields | None:
+    """In which of a recipe's items the open numbers stand; None: it is not known."""
     items = recipe.items
-    if not registers.memory:
+    modrm = raw[registers.modrm_at]
+    if modrm >= 0xC0:
         if len(items) == 1 and items[0].is_op and items[0].code == raw:
             return {0: ((0, FIELD_RAW, 0),)}
         return None
     if len(items) < 2 or not items[-1].is_op or any(item.is_op for item in items[:-1]):
         return None
     rex = raw[registers.rex_at] if registers.rex_at >= 0 else 0
-    modrm = raw[registers.modrm_at]
-    lea = items[0].code
-    if not _is_lea(lea, rex, modrm, raw[registers.modrm_at + 1 :]):
-        return None
-    found: dict[int, tuple[tuple[int, int, int], ...]] = {0: ((0, FIELD_ADDRESS, 0),)}
-    number = modrm >> 3 & 7 | (rex & 4) << 1
-    if registers.form & REG:
+    found: Fields = {}
+    if registers.address:
+        if not _is_lea(items[0].code, rex, modrm, raw[registers.modrm_at + 1 :]):
+            return None
+        found[0] = ((0, FIELD_ADDRESS, 0),)
+    if registers.operand:
+        number = modrm >> 3 & 7 | (rex & 4) << 1
         field = _operand(items[-1].code, number, is_lea=raw[registers.modrm_at - 1] == 0x8D)
         if field is None:
             return None
@@ -144,7 +166,7 @@ def find_fields(recipe: Recipe, raw: bytes, registers: Registers) -> dict[int, t
 
 
 def _is_lea(code: bytes, rex: int, modrm: int, after: bytes) -> bool:
-    """Whether it is LEA of r10 with the guest's operand."""
+    """Whether it is LEA of r10 with the guest's operand, whose ModRM byte `after` follows."""
     return (
         len(code) > 2
         and code[0] & 0xF7 == 0x44 | rex & 3

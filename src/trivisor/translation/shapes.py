@@ -139,6 +139,8 @@ for _name, _size in {
     "C_FORM": 8,  # a form of families.py
     "C_WHERE": 8,  # as I_WHERE
     "C_SPECIAL": 8,  # families.SPECIAL
+    "C_REX": 8,  # the family's
+    "C_OPEN": 8,  # 1 if it leaves a register number open
     "C_INSTRUCTIONS": MAXIMUM_INSTRUCTIONS * 16,
     "C_RELOCATIONS": 4 * 8192,
     "C_LOCATIONS": 4 * 2048,

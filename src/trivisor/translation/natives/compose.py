@@ -356,20 +356,21 @@ compose_way:
     jnz compose_live
     jmp emit
 
-; blank_registers: rsi = the instruction, r8d = C_WHERE -> rax and rdx = C_KEY without register numbers; carry if they
-; are not those of ordinary registers (families.registers_of).  Keeps rcx, rsi, r9, r11.
+; blank_registers: rsi = the instruction, r8d = C_WHERE -> rax and rdx = C_KEY without its open register numbers; carry
+; if it has none (families.registers_of).  Keeps rcx, rsi, r9, r11.
 blank_registers:
     mov rax, [rbx+C_KEY]
     mov [rbx+C_FAMILY], rax
     mov rax, [rbx+C_KEY+8]
     mov [rbx+C_FAMILY+8], rax
+    mov byte [rbx+C_OPEN], 0
     xor edi, edi            ; REX, if it has one
     mov eax, r8d
     shr eax, 16
     jz blank_modrm
     movzx edi, byte [rsi+rax-1]
-    and byte [rbx+rax+C_FAMILY-1], 0x48
 blank_modrm:
+    mov [rbx+C_REX], edi
     mov eax, r8d
     shr eax, 8
     and eax, 0xff
@@ -384,7 +385,7 @@ blank_modrm:
     and r8d, 7
     or r10d, r8d
     bt dword [rbx+C_SPECIAL], r10d
-    jc blank_none
+    jc blank_reg_not
     test byte [rbx+C_FORM], FORM_BYTE
     jz blank_reg
     cmp edx, 0xc0
@@ -392,9 +393,15 @@ blank_modrm:
     test edi, edi
     jnz blank_reg
     cmp r10d, 4
-    jae blank_none
+    jae blank_reg_not       ; AH to BH
 blank_reg:
     and byte [rbx+rax+C_FAMILY], 0xc7
+    and dword [rbx+C_REX], ~4
+    mov byte [rbx+C_OPEN], 1
+    jmp blank_rm
+blank_reg_not:
+    cmp edx, 0xc0
+    jae blank_none
 blank_rm:
     mov r8d, edx
     and r8d, 7
@@ -405,35 +412,33 @@ blank_rm:
     cmp edx, 0x40
     jae blank_base
     cmp r8d, 5
-    je blank_none
+    je blank_rm_not
 blank_base:
     test edi, 2             ; REX.X means nothing here
-    jnz blank_none
+    jnz blank_rm_not
     mov r10d, edi
     and r10d, 1
     shl r10d, 3
     or r10d, r8d
     bt dword [rbx+C_SPECIAL], r10d
-    jc blank_none
+    jc blank_rm_not
     and byte [rbx+rax+C_FAMILY], 0xf8
-    jmp blank_found
+    jmp blank_address
 blank_sib:
     movzx r8d, byte [rsi+rax+1]
-    cmp edx, 0x40
-    jae blank_sib_base
     mov r10d, r8d
     and r10d, 7
+    cmp edx, 0x40
+    jae blank_sib_base
     cmp r10d, 5
-    je blank_none
+    je blank_rm_not
 blank_sib_base:
     mov edx, edi
     and edx, 1
     shl edx, 3
-    mov r10d, r8d
-    and r10d, 7
     or r10d, edx
     bt dword [rbx+C_SPECIAL], r10d
-    jc blank_none
+    jc blank_rm_not
     and edi, 2
     shl edi, 2
     mov r10d, r8d
@@ -441,9 +446,23 @@ blank_sib_base:
     and r10d, 7
     or r10d, edi
     bt dword [rbx+C_SPECIAL], r10d
-    jc blank_none
+    jc blank_rm_not
     and byte [rbx+rax+C_FAMILY+1], 0xc0
+blank_address:
+    and dword [rbx+C_REX], ~3
+    jmp blank_found
+blank_rm_not:
+    cmp edx, 0xc0
+    jae blank_none
+    cmp byte [rbx+C_OPEN], 0
+    je blank_none
 blank_found:
+    mov eax, [rbx+C_WHERE]
+    shr eax, 16
+    jz blank_done_registers
+    mov dl, [rbx+C_REX]
+    mov [rbx+rax+C_FAMILY-1], dl
+blank_done_registers:
     mov rax, [rbx+C_FAMILY]
     mov rdx, [rbx+C_FAMILY+8]
     clc

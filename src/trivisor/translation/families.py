@@ -22,6 +22,8 @@ GROUP = 2
 """... part of the opcode."""
 BYTE = 4
 """... a register of a byte, which may be AH to BH if there is no REX."""
+COUNT = 8
+"""The immediate decides which flags change, and is part of the opcode like GROUP."""
 
 FIELD_RAW, FIELD_ADDRESS, FIELD_OPERAND, FIELD_TARGET = range(4)
 """What of a variant's code is to be filled in:
@@ -52,7 +54,8 @@ ONE_BYTE = _forms(
             *(at + 1 for at in _ARITHMETIC), *(at + 3 for at in _ARITHMETIC), 0x63, 0x69, 0x6B, 0x85, 0x87, 0x89,
             0x8B, 0x8D,
         ],
-        GROUP: [0x80, 0x81, 0x83, 0xC0, 0xC1, 0xC6, 0xC7, range(0xD0, 0xD4), 0xF6, 0xF7, 0xFE, 0xFF],
+        GROUP | COUNT: [0xC0, 0xC1],
+        GROUP: [0x80, 0x81, 0x83, 0xC6, 0xC7, range(0xD0, 0xD4), 0xF6, 0xF7, 0xFE, 0xFF],
     }
 )  # fmt: skip
 """Of opcodes of one byte; 0: no family."""
@@ -66,6 +69,25 @@ TWO_BYTES = _forms(
         GROUP: [range(0x90, 0xA0), 0xBA],
     }
 )  # fmt: skip
+
+
+def counts(raw: bytes) -> bool:
+    """Whether the instruction is one of `COUNT`."""
+    return bool(_form(raw)[0] & COUNT)
+
+
+def _form(raw: bytes) -> tuple[int, int, int]:
+    """(its form, the offset of what follows the opcode, that of REX or -1) of an instruction."""
+    at = 0
+    while lengths.ONE_BYTE[raw[at]] in (lengths.PREFIX, lengths.OPERAND_SIZE):
+        at += 1
+    rex_at = -1
+    if lengths.ONE_BYTE[raw[at]] == lengths.REX:
+        rex_at = at
+        at += 1
+    if raw[at] == 0x0F:
+        return TWO_BYTES[raw[at + 1]], at + 2, rex_at
+    return ONE_BYTE[raw[at]], at + 1, rex_at
 
 
 class Registers(NamedTuple):
@@ -84,21 +106,10 @@ class Registers(NamedTuple):
 
 def registers_of(raw: bytes) -> Registers | None:
     """The register numbers of an instruction; None if it is of no family."""
-    at = 0
-    while lengths.ONE_BYTE[raw[at]] in (lengths.PREFIX, lengths.OPERAND_SIZE):
-        at += 1
-    rex_at, rex = -1, 0
-    if lengths.ONE_BYTE[raw[at]] == lengths.REX:
-        rex_at, rex = at, raw[at]
-        at += 1
-    table = ONE_BYTE
-    if raw[at] == 0x0F:
-        table = TWO_BYTES
-        at += 1
-    form = table[raw[at]]
-    at += 1
+    form, at, rex_at = _form(raw)
     if not form:
         return None
+    rex = raw[rex_at] if rex_at >= 0 else 0
     modrm = raw[at]
     memory = modrm < 0xC0
     number = modrm >> 3 & 7 | (rex & 4) << 1

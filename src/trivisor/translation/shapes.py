@@ -173,7 +173,7 @@ SHAPE_SYMBOLS: dict[str, int] = {
     "ENDS_CALL_OUT": ENDS_CALL_OUT, "ENDS_NATIVE": ENDS_NATIVE, "ENDS_RAISE": ENDS_RAISE,
     "WAY_DEAD": DEAD, "WAY_KEPT": KEPT, "WAY_WANTED": WANTED, "WAY_UNTOUCHED": UNTOUCHED,
     "KIND_EXACT": KIND_EXACT, "KIND_FAMILY": KIND_FAMILY, "WANTS_SHAPE": WANTS_SHAPE, "WANTS_VARIANT": WANTS_VARIANT,
-    "FORM_REG": families.REG, "FORM_BYTE": families.BYTE,
+    "FORM_REG": families.REG, "FORM_BYTE": families.BYTE, "FORM_COUNT": families.COUNT,
     "FIELD_ADDRESS": families.FIELD_ADDRESS, "FIELD_OPERAND": families.FIELD_OPERAND,
     "HASH_LOW": HASH_LOW, "HASH_HIGH": HASH_HIGH, "MAXIMUM_INSTRUCTIONS": MAXIMUM_INSTRUCTIONS,
     **{
@@ -263,6 +263,9 @@ class ShapeTables:
             return 0
         kind, vector, argument = ends
         displacement, immediate = len(constants.displacement), len(constants.immediate)
+        if families.counts(raw):
+            immediate = 0
+            recipe.fix_immediate()
         at_displacement, at_immediate = constants.places
         branches = kind in (ENDS_JUMP, ENDS_BRANCH)
         exact = not recipe.shared and bool(displacement or immediate)

@@ -209,6 +209,8 @@ length_near_branch:
     test r8d, 1             ; processors differ
     jnz find_none
 length_has_immediate:
+    test byte [rbx+C_FORM], FORM_COUNT
+    jnz length_count
     mov rax, rdi
     sub rax, rsi
     shl eax, 16
@@ -216,6 +218,7 @@ length_has_immediate:
     mov eax, ecx
     shl eax, 24
     or r9d, eax
+length_count:
     add rdi, rcx
 length_done:
     mov rcx, rdi

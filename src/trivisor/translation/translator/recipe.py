@@ -459,6 +459,15 @@ class Recipe:
             found = self._variants[key] = self._build(parked, way)
         return found
 
+    def fix_immediate(self) -> None:
+        """Its immediate is no constant that may be another's."""
+        self.items = [
+            item._replace(patch=None) if item.patch is not None and item.patch[2] == IMMEDIATE else item
+            for item in self.items
+        ]
+        self._variants.clear()
+        self.finish()
+
     def set_fields(self, fields: dict[int, tuple[tuple[int, int, int], ...]]) -> None:
         """Note in which of its items register numbers stand; see `Item.fields`."""
         self.items = [item._replace(fields=fields.get(number, ())) for number, item in enumerate(self.items)]

@@ -17,6 +17,8 @@ from trivisor.translation.translator.recipe import Constants, Entry, Recipe, may
 from trivisor.translation.translator.tuned import FIRST_FREE_SITE, PLAIN_CHECK, Decoded, Tuning
 from trivisor.x86.exceptions import GENERAL_PROTECTION
 
+_MASK64 = (1 << 64) - 1
+
 
 def fits(address: int) -> bool:
     """Whether code around `address` is named by sign-extended 32-bit immediates, some slack included."""
@@ -39,9 +41,9 @@ def _constants(instruction: Instruction, raw: bytes, offsets: ConstantOffsets) -
     immediate = raw[at : at + size]
     relative = 0
     if instruction.is_ip_rel_memory_operand:
-        relative = instruction.ip_rel_memory_address - instruction.next_ip
+        relative = (instruction.ip_rel_memory_address - instruction.next_ip + (1 << 63) & _MASK64) - (1 << 63)
     elif instruction.op0_kind in _NEAR_BRANCHES:
-        relative = instruction.near_branch_target - instruction.next_ip
+        relative = (instruction.near_branch_target - instruction.next_ip + (1 << 63) & _MASK64) - (1 << 63)
         if instruction.op0_kind == OpKind.NEAR_BRANCH16:
             relative = (relative + 0x8000 & 0xFFFF) - 0x8000
     has_address = may_be_address(displacement) or may_be_address(immediate)

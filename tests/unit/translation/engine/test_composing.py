@@ -172,7 +172,7 @@ FAMILY_OPERATIONS = (
     "popcnt {a}, [{b}]", "movsxd {a}, [{b}+8]", "shld [{b}], {a}, 5", "call {a}", "call [{b}+8]", "push qword [{b}]",
     "div qword [{b}]", "div {a}", "mul {a}", "bts [{b}], {a}", "mov byte [{b}], 5", "mov word [{b}+{c}*2+300], 5", "mov {a}, [rsp+8]", "mov [rsp+{c}], {a}", "mov {a}, [rel 0x400100]",
     "mov {a}, [{c}*8+0x601000]", "mov {a}, [0x601000]", "mov r10, [{b}+{c}]", "add [{b}+8], r11", "lea r15, [{b}+{c}*4]",
-    "lea {a}, [rsp+16]", "lea {a}, [rel 0x400200]",
+    "shl {a}, 5", "rol dword [{b}+8], 3", "sar qword [{b}+{c}], 63", "lea {a}, [rsp+16]", "mov {a}, [gs:rel 0x400100]", "lea {a}, [rel 0x400200]",
 )  # fmt: skip
 
 

@@ -124,8 +124,7 @@ for _name, _size in {
     "C_MODE": 8,  # mode key | NEAR
     "C_STATE": 8,  # 1 while the flags are parked
     "C_START": 8,  # offset in the code cache of the block's code
-    "C_FIRST": 8,  # host address of its writable bytes
-    "C_ENTRIES": 8,  # offsets from there of the entries, a byte each: parked, polled, body
+    "C_ENTRIES": 8,  # offsets in it of the entries, a byte each: parked, polled, body
     "C_BODY": 8,  # host address of the first instruction's code
     "C_AT": 8,  # ... of that of the instruction being done
     "C_HERE": 8,  # its guest bytes' offset in the block

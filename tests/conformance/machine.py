@@ -15,12 +15,14 @@ from tests.unit.translation.engine.guest import (
 )
 from trivisor.hardware.kvm.cpu import KvmVcpu
 from trivisor.hardware.kvm.guest_cpuid import kvm_cpuid, ring_0_is_emulated
+from trivisor.hardware.kvm.split import SplitVcpu
 from trivisor.hardware.kvm.system import KvmUnavailable, System
 from trivisor.machine.cpuid import GuestCpuid
 from trivisor.machine.exits import Exit
 from trivisor.machine.state import GPR_NAMES, CpuState
 from trivisor.machine.vcpu import Surroundings, Vcpu
 from trivisor.translation.cpu import TranslationVcpu
+from trivisor.translation.ring_zero import RingZero
 from trivisor.x86.flags import AC, RF
 
 PORTS = 0x500
@@ -41,7 +43,10 @@ EMULATED = False
 if "hardware" not in UNAVAILABLE:
     with System() as _system:
         EMULATED = ring_0_is_emulated(_system)
-TECHNIQUES = ("translation", "hardware")
+TECHNIQUES = ("translation", "hardware", "hardware, ring 3")
+"""The last: KVM for ring 3 alone, which is how guests run where it emulates ring 0."""
+if "hardware" in UNAVAILABLE or not EMULATED:
+    UNAVAILABLE["hardware, ring 3"] = UNAVAILABLE.get("hardware", "this host's KVM does ring 0 as well")
 
 
 def _common_cpuid(board: Surroundings) -> GuestCpuid | None:
@@ -57,6 +62,8 @@ def make_vcpu(technique: str, board: Surroundings) -> Vcpu:
     cpuid = _common_cpuid(board)
     if technique == "translation":
         return TranslationVcpu(board, cpuid=cpuid)
+    if technique == "hardware, ring 3":
+        return SplitVcpu(board, cpuid=cpuid, ring_zero=lambda common: RingZero(TranslationVcpu(board, cpuid=common)))
     return KvmVcpu(board, cpuid=cpuid, substitute=lambda common: TranslationVcpu(board, cpuid=common))
 
 

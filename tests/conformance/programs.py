@@ -10,6 +10,7 @@ from trivisor.x86 import exceptions as x
 
 A1, A2, A4, A8 = 0xA0, 0xA1A0, 0xA3A2A1A0, 0xA7A6A5A4A3A2A1A0
 LINEAR = 0x10_0000_0000
+NO_SYSCALL = "SYSCALL of a guest's ring 3 stays there"
 
 
 def _reading(offset: int, size: int) -> tuple[str, int, int, int]:
@@ -128,7 +129,7 @@ IDENTITY = [
         " o64 sysret\n user: mov ebx, 5\n syscall\n after: hlt\n entry: cmp ebx, 5\n jne bad\n inc dword [DATA]\n hlt\n bad: ud2",
         setup=lambda guest: [guest.map(0xFFFFFFFF_80000000, 0x100000, P | W)][0] and None,
         memory={DATA: 1},
-        unless_emulated="SYSCALL after a SYSRET of the emulator's stays in ring 3",
+        unless_emulated=NO_SYSCALL,
     ),
 ]
 
@@ -530,7 +531,73 @@ MODES = [
     ),
 ]
 
+# -- between ring 3 and ring 0 ------------------------------------------------------------------------------
+
+_TO_RING_3 = (
+    "mov ecx, 0xc0000081\n xor eax, eax\n mov edx, 0x00180008\n wrmsr\n mov ecx, 0xc0000082\n mov eax, entry\n xor edx, edx\n"
+    " wrmsr\n mov ecx, 0xc0000084\n mov eax, 0x200\n wrmsr\n mov ecx, user\n mov r11d, 0x202\n o64 sysret\n user: "
+)
+RINGS = [
+    Program(
+        "ring 3 sees a mapping that ring 0 has changed",
+        "After INVLPG the new entry counts, at any privilege level (4.10.4.1).",
+        f"{_TO_RING_3} mov rbx, {LINEAR}\n mov r8d, [rbx]\n syscall\n mov r9d, [rbx]\n syscall\n"
+        " entry: inc r12d\n cmp r12d, 2\n je done\n mov rdi, [DATA+16]\n mov qword [rdi], 0x501007\n invlpg [rbx]\n"
+        " o64 sysret\n done: hlt",
+        setup=_pages,
+        registers={"r8": 0x1111, "r9": 0x2222, "r12": 2},
+        unless_emulated=NO_SYSCALL,
+    ),
+    Program(
+        "ring 0 runs what ring 3 has written",
+        "Code that another privilege level writes is executed as it stands (11.6).",
+        f"{_TO_RING_3} syscall\n mov byte [changed+1], 2\n syscall\n"
+        " entry: inc r12d\n changed: mov al, 1\n movzx eax, al\n add r13d, eax\n cmp r12d, 2\n je done\n"
+        " o64 sysret\n done: hlt",
+        registers={"r13": 3},
+        unless_emulated=NO_SYSCALL,
+    ),
+    Program(
+        "vector registers go to ring 0 and back",
+        "Nothing but the instructions themselves changes XMM registers.",
+        f"{_TO_RING_3} mov eax, 7\n movd xmm3, eax\n syscall\n movd r9d, xmm3\n movd r10d, xmm4\n syscall\n"
+        " entry: inc r12d\n cmp r12d, 2\n je done\n movd r8d, xmm3\n mov eax, 9\n movd xmm4, eax\n"
+        " o64 sysret\n done: hlt",
+        registers={"r8": 7, "r9": 7, "r10": 9},
+        unless_emulated=NO_SYSCALL,
+    ),
+    Program(
+        "fs and gs bases that ring 3 sets",
+        "WRFSBASE and WRGSBASE set the hidden parts under CR4.FSGSBASE; ring 0 finds them.",
+        f"{_TO_RING_3} mov eax, DATA\n wrfsbase rax\n add eax, 64\n wrgsbase rax\n mov dword [fs:0], 1\n syscall\n"
+        " entry: mov dword [gs:0], 2\n rdfsbase r8\n rdgsbase r9\n hlt",
+        start=lambda state: setattr(state, "cr4", state.cr4 | 1 << 16),
+        registers={"r8": DATA, "r9": DATA + 64},
+        memory={DATA: 1, DATA + 64: 2},
+        unless_emulated=NO_SYSCALL,
+    ),
+] + [
+    Program(
+        f"{name} in ring 3",
+        "It goes to ring 0 by the gate, with the stack that the TSS has (6.14).",
+        f"mov ebx, 5\n {code}",
+        cpl=3,
+        vector=vector,
+        error=error,
+        at=at,
+        unless_emulated="the emulator knows no INT n from ring 3" if vector == 0x80 else "",
+    )
+    for name, code, vector, error, at in (
+        ("breakpoint", "int3\n here: nop", x.BREAKPOINT, None, "here"),
+        ("INT n", "int 0x80\n here: nop", 0x80, None, "here"),
+        ("invalid opcode", "here: ud2", x.INVALID_OPCODE, None, "here"),
+        ("divide error", "xor ecx, ecx\n here: div ecx", x.DIVIDE_ERROR, None, "here"),
+        ("privileged instruction", "here: hlt", x.GENERAL_PROTECTION, 0, "here"),
+        ("page fault", f"mov rax, {LINEAR}\n here: mov [rax], eax", x.PAGE_FAULT, 6, "here"),
+    )
+]
+
 PROGRAMS = [
-    *PORT_IO, *STRING_IO, *MMIO, *IDENTITY, *EXCEPTIONS, *INTERRUPTS, *PAGING, *DEBUG, *MODES,
+    *PORT_IO, *STRING_IO, *MMIO, *IDENTITY, *EXCEPTIONS, *INTERRUPTS, *PAGING, *DEBUG, *MODES, *RINGS,
 ]  # fmt: skip
 __all__ = ["HANDLERS", "PROGRAMS", "USER_STACK", "U"]

@@ -116,6 +116,11 @@ class Kicked:
 
 
 @dataclass(frozen=True, slots=True)
+class UserMode:
+    """The processor is about to run 64-bit code in ring 3, for which it was told to come back (`machine.ring_zero`)."""
+
+
+@dataclass(frozen=True, slots=True)
 class Unsupported:
     """The guest asked for what this technique does not have; `what` names it, `rip` is its address."""
 
@@ -138,5 +143,6 @@ Exit = (
     | ExceptionExit
     | DebugStop
     | Kicked
+    | UserMode
     | Unsupported
 )

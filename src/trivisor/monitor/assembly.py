@@ -201,13 +201,30 @@ def make_vcpu(technique: str, board: Surroundings, hardware: Hardware, cpuid: Gu
     if technique == "translation":
         return TranslationVcpu(board, hardware.cpu, cpuid)
     assert technique == "hardware"
-    from trivisor.hardware.kvm.cpu import KvmVcpu
     from trivisor.hardware.kvm.system import KvmUnavailable
 
     try:
-        return KvmVcpu(board, hardware.cpu, cpuid, substitute=lambda own: TranslationVcpu(board, cpuid=own))
+        return _kvm(board, hardware, cpuid)
     except KvmUnavailable as reason:
         raise TechniqueUnavailable(f"technique hardware: {reason}") from None
+
+
+def _kvm(board: Surroundings, hardware: Hardware, cpuid: GuestCpuid | None) -> Vcpu:
+    """All of the guest under KVM; where that emulates ring 0, ring 3 alone."""
+    from trivisor.hardware.kvm.cpu import KvmVcpu
+    from trivisor.hardware.kvm.guest_cpuid import ring_0_is_emulated
+    from trivisor.hardware.kvm.split import SplitVcpu
+    from trivisor.hardware.kvm.system import System
+    from trivisor.translation.cpu import TranslationVcpu
+    from trivisor.translation.ring_zero import RingZero
+
+    with System() as system:
+        split = ring_0_is_emulated(system)
+    if split:
+        return SplitVcpu(
+            board, hardware.cpu, cpuid, ring_zero=lambda own: RingZero(TranslationVcpu(board, cpuid=own))
+        )
+    return KvmVcpu(board, hardware.cpu, cpuid, substitute=lambda own: TranslationVcpu(board, cpuid=own))
 
 
 def _guest_digest(kernel: Path, flavour: bytes = b"") -> bytes:
@@ -220,9 +237,13 @@ def _guest_digest(kernel: Path, flavour: bytes = b"") -> bytes:
 
 def keeper_for(vcpu: Vcpu, guest: bytes, booted: bytes = b"") -> Keeper | None:
     """What keeps the translations of a guest (`Keeper`); None without a digest or a place, or if there are none."""
+    from trivisor.hardware.kvm.split import SplitVcpu
     from trivisor.translation.cpu import TranslationVcpu
     from trivisor.translation.keeper import Keeper
 
+    if isinstance(vcpu, SplitVcpu):  # of ring 0 alone: files of their own
+        vcpu = vcpu.ring_zero
+        guest, booted = (digest and hashlib.sha256(digest + b"ring 0").digest() for digest in (guest, booted))
     if not guest or not isinstance(vcpu, TranslationVcpu):
         return None
     try:

@@ -26,6 +26,7 @@ from trivisor.machine.exits import (
     MsrRead,
     MsrWrite,
     Unsupported,
+    UserMode,
 )
 from trivisor.machine.host_timer import HostTimer
 from trivisor.machine.msrs import MsrFile
@@ -148,6 +149,9 @@ class TranslationVcpu:
         """A hypervisor that does what the architecture would, for a guest that is all in ring 3."""
         self.guest_kernel = False
         """The code that runs is such a guest's kernel."""
+        self.stop_in_ring_3 = False
+        """Another engine runs 64-bit code of ring 3: `run` comes back for it."""
+        self.flushes = 0  # of TLBs by Python
         self._wake = threading.Event()
         self._by_key: dict[int, Mode] = {}
         self._modes: dict[tuple[Any, ...], Mode] = {}
@@ -273,12 +277,14 @@ class TranslationVcpu:
         self.mmu.probe_write(linear, size, self.core.cpl == 3 and not system)
 
     def flush_tlb(self, *, keep_global: bool) -> None:
+        self.flushes += 1
         if keep_global:
             self._native.flush_local()
         else:
             self._native.flush_everything()
 
     def invalidate_page(self, linear: int) -> None:
+        self.flushes += 1
         self._native.invalidate_page(linear)
 
     def tsc(self) -> int:
@@ -498,6 +504,9 @@ class TranslationVcpu:
             core.rflags &= ~RF  # there is no breakpoint that it could hold off
         target = self._next
         if target is None:
+            if self.stop_in_ring_3 and core.cpl == 3 and core.efer & EFER_LMA and core.segments[CS].attributes & LONG:
+                # Nothing is ever translated for this mode, so that every way into it leads here.
+                return self._single_step() if core.debug.active else UserMode()
             block = self.blocks.block(self.mode, core.linear_rip)
             target = self._native.cache.base + block.body
         else:

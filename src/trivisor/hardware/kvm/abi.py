@@ -172,6 +172,13 @@ class UserspaceMemoryRegion(_Kernel):
     ]  # fmt: skip
 
 
+class DirtyLog(_Kernel):
+    """`dirty_bitmap` is the host address of a bit a page of the slot."""
+
+    c_name = "kvm_dirty_log"
+    _fields_: ClassVar[Any] = [("slot", c_uint32), ("padding1", c_uint32), ("dirty_bitmap", c_uint64)]
+
+
 class Interrupt(_Kernel):
     c_name = "kvm_interrupt"
     _fields_: ClassVar[Any] = [("irq", c_uint32)]
@@ -395,6 +402,7 @@ CHECK_EXTENSION: Final = _ioctl("KVM_CHECK_EXTENSION", 0x03)
 GET_VCPU_MMAP_SIZE: Final = _ioctl("KVM_GET_VCPU_MMAP_SIZE", 0x04)
 GET_SUPPORTED_CPUID: Final = _ioctl("KVM_GET_SUPPORTED_CPUID", 0x05, _READ | _WRITE, CpuidHeader)
 CREATE_VCPU: Final = _ioctl("KVM_CREATE_VCPU", 0x41)
+GET_DIRTY_LOG: Final = _ioctl("KVM_GET_DIRTY_LOG", 0x42, _WRITE, DirtyLog)
 SET_USER_MEMORY_REGION: Final = _ioctl("KVM_SET_USER_MEMORY_REGION", 0x46, _WRITE, UserspaceMemoryRegion)
 SET_TSS_ADDR: Final = _ioctl("KVM_SET_TSS_ADDR", 0x47)
 SET_IDENTITY_MAP_ADDR: Final = _ioctl("KVM_SET_IDENTITY_MAP_ADDR", 0x48, _WRITE, c_uint64)
@@ -465,6 +473,7 @@ CAPABILITIES: Final = {
 }
 """Number by name (KVM_CAP_...)."""
 
+MEM_LOG_DIRTY_PAGES: Final = 1 << 0
 CPUID_SIGNIFICANT_INDEX: Final = 1 << 0
 EVENT_NMI_PENDING_VALID: Final = 1 << 0
 EVENT_SHADOW_VALID: Final = 1 << 2

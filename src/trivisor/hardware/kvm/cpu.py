@@ -503,6 +503,10 @@ class KvmVcpu:
         reason = failure.hardware_entry_failure_reason
         return Unsupported(f"the processor refuses to enter the guest, reason {reason:#x}", self.state.rip)
 
+    def forget_mappings(self) -> None:
+        """Page tables may have been changed by another processor than KVM's."""
+        self._vm.forget_mappings()
+
     # -- the rest of the protocol ---------------------------------------------------------------------------
 
     def last_block(self) -> tuple[int, int] | None:

@@ -53,7 +53,8 @@ class Rescue:
         other = self._other
         if other is None:
             other = self._other = self._make(cpu.guest_cpuid)
-            other.observed = cpu.observed
+            other.observed.update(cpu.observed)
+            cpu.observed = other.observed  # the other's parts hold on to theirs
         other.attach()
         try:
             other.tsc_offset = cpu.tsc_offset
@@ -65,6 +66,7 @@ class Rescue:
             state = other.state
         finally:
             cpu.attach()
+        cpu.forget_mappings()
         _hand_over(state, cpu)
         self._last = time.perf_counter_ns()
         self.nanoseconds += self._last - started

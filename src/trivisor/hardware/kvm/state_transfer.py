@@ -146,7 +146,8 @@ def _segment(source: abi.Segment) -> Segment:
     return Segment(source.selector, source.base, source.limit, attributes)
 
 
-def _kvm_segment(source: Segment) -> abi.Segment:
+def kvm_segment(source: Segment) -> abi.Segment:
+    """A segment register as KVM has it."""
     attributes = source.attributes
     return abi.Segment(
         base=source.base,
@@ -167,8 +168,8 @@ def _kvm_segment(source: Segment) -> abi.Segment:
 def _special_regs(cpu: KvmVcpu, state: CpuState) -> abi.SpecialRegs:
     sregs = abi.SpecialRegs()
     for name in ("es", "cs", "ss", "ds", "fs", "gs", "tr"):
-        setattr(sregs, name, _kvm_segment(getattr(state, name)))
-    sregs.ldt = _kvm_segment(state.ldtr)
+        setattr(sregs, name, kvm_segment(getattr(state, name)))
+    sregs.ldt = kvm_segment(state.ldtr)
     sregs.gdt = abi.DescriptorTable(state.gdtr.base, state.gdtr.limit)
     sregs.idt = abi.DescriptorTable(state.idtr.base, state.idtr.limit)
     sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4 = state.cr0, state.cr2, state.cr3, state.cr4

@@ -16,6 +16,7 @@ from rich.console import Console
 from bench import kernel_report, report, system
 from bench.boot import run_boots
 from bench.compute import run_compute
+from bench.exits import print_exits, run_exits
 from bench.guests.kernels import NAMES
 from bench.process import Failed
 from trivisor.guests.debian import GuestUnavailable
@@ -48,6 +49,8 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=_positive, default=5, help="runs under each machine (default 5)")
     parser.add_argument("--only", action="append", metavar="NAME", help="this kernel alone; may be repeated")
     parser.add_argument("--skip-qemu", action="store_true", help="do not run QEMU")
+    techniques = ["translation", "hardware", "paravirt"]
+    parser.add_argument("--technique", choices=techniques, default="translation", help="of the boots (translation)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured as JSON")
     arguments = parser.parse_args(words)
     unknown = [part for part in arguments.parts if part not in _PARTS]
@@ -87,7 +90,7 @@ def _system(arguments: argparse.Namespace, said: Said) -> Shown:
 
 def _boot(arguments: argparse.Namespace, said: Said) -> Shown:
     start = time_starts(_STARTS)
-    boots = run_boots(arguments.runs, said, qemu=not arguments.skip_qemu)
+    boots = run_boots(arguments.runs, said, qemu=not arguments.skip_qemu, technique=arguments.technique)
 
     def show(console: Console) -> None:
         report.print_boots(console, boots)
@@ -99,7 +102,12 @@ def _boot(arguments: argparse.Namespace, said: Said) -> Shown:
     return show, report.boots_as_json(boots, start)
 
 
-_PARTS = {"compute": _compute, "system": _system, "boot": _boot}
+def _exits(arguments: argparse.Namespace, said: Said) -> Shown:
+    found = run_exits(arguments.runs, said)
+    return lambda console: print_exits(console, found), found.as_json()
+
+
+_PARTS = {"compute": _compute, "system": _system, "exits": _exits, "boot": _boot}
 
 
 def time_starts(count: int) -> list[float]:

@@ -57,7 +57,9 @@ class Boots:
         return median(self.ratios) if self.ratios else None
 
 
-def run_boots(runs: int, said: Callable[[str], None], *, qemu: bool = True) -> Boots:
+def run_boots(
+    runs: int, said: Callable[[str], None], *, qemu: bool = True, technique: str = "translation"
+) -> Boots:
     """Boot `runs` times under each, in turn; `said` is told what is being done.  Raises `process.Failed`."""
     boots = Boots()
     guest = default_guest(lambda what, part: said(what))
@@ -68,7 +70,8 @@ def run_boots(runs: int, said: Callable[[str], None], *, qemu: bool = True) -> B
         statistics = Path(directory, "statistics.json")
         keeping = [
             "env", f"XDG_CACHE_HOME={_cache_of_its_own(Path(directory, 'cache'))}",
-            sys.executable, "-m", "trivisor", "run", "--memory", f"{MEMORY_MIB}M", "--stats-json", str(statistics),
+            sys.executable, "-m", "trivisor", "run", "--technique", technique,
+            "--memory", f"{MEMORY_MIB}M", "--stats-json", str(statistics),
         ]  # fmt: skip
         ours = [*keeping, "--no-keep"]
         theirs = qemu_command(guest.kernel, initrd) if qemu and have_qemu() else None

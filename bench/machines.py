@@ -28,7 +28,10 @@ def have_qemu() -> bool:
 def multiboot_command(machine: str, image: Path) -> list[str]:
     """What runs a multiboot kernel, its console on stdout and port 0xf4 the way to end it."""
     if machine == TRIVISOR:
-        return [sys.executable, "-m", "trivisor", "run", str(image), "--memory", f"{_MEMORY_MIB}M"]
+        return [
+            sys.executable, "-m", "trivisor", "run", str(image), "--technique", "translation",
+            "--memory", f"{_MEMORY_MIB}M",
+        ]  # fmt: skip
     return [
         QEMU, "-accel", "tcg", "-cpu", "max", "-m", str(_MEMORY_MIB), "-nodefaults", "-display", "none",
         "-serial", "stdio", "-no-reboot", "-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-kernel", str(image),

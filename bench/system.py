@@ -55,8 +55,8 @@ def _run_linux(machine: str, initramfs: Path, said: Callable[[str], None]) -> di
         command = qemu_command(guest.kernel, initramfs)
     else:
         command = [
-            sys.executable, "-m", "trivisor", "run", str(guest.kernel), "--initrd", str(initramfs),
-            "--append", console_command_line(),
+            sys.executable, "-m", "trivisor", "run", str(guest.kernel), "--technique", "translation",
+            "--initrd", str(initramfs), "--append", console_command_line(),
         ]  # fmt: skip
     output = output_to_line(command, b"fork: done", limit=_LIMIT_SECONDS, end_with=signal.SIGTERM)
     found = _RECORD.search(output.decode(errors="replace").replace("\r", ""))

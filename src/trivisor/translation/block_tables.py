@@ -25,7 +25,7 @@ from typing import Protocol
 from trivisor.machine.memory import host_map, host_unmap
 from trivisor.translation.core import Core
 from trivisor.translation.layout import OFFSETS
-from trivisor.translation.modes import SEGMENTED_KEYS
+from trivisor.translation.modes import SEGMENTED_KEYS, USER_64
 
 MAXIMUM_BLOCKS = 1 << 18
 MAXIMUM_LINKS = 1 << 19
@@ -122,6 +122,7 @@ TABLE_SYMBOLS: dict[str, int] = {
     "LINK_TO_PLAIN": LINK_TO_PLAIN,
     "PLAIN": PLAIN,
     "SEGMENTED_KEYS": SEGMENTED_KEYS,
+    "USER_64": USER_64,
     "BLOCK_SIZE": BLOCK_SIZE,
     "LINK_SIZE": LINK_SIZE,
     "TEMPLATE_SIZE": TEMPLATE_SIZE,

@@ -242,6 +242,7 @@ _FIELDS = (
     "TEMPLATE_COUNT",
     "TEMPLATE_HEADS",
     "PAGE_BLOCKS",
+    "USER_ELSEWHERE",  # not 0: another engine runs 64-bit code of ring 3, and there are no blocks of it
     "ARCHIVE",  # host address of an earlier run's images
     "SHAPES",  # ... of shapes.py's tables, or 0 if nothing is to be composed
     "COMPOSER_WANTS",  # what it does not know of a block: a WANTS_ constant of shapes.py, or 0 if it cannot be composed

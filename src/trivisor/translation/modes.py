@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 FLAT_LIMIT = 0xFFFFFFFF
 
+USER_64 = 6
+"""The three lowest bits of the keys of 64-bit modes of ring 3."""
 SEGMENTED_KEYS = 0x800
 """Keys from here on have a number that the engine hands out to a `Segmentation`, and mean nothing elsewhere."""
 MAXIMUM_SEGMENTED = 0xFF

@@ -20,6 +20,7 @@ class RingZero:
         self.vcpu = vcpu
         self._core = vcpu.core
         vcpu.stop_in_ring_3 = True
+        self._core.words[OFFSETS["USER_ELSEWHERE"] // 8] = 1
 
     @property
     def user(self) -> UserRegisters:

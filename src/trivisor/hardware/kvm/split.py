@@ -49,8 +49,11 @@ _FLAT_DATA: Final = 0xC0F3
 _PRESENT: Final = 1
 _FRAME: Final = (1 << 52) - (1 << 12)
 _SYSCALL_LENGTH: Final = 2
+_NONE: Final = 255
+"""What stands for no exception before there is one."""
 _EXCEPTIONS: Final = {
-    0: "divide error", 3: "breakpoint", 6: "invalid opcode", 13: "general protection", 14: "page fault",
+    _NONE: "no exception", 0: "divide error", 3: "breakpoint", 6: "invalid opcode", 13: "general protection",
+    14: "page fault",
 }  # fmt: skip
 _WINDOW: Final = abi.RunHeader.request_interrupt_window.offset
 _IMMEDIATE_EXIT: Final = abi.RunHeader.immediate_exit.offset
@@ -94,6 +97,7 @@ class SplitVcpu(KvmVcpu):
         self._sregs.idt = abi.DescriptorTable(0, 0)
         self._sregs.tr = kvm_segment(Segment(0, 0, 0, 0x8B))  # and so without a bitmap of ports
         self._no_events = abi.VcpuEvents()
+        self._no_events.exception.nr = _NONE
         self._loaded: list[Segment | None] = [None] * 6
         self._xcr0 = -1
         self._other.attach()

@@ -150,6 +150,13 @@ ADOPT = """
 ; adopt: r12 = rip, r13 = physical page of RAM | mode: make the block of a template with the bytes that stand there.
 ; Returns as find does.  The code is copied, and what depends on its place is changed.
 adopt:
+    cmp qword [rbp+USER_ELSEWHERE], 0
+    je adopt_any
+    mov edi, r13d
+    and edi, 7
+    cmp edi, USER_64
+    je find_none
+adopt_any:
     mov rdi, r13
     and rdi, -4096
     mov r14, rdi

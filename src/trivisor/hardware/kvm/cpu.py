@@ -144,6 +144,7 @@ class KvmVcpu:
     def attach(self) -> None:
         board = self.board
         board.clock.on_earlier = self._on_earlier
+        board.clock.on_posted = self._wake_up
         board.interrupts.on_pending = self._attention
         board.interrupts.on_nmi = self._nmi
         board.tsc = self.tsc
@@ -363,13 +364,18 @@ class KvmVcpu:
     def kick(self) -> None:
         with self._kick_lock:
             self._kicked = True
+            if self._rescue is not None and not self._closed:
+                self._rescue.kick()
+            self._wake_up()
+
+    def _wake_up(self) -> None:
+        """Have the run loop look around soon; from any thread."""
+        with self._kick_lock:
             self._look = True
             self._wake.set()
             if self._closed:
                 return
             self._run_bytes[_IMMEDIATE_EXIT] = 1
-            if self._rescue is not None:
-                self._rescue.kick()
             if self._thread is not None and self._thread != threading.get_ident():
                 signal.pthread_kill(self._thread, KICK_SIGNAL)
 

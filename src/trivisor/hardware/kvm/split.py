@@ -100,14 +100,22 @@ class SplitVcpu(KvmVcpu):
         self._no_events.exception.nr = _NONE
         self._loaded: list[Segment | None] = [None] * 6
         self._xcr0 = -1
-        self._other.attach()
+        self.attach()
         self._other.state = CpuState()
 
     def attach(self) -> None:
         if self._zero is None:
             super().attach()
-        else:
-            self._other.attach()
+            return
+        self._other.attach()
+        clock = self.board.clock
+        others = clock.on_posted
+
+        def posted() -> None:
+            others()
+            self._wake_up()
+
+        clock.on_posted = posted
 
     def close(self) -> None:
         if not self._closed and self._zero is not None:

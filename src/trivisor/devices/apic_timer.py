@@ -108,7 +108,10 @@ class ApicTimer(Remembers):
 
     def _count_down(self, count: int) -> None:
         self._expiry = self._clock.now() + self._duration(count)
-        self._timer = self._clock.at(self._expiry, self._count_expired)
+        if self.mode != PERIODIC and self._clock.now() >= self._expiry:
+            self._count_expired()  # so short a count that it is over by now
+        else:
+            self._timer = self._clock.at(self._expiry, self._count_expired)
 
     def _count_expired(self) -> None:
         if self.mode == PERIODIC:

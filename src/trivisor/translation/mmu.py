@@ -33,6 +33,7 @@ _CR0_WP = 1 << 16
 _OPENED_COUNT, _LOCAL_COUNT = OFFSETS["OPENED_COUNT"] // 8, OFFSETS["LOCAL_COUNT"] // 8
 _KEYS, _KEYED_COUNT = OFFSETS["KEYS"] // 8, OFFSETS["KEYED_COUNT"] // 8
 _KINDS = {Access.READ: 0, Access.WRITE: KIND_WRITE, Access.EXECUTE: 8}
+_EXEC_TLBS = OFFSETS["EXEC_TLB_KERNEL"] // 8, OFFSETS["EXEC_TLB_USER"] // 8
 _WALKED_TO_A_DEVICE = 4
 """The native walker's outcome for a page that is not RAM."""
 _PAGING_NATIVE, _WALKED_PHYSICAL, _WALKED_LEAF, _WALKED_RIGHTS, _WALKED_NX, _WALKED_INFO = (
@@ -304,9 +305,8 @@ class Mmu:
 
     def fetch(self, linear: int, user: bool) -> tuple[int, bool]:
         """(physical page, global) for executing at `linear`, through the fetch TLB; raises GuestException."""
-        words = self.core.words
-        table = OFFSETS["EXEC_TLB_USER" if user else "EXEC_TLB_KERNEL"]
-        at = table // 8 + (linear >> 12) % EXEC_TLB_ENTRIES * 2
+        words = self._words
+        at = _EXEC_TLBS[user] + (linear >> 12) % EXEC_TLB_ENTRIES * 2
         page = linear & ~0xFFF
         if words[at] == page:
             return words[at + 1] & ~0xFFF, bool(words[at + 1] & 1)

@@ -627,7 +627,9 @@ class TranslationVcpu:
             return
         delay = deadline - self.board.clock.now()
         if delay <= _AT_ONCE:
-            self._words[_PENDING] = 1
+            words = self._words
+            words[_PENDING] = 1
+            words[_ARMED] = words[_POLL] = words[_BAD]
         else:
             self._armed = deadline
             self._timer.arm(delay)

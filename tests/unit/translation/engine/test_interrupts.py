@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 
@@ -222,6 +223,18 @@ def test_long_repeated_instructions_can_be_kicked(machine: Make, string: str) ->
     m = machine(f"top: mov rcx, 1 << 23\n mov rdi, 0x1000000\n mov rsi, 0x2000000\n mov al, 1\n {string}\n jmp top")
     kicked(m, 0.01)
     assert m["rdi"] - 0x1000000 <= 1 << 25
+
+
+def test_a_timer_that_is_due_as_timers_are_served_is_not_forgotten(machine: Make) -> None:
+    """No host timer is set for it, nor does anything else come that could have the guest look."""
+    m = machine("sti\n spin: jmp spin")
+    m.vcpu.tuner.start = lambda: None
+    clock = m.board.clock
+    looks = itertools.count(clock._origin, 100)
+    clock._source = lambda: next(looks)  # time goes on by being looked at
+    m.board.local_apic.write(0xF0, 4, 0x1FF)
+    clock.at(2_000, lambda: m.interrupt(0x40))
+    assert m.fault().vector == 0x40
 
 
 def test_an_interrupt_at_an_instruction_across_pages(machine: Make) -> None:

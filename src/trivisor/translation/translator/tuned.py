@@ -149,7 +149,7 @@ class Tuning:
                 current = None
             elif current is not None:
                 moved = _moves(instruction, current.address)
-                if _touches_r10(recipe):
+                if _leaves_r10_unknown(recipe):
                     current = None
                 elif moved is not None:
                     current.shift += moved
@@ -259,12 +259,16 @@ def _moves(instruction: Instruction, address: Address) -> int | None:
 _IMMEDIATES = {OpKind.IMMEDIATE8TO64, OpKind.IMMEDIATE32TO64}
 
 
-def _touches_r10(recipe: Recipe) -> bool:
-    """Whether the host code of an instruction without memory operands uses r10."""
+def _leaves_r10_unknown(recipe: Recipe) -> bool:
+    """Whether the host code of an instruction without memory operands uses r10, or may change what the TLBs allow.
+
+    Both is to be expected of the helpers.
+    """
     info = InstructionInfoFactory()
     code = b"".join(item.code for item in recipe.items)
     return any(
-        RegisterExt.full_register(used.register) == Register.R10
+        instruction.mnemonic == Mnemonic.CALL
+        or RegisterExt.full_register(used.register) == Register.R10
         for instruction in Decoder(64, code)
         for used in info.info(instruction).used_registers()
     )

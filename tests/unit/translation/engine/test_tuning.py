@@ -6,9 +6,10 @@ import random
 
 import pytest
 
-from tests.unit.translation.engine.guest import DATA, STACK, Machine, Make, P, U, W
+from tests.unit.translation.engine.guest import DATA, LARGE, PD, STACK, Machine, Make, P, U, W
 from trivisor.machine.exits import Kicked
 from trivisor.translation.host_signals import Sampler
+from trivisor.x86.control import CR4_SMAP
 
 ONE, TWO = 0x400000, 0x500000
 """Physical pages."""
@@ -113,6 +114,42 @@ def test_flags_live_across_a_group_that_fails(machine: Make) -> None:
         m.restart()
         m.halt(rax=rax, rbx=rbx, rsp=PAGE + 8, rsi=0, rdi=0)
         assert (m["rsi"], m["rdi"], m["rcx"], m["rdx"]) == (below, overflow, rbx, rax)
+
+
+@pytest.mark.parametrize("between", ["cpuid", "rdmsr", "wrmsr", "mov r11, cr8", "in al, 0x80", "invlpg [rsi]"])
+def test_a_helper_between_the_accesses_of_a_group(machine: Make, between: str) -> None:
+    m = tuned(
+        machine,
+        f"""
+        again: mov ebx, 0x1234
+        mov eax, 1
+        mov ecx, r9d
+        xor edx, edx
+        push rbx
+        {between}
+        pop rdi
+        add rbp, rdi
+        dec r8d
+        jnz again
+        hlt
+        """,
+    )
+    m.halt(rbp=0, rsi=PAGE, r8=3, r9=0xC0000102)
+    assert (m["rbp"], m["rsp"]) == (3 * 0x1234, STACK)
+    assert made(m) > 0
+
+
+def test_clac_between_the_accesses_of_a_group(machine: Make) -> None:
+    m = tuned(machine, "stac\n mov [rbx], rax\n clac\n here: mov [rbx+8], rax\n hlt")
+    for i in range(32):  # the kernel's own, but for the page in question
+        m.memory.write_u64(PD + 8 * i, i << 21 | P | W | LARGE)
+    m.map(PAGE, ONE)
+    state = m.initial_state()
+    state.cr4 |= CR4_SMAP
+    m.vcpu.state = state
+    frame = m.fault(rbx=PAGE)
+    assert (frame.vector, frame.error, frame.rip) == (14, 3, m.labels["here"])
+    assert made(m) > 0
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,6 @@ class LocalApic(Remembers):
         """The task priority is kept there, and some EOIs arrive there."""
         self._base = APIC_BASE | GLOBAL_ENABLE | BSP
         self._visible = True  # nothing else hides the window
-        self._place()
         self._lint0_level = self._lint1_level = False
         self._extint_open = False
         """Whether the 8259's INTR reaches the processor."""
@@ -166,6 +165,7 @@ class LocalApic(Remembers):
     def _reset(self) -> None:
         """The state after power-up or INIT (10.4.7.1)."""
         self._id = self.apic_id & 0xFF
+        self._place()
         self.virtual.tpr = self._ldr = self._esr = self._errors = self._icr = self._destination = 0
         self._dfr = 0xFFFFFFFF
         self._svr = 0xFF
@@ -184,6 +184,23 @@ class LocalApic(Remembers):
     @_tpr.setter
     def _tpr(self, value: int) -> None:
         self.virtual.tpr = value & 0xFF
+
+    @property
+    def _icr(self) -> int:
+        return self.virtual.command
+
+    @_icr.setter
+    def _icr(self, value: int) -> None:
+        self.virtual.command = value & 0xFFFFFFFF
+
+    @property
+    def _destination(self) -> int:
+        """Of the xAPIC's only the top byte counts."""
+        return self.virtual.destination & (0xFFFFFFFF if self._base & X2APIC_ENABLE else 0xFF000000)
+
+    @_destination.setter
+    def _destination(self, value: int) -> None:
+        self.virtual.destination = value & 0xFFFFFFFF
 
     def save(self) -> Saved:
         """As `Remembers` has it, with every interrupt ended that the processor has ended."""
@@ -360,7 +377,8 @@ class LocalApic(Remembers):
         """Say where the registers are."""
         mode = self._base & (GLOBAL_ENABLE | X2APIC_ENABLE)
         window = self._base & self._address_mask if mode == GLOBAL_ENABLE and self._visible else None
-        self.virtual.place(window, x2apic=bool(mode & X2APIC_ENABLE))
+        x2apic = bool(mode & X2APIC_ENABLE)
+        self.virtual.place(window, x2apic=x2apic, identity=self.apic_id if x2apic else self._id)
 
     def read_tsc_deadline(self) -> int:
         """RDMSR of IA32_TSC_DEADLINE, 0x6e0: 0 when not armed (10.5.4.1)."""
@@ -397,6 +415,7 @@ class LocalApic(Remembers):
 
     def _write_id(self, value: int) -> None:
         self._id = value >> 24
+        self._place()
 
     def _write_ldr(self, value: int) -> None:
         self._ldr = value >> 24
@@ -440,7 +459,7 @@ class LocalApic(Remembers):
             self._update()
 
     def _write_icr_high(self, value: int) -> None:
-        self._destination = value & 0xFF000000
+        self._destination = value
 
     def _write_icr(self, value: int) -> None:
         """Send an interprocessor interrupt (10.6.1)."""

@@ -1,4 +1,5 @@
-"""What an engine may do with the local APIC without asking it: the task priority, and the end of an interrupt.
+"""What an engine may do with the local APIC without asking it: the task priority, the end of an interrupt, and what
+comes before sending one.
 
 Words in host memory that the APIC keeps true and that native code reads and
 writes, as VT-x has its virtual-APIC page for the same two (Intel SDM 3C 30.1).
@@ -8,15 +9,19 @@ from __future__ import annotations
 
 import ctypes
 
-TPR, TPR_FREE, END, WINDOW, X2APIC = range(0, 40, 8)
+TPR, TPR_FREE, END, WINDOW, X2APIC, COMMAND, DESTINATION, IDENTITY = range(0, 64, 8)
 """Byte offsets of the words.
 
 `TPR`: the task priority; only its low byte counts.  `TPR_FREE`: nonzero while
 no interrupt waits, so that a change of it has no effect.  `END`: one of the
 constants below.  `WINDOW`: the physical address of the xAPIC registers while
 they are there, else all ones.  `X2APIC`: nonzero in x2APIC mode.
+`COMMAND` and `DESTINATION`: the halves of the interrupt command register, of
+which the first may be read in the window and the second also written; what
+was sent then, and how much of the destination counts, is the APIC's affair.  `IDENTITY`: the
+id by which messages with a physical destination find it.
 """
-_WORDS = 5
+_WORDS = 8
 _NOWHERE = (1 << 64) - 1
 
 END_ASK, END_READY, END_DONE, END_NOTHING = range(4)
@@ -45,6 +50,24 @@ class VirtualApic:
     def tpr(self, value: int) -> None:
         self._words[TPR // 8] = value
 
+    @property
+    def command(self) -> int:
+        """The interrupt command register's low half, as it reads."""
+        return self._words[COMMAND // 8]
+
+    @command.setter
+    def command(self, value: int) -> None:
+        self._words[COMMAND // 8] = value
+
+    @property
+    def destination(self) -> int:
+        """What was written to its high half last."""
+        return self._words[DESTINATION // 8] & 0xFFFFFFFF
+
+    @destination.setter
+    def destination(self, value: int) -> None:
+        self._words[DESTINATION // 8] = value
+
     def allow(self, *, tpr: bool, end: int) -> None:
         """Say what may be done from now on."""
         self._words[TPR_FREE // 8] = tpr
@@ -57,7 +80,8 @@ class VirtualApic:
         self._words[END // 8] = END_ASK
         return True
 
-    def place(self, window: int | None, *, x2apic: bool) -> None:
-        """Say where the registers are."""
+    def place(self, window: int | None, *, x2apic: bool, identity: int) -> None:
+        """Say where the registers are, and who is meant by a physical destination."""
+        self._words[IDENTITY // 8] = identity
         self._words[WINDOW // 8] = _NOWHERE if window is None else window
         self._words[X2APIC // 8] = x2apic

@@ -28,6 +28,19 @@ RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 ES, CS, SS, DS, FS, GS, LDTR, TR = range(8)
 
 
+def _flag(name: str) -> property:
+    """A field of the state block that is 0 or 1."""
+    index = OFFSETS[name] // 8
+
+    def get(self: Core) -> bool:
+        return bool(self.words[index])
+
+    def set_(self: Core, value: bool) -> None:
+        self.words[index] = 1 if value else 0
+
+    return property(get, set_, doc=f"The state block's {name}.")
+
+
 def _q(name: str) -> property:
     """A 64-bit field of the state block as a property."""
     index = OFFSETS[name] // 8
@@ -109,6 +122,8 @@ class Core:
     pkru = _q("PKRU")
     pkrs = _q("PKRS")
     interrupt_flag = _q("IF")  # 0 or 0x200
+    nmi_blocked = _flag("NMI_BLOCKED")
+    nmi_waiting = _flag("NMI_WAITING")
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
@@ -126,7 +141,6 @@ class Core:
         self.debug = DebugUnit()
         self.interrupt_shadow = False
         """Interrupts are held off until one more instruction has run (STI, MOV SS, POP SS)."""
-        self.nmi_blocked = False
 
     @property
     def rip(self) -> int:

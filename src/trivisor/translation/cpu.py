@@ -137,7 +137,6 @@ class TranslationVcpu:
         self._words = self.core.words
         self._kicked = False
         self._waiting = False  # an interrupt waits for IF
-        self.nmi_waiting = False
         self._natively = 0  # what NATIVE_EVENTS is but for single steps
         self.injected: list[int] = []
         """Vectors that `interrupt` was given and that wait for IF."""
@@ -350,7 +349,7 @@ class TranslationVcpu:
         words[OFFSETS["KEYS_USER"] // 8] = core.pkru if cr4 & CR4_PKE and long else 0
         words[OFFSETS["KEYS_SUPERVISOR"] // 8] = core.pkrs if cr4 & CR4_PKS and long else 0
         natively = (
-            native and mode.bits == 64 and not (core.nmi_blocked or debug.active) and ExceptionExit not in self.observed
+            native and mode.bits == 64 and not debug.active and ExceptionExit not in self.observed
             and self.supervisor is None and not aligned
         )  # fmt: skip
         words[_NATIVE_EVENTS] = self._natively = 1 if natively else 0
@@ -487,7 +486,7 @@ class TranslationVcpu:
     def _turn(self, single: bool) -> Exit | None:
         """Serve what waits, then run translated code until it comes back, or one instruction."""
         words, core = self._words, self.core
-        if words[_PENDING] or (self._waiting and core.interrupt_flag) or self.nmi_waiting:
+        if words[_PENDING] or (self._waiting and core.interrupt_flag) or core.nmi_waiting:
             if core.debug.pending and not core.debug.blocked:
                 self._next = None
                 raise debug_exception(core, core.debug.take())
@@ -574,12 +573,18 @@ class TranslationVcpu:
             self._kicked = False
             words[_PENDING] = 1
             return Kicked()
-        if self.nmi_waiting and not self.core.nmi_blocked:
-            self.nmi_waiting = False
+        interrupts, injected = board.interrupts, self.injected
+        if self.core.nmi_waiting and not self.core.nmi_blocked:
+            self.core.nmi_waiting = False
             self.count("nmi")
+            if not single and words[_NATIVE_EVENTS]:
+                self.core.nmi_blocked = True
+                if injected or interrupts.pending():
+                    self._waiting = True
+                    words[_ARMED] = words[_BAD]
+                return self._take(NMI)
             if (shutdown := self._deliver(NMI)) is not None:
                 return shutdown
-        interrupts, injected = board.interrupts, self.injected
         if not injected and not interrupts.pending():
             return None
         if self.core.interrupt_flag:
@@ -599,7 +604,7 @@ class TranslationVcpu:
         self._look()
 
     def _take(self, vector: int) -> Exit | None:
-        """Deliver an external interrupt now."""
+        """Deliver an external interrupt, or an NMI, now."""
         words = self._words
         if words[_NATIVE_EVENTS]:
             # The next turn enters the helper that delivers it and goes on with the handler.
@@ -644,7 +649,7 @@ class TranslationVcpu:
 
     def _nmi(self) -> None:
         """A non-maskable interrupt has come; from the run loop's own thread."""
-        self.nmi_waiting = True
+        self.core.nmi_waiting = True
         self._look()
 
     def attention(self) -> None:
@@ -666,7 +671,7 @@ class TranslationVcpu:
                 words[_PENDING] = 0
                 clock.run_due()
                 wanted = self.injected or self.board.interrupts.pending()
-                if wanted or (self.nmi_waiting and not self.core.nmi_blocked):
+                if wanted or (self.core.nmi_waiting and not self.core.nmi_blocked):
                     self.halted = False
                     words[_PENDING] = 1
                     return None

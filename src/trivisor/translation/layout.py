@@ -173,6 +173,8 @@ _FIELDS = (
     "KEYED_COUNT",  # pages with a protection key but 0 that the TLBs hold
     *(f"KEYED_{n}" for n in range(KEYED_PAGES)),  # host addresses of their entries; of more, all are looked for
     "JUMPED_FROM",  # in the code cache: the end of the last indirect jump of 64-bit code
+    "NMI_BLOCKED",  # until the next IRET
+    "NMI_WAITING",
     "WATCHING",  # 1 when there are data breakpoints: TLB misses go to Python
     "SAMPLE_COUNT",  # of SAMPLES that wait to be looked at
     "SAMPLED_CODE",  # how often translated code was found running, and native helpers
@@ -356,6 +358,9 @@ SYMBOLS: dict[str, int] = {
     "APIC_END": virtual_apic.END,
     "APIC_WINDOW": virtual_apic.WINDOW,
     "APIC_X2APIC": virtual_apic.X2APIC,
+    "APIC_COMMAND": virtual_apic.COMMAND,
+    "APIC_DESTINATION": virtual_apic.DESTINATION,
+    "APIC_IDENTITY": virtual_apic.IDENTITY,
     "END_ASK": virtual_apic.END_ASK,
     "END_READY": virtual_apic.END_READY,
     "END_DONE": virtual_apic.END_DONE,

@@ -55,7 +55,7 @@ class RingZero:
     @property
     def interrupt_waits(self) -> bool:
         vcpu = self.vcpu
-        return bool(vcpu.injected or vcpu.nmi_waiting or vcpu.board.interrupts.pending())
+        return bool(vcpu.injected or vcpu.core.nmi_waiting or vcpu.board.interrupts.pending())
 
     @property
     def tlb_flushes(self) -> int:

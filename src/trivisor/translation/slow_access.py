@@ -82,9 +82,9 @@ def _register_access(cpu: TranslationVcpu) -> bool:
     rip = core.linear_rip
     instruction = cpu.blocks.instruction(mode, rip)
     code = instruction.code
-    if code == Code.MOV_RM32_R32:
+    if code in (Code.MOV_RM32_R32, Code.MOV_MOFFS32_EAX):
         mmu.write_device(physical, 4, core.regs[GPR[instruction.op1_register][0]] & 0xFFFFFFFF)
-    elif code == Code.MOV_R32_RM32:
+    elif code in (Code.MOV_R32_RM32, Code.MOV_EAX_MOFFS32):
         core.regs[GPR[instruction.op0_register][0]] = mmu.read_device(physical, 4)
     elif code == Code.MOV_RM32_IMM32:
         mmu.write_device(physical, 4, instruction.immediate32)

@@ -56,7 +56,7 @@ def get_state(cpu: TranslationVcpu) -> CpuState:
         interrupt_shadow=core.interrupt_shadow,
         halted=cpu.halted,
         nmi_blocked=core.nmi_blocked,
-        nmi_pending=cpu.nmi_waiting,
+        nmi_pending=core.nmi_waiting,
         interrupts_pending=list(cpu.injected),
         exception_pending=None if cpu.exception is None else (cpu.exception.vector, cpu.exception.error_code),
     )
@@ -88,7 +88,7 @@ def set_state(cpu: TranslationVcpu, state: CpuState) -> None:
     core.debug.pending, core.debug.blocked = 0, False
     core.interrupt_shadow = state.interrupt_shadow
     core.nmi_blocked = state.nmi_blocked
-    cpu.nmi_waiting, cpu.injected[:] = state.nmi_pending, state.interrupts_pending
+    core.nmi_waiting, cpu.injected[:] = state.nmi_pending, state.interrupts_pending
     cpu.exception = None if state.exception_pending is None else GuestException(*state.exception_pending)
     cpu.halted = state.halted
     for index, value in state.msrs.items():

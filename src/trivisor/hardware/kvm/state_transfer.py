@@ -88,11 +88,9 @@ def get_state(cpu: KvmVcpu) -> CpuState:
 
 
 def _pkru_field(cpu: KvmVcpu) -> slice | None:
-    """PKRU's place in the XSAVE area; None for a guest that has none."""
-    if not cpu.xcr0_supported & XCR0_PKRU:
-        return None
+    """PKRU's place in the XSAVE area; None for a guest, or a host, that has none."""
     offset = host_cpuid(0xD, 9)[1]
-    return slice(offset, offset + 4)
+    return slice(offset, offset + 4) if offset and cpu.xcr0_supported & XCR0_PKRU else None
 
 
 def _take_pkru(cpu: KvmVcpu, area: bytearray) -> int:

@@ -392,6 +392,9 @@ iret_commit:
     jne iret_close
 iret_closed:
     inc qword [rbp+COUNT_IRET]
+    cmp qword [rbp+NMI_BLOCKED], 0
+    jne iret_unblock
+iret_unblocked:
     and eax, FLAG_IF
     mov [rbp+IF], rax
     jz dispatch
@@ -401,6 +404,15 @@ open_window:
     mov [rbp+POLL], rax
     cmp rax, [rbp+POLL_BAD]
     jne dispatch
+    mov qword [rbp+EXIT], EXIT_POLL
+    mov rsp, rbp
+    jmp leave_spilled
+iret_unblock:
+    mov qword [rbp+NMI_BLOCKED], 0
+    cmp qword [rbp+NMI_WAITING], 0
+    je iret_unblocked
+    and eax, FLAG_IF
+    mov [rbp+IF], rax
     mov qword [rbp+EXIT], EXIT_POLL
     mov rsp, rbp
     jmp leave_spilled

@@ -396,6 +396,28 @@ def test_the_end_of_a_level_triggered_interrupt_is_told(machine: Make) -> None:
     assert ended == [0x51]
 
 
+def test_the_interrupt_command_register(machine: Make) -> None:
+    """Its halves in the window, natively but for what sends; the reserved bits read as zeros."""
+    m = machine(
+        """
+        mov dword [r8+0x10], 0x12345678
+        mov esi, [r8+0x10]
+        or dword [r8+0x10], 0x81
+        mov edi, [r8+0x10]
+        mov dword [r8], 0x1851
+        mov ebx, [r8]
+        mov eax, 0xffffffff
+        movabs [0xfee00310], eax
+        hlt
+        """.replace("movabs [0xfee00310], eax", "db 0xa3\n dq 0xfee00310")
+    )
+    m.halt(r8=0xFEE00300)
+    assert (m["rsi"], m["rdi"], m["rbx"]) == (0x12000000, 0x12000000, 0x851)
+    assert m.board.local_apic.read(0x310, 4) == 0xFF000000
+    assert natively(m, "apic") == 6
+    assert m.vcpu.statistics()["exits"]["mmio access"] == 1
+
+
 def test_x2apic_registers(machine: Make) -> None:
     m = machine(
         """

@@ -8,7 +8,18 @@ import time
 
 import pytest
 
-from tests.unit.translation.engine.guest import CODE, DATA, HANDLERS, KERNEL_DS, STACK, USER_CS, Machine, Make
+from tests.unit.translation.engine.guest import (
+    CODE,
+    DATA,
+    DEVICE,
+    HANDLERS,
+    IDT,
+    KERNEL_DS,
+    STACK,
+    USER_CS,
+    Machine,
+    Make,
+)
 from trivisor.machine.exits import DebugStop, Halt, Kicked, Shutdown
 
 VECTOR, OTHER = 0x40, 0x41
@@ -384,6 +395,157 @@ def test_an_exception_that_waits_in_the_state_comes_first(machine: Make) -> None
     frame = m.fault()
     assert (frame.vector, frame.error, frame.rip, m["rax"]) == (13, 0x18, m.origin, 0)
     assert m.vcpu.state.exception_pending is None
+
+
+NMI_TO_SELF = "mov dword [r8], 0x40400\n"
+ICR = 0xFEE00300
+
+
+@pytest.mark.parametrize("ist", [0, 1])
+@pytest.mark.parametrize("flags", ["sti", "cli"])
+def test_one_nmi_waits_for_the_end_of_another(machine: Make, flags: str, ist: int) -> None:
+    """However many come meanwhile."""
+    m = machine(
+        f"""
+        {flags}
+        {NMI_TO_SELF}
+        nop
+        mov r10d, ebx
+        {NMI_TO_SELF}
+        cli
+        hlt
+        nmi: inc ebx
+        cmp ebx, 1
+        jne leave
+        {NMI_TO_SELF * 3}
+        nop
+        mov r9d, ebx
+        leave: iretq
+        """
+    )
+    m.gate(2, "nmi", ist=ist)
+    m.halt(rbx=0, r8=ICR)
+    assert (m["r9"], m["r10"], m["rbx"]) == (1, 2, 3)
+    statistics = m.vcpu.statistics()
+    assert statistics["exits"]["nmi"] == 3
+    assert not m.vcpu.state.nmi_blocked and not m.vcpu.state.nmi_pending
+    assert "iretq" not in statistics["instructions done by Python"]
+
+
+@pytest.mark.parametrize(
+    ("send", "natively"),
+    [
+        ("mov [r8], eax", True), ("mov [r8], esi", True), ("mov [r8], r9d", True), ("mov [r8], r10d", True),
+        ("mov [r8], r15d", True), ("db 0xa3\n dq 0xfee00300", True), ("mov dword [r8], 0x400", False),
+        ("xchg [r8], esi", False), ("mov [r8], edi", True),
+    ],
+)  # fmt: skip
+def test_nmis_by_the_window_that_have_to_wait(machine: Make, send: str, natively: bool) -> None:
+    """Whatever instruction sends them: one comes, and nothing is made of a value that is no NMI to this processor."""
+    m = machine(
+        f"""
+        {NMI_TO_SELF}
+        nop
+        nop
+        hlt
+        nmi: inc ebx
+        cmp ebx, 1
+        jne leave
+        mov dword [r8+0x10], 0
+        {send}
+        mov ebp, [r8]
+        mov dword [r8+0x10], 0x05000000
+        mov [r8], ecx
+        mov [r8], edx
+        leave: iretq
+        """
+    )
+    m.gate(2, "nmi")
+    nmi = 0x4400
+    m.halt(rbx=0, r8=ICR, rax=nmi, rsi=nmi, r9=nmi, r10=nmi, r15=nmi, rdi=0x40400, rcx=nmi, rdx=0xC4500)
+    assert m["rbx"] == 2
+    assert m["rbp"] & ~0x44000 == 0x400
+    assert m.vcpu.statistics()["exits"]["nmi"] == 2
+    assert m.vcpu.statistics()["exits"]["slow_access"] == 3 + (not natively)
+
+
+def test_nmis_by_the_x2apic_that_have_to_wait(machine: Make) -> None:
+    send = "mov eax, 0x4400\n wrmsr\n"
+    m = machine(
+        f"""
+        mov ecx, 0x1b
+        mov eax, 0xfee00d00
+        xor edx, edx
+        wrmsr
+        mov ecx, 0x830
+        {send}
+        nop
+        hlt
+        nmi: inc ebx
+        cmp ebx, 1
+        jne leave
+        {send * 3}
+        mov r9d, ebx
+        rdmsr
+        mov r10d, eax
+        mov edx, 1
+        {send}
+        xor edx, edx
+        leave: iretq
+        """
+    )
+    m.gate(2, "nmi")
+    m.halt(rbx=0)
+    assert (m["rbx"], m["r9"], m["r10"]) == (2, 1, 0x4400)
+    assert m.vcpu.statistics()["native helpers"]["apic"] == 3
+    assert m.board.local_apic.read_msr(0x830) == 1 << 32 | 0x4400
+
+
+def test_an_nmi_comes_before_an_interrupt_that_waits_as_well(machine: Make) -> None:
+    m = machine(
+        f"""
+        {NMI_TO_SELF}
+        mov dword [r8], 0x40051
+        sti
+        nop
+        nop
+        cli
+        hlt
+        nmi: lea ebx, [rbx*2+1]
+        iretq
+        other: lea ebx, [rbx*2]
+        iretq
+        """
+    )
+    m.gate(2, "nmi")
+    m.gate(0x51, "other")
+    m.halt(rbx=1, r8=ICR)
+    assert m["rbx"] == 0b110
+
+
+def test_an_interrupt_that_comes_with_an_nmi_is_not_lost(machine: Make) -> None:
+    m = machine("sti\n mov [r8], eax\n here: jmp here\n nmi: inc ebx\n iretq\n other: inc ebx\n hlt")
+    m.gate(2, "nmi")
+    m.gate(0x51, "other")
+
+    class Both:
+        def read(self, offset: int, size: int) -> int:
+            return 0
+
+        def write(self, offset: int, size: int, value: int) -> None:
+            m.board.local_apic.deliver(0, 4, False)
+            m.interrupt(0x51)
+
+    m.board.mmio.attach(DEVICE, 0x1000, Both())
+    m.halt(r8=DEVICE, rbx=0)
+    assert m["rbx"] == 2
+
+
+def test_an_nmi_whose_handler_is_missing(machine: Make) -> None:
+    m = machine(f"{NMI_TO_SELF}\n here: nop\n hlt")
+    m.memory.write_u64(IDT + 32, 0)
+    frame = m.fault(r8=ICR)
+    assert (frame.vector, frame.error, frame.rip) == (13, 2 << 3 | 3, m.labels["here"])
 
 
 def test_interrupts_and_nmi_that_wait_travel_with_the_state(machine: Make) -> None:

@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _failed(error: Exception) -> int:
     """Say in one line what went wrong; the exit status for it."""
+    from trivisor.devices.user_network import NetworkUnavailable
     from trivisor.guests.debian import GuestUnavailable
     from trivisor.monitor import TechniqueUnavailable
 
@@ -68,7 +69,7 @@ def _failed(error: Exception) -> int:
         status, text = error.exit_code, error.format_message()
     elif isinstance(error, TechniqueUnavailable):
         status, text = STATUS_UNSUPPORTED, str(error)
-    elif isinstance(error, GuestUnavailable):
+    elif isinstance(error, GuestUnavailable | NetworkUnavailable):
         status, text = STATUS_HOST, str(error)
     elif isinstance(error, OSError) and error.strerror:
         name = f"{error.filename}: " if error.filename else ""

@@ -13,7 +13,7 @@ Exit status:
   0    the guest powered off, or rebooted under --no-reboot, or was ended with Ctrl-A x
   N    with COMMAND: the command's own status (128+n after signal n)
   N    a multiboot kernel wrote V to port 0xf4: N is (V << 1 | 1) & 0xff
-  1    the default guest cannot be fetched, or the guest's output cannot be written
+  1    the default guest cannot be fetched, --net lacks its library, or the output cannot be written
   2    bad input: options, or an image that cannot be loaded
   3    the guest or the options ask for what this version does not have
   124  --timeout passed
@@ -47,6 +47,7 @@ class Request:
     disks: tuple[str, ...] = ()
     snapshot: Path | None = None
     restore: Path | None = None
+    network: str | None = None
     command: tuple[str, ...] | None = None
 
 
@@ -133,6 +134,10 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--disk", "disks", multiple=True, metavar="FILE[,readonly]",
     help="A raw disk, /dev/xvda and so on in the guest (paravirt); may be repeated.",
+)  # fmt: skip
+@click.option(
+    "--net", "network", metavar="user[,forward=HOSTPORT:GUESTPORT...]",
+    help="A network card (paravirt) on a user-mode network; TCP ports of the host's loopback are forwarded in.",
 )  # fmt: skip
 @click.option(
     "--timeout", type=float, metavar="SECONDS", callback=_timeout,

@@ -164,6 +164,7 @@ def _build(request: Request, serial: Serial, shown: Progress) -> VirtualMachine:
         cpu=request.cpu,
         disks=request.disks,
         waiting=request.snapshot is not None and not _other_user_space(request),
+        network=request.network,
     )
 
 

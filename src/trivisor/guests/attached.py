@@ -28,9 +28,10 @@ case $1 in
 esac
 """
 
+_MTU = 65520  # the network is in this machine, and each packet costs more than its bytes
 _NETWORK = """\
 ifconfig lo up
-ifconfig eth0 up
+ifconfig eth0 mtu {mtu} up
 {carrier}\
 udhcpc -q -n -f -t 5 -T 1 -i eth0 -s /etc/udhcpc.script >/dev/null 2>&1 || echo "trivisor: no lease for eth0"
 """
@@ -54,7 +55,7 @@ class Attached:
         lines += [_WAIT.format(condition=f"[ -b /dev/{disk} ]", what=disk) for disk in self.disks]
         if self.network:
             carrier = 'read -r up 2>/dev/null </sys/class/net/eth0/carrier && [ "$up" = 1 ]'
-            lines.append(_NETWORK.format(carrier=_WAIT.format(condition=carrier, what="carrier on eth0")))
+            lines.append(_NETWORK.format(mtu=_MTU, carrier=_WAIT.format(condition=carrier, what="carrier on eth0")))
         return "".join(lines).encode()
 
     def entries(self) -> Iterator[cpio.Entry]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trivisor.boot.image import Image, ImageKind
-from trivisor.monitor.attachments import Disk, DiskName, parse_disks
+from trivisor.monitor.attachments import Disk, DiskName, Network, parse_disks, parse_network
 from trivisor.paravirt.xen.toolstack import DISK_NAMES
 from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, parse_choice
 
@@ -35,21 +35,24 @@ class Hardware:
     """Out of `DEVICES`."""
     cpu: CpuChoice = USUAL_CPU
     disks: tuple[Disk, ...] = ()
+    network: Network | None = None
 
     @property
     def xen_device(self) -> str:
         """What of it only a Xen guest can have, as an option; empty for nothing."""
-        return "--disk" if self.disks else ""
+        return "--disk" if self.disks else "--net" if self.network is not None else ""
 
 
-def make_hardware(devices: Sequence[str], cpu: str, disks: Sequence[DiskName] = ()) -> Hardware:
+def make_hardware(
+    devices: Sequence[str], cpu: str, disks: Sequence[DiskName] = (), network: Network | str | None = None
+) -> Hardware:
     """`cpu` is like "+umip,-x2apic".  Raises `BadPlan` for what is not known."""
     if len(disks) > len(DISK_NAMES):
         raise BadPlan(f"{len(disks)} disks are too many: {len(DISK_NAMES)} at most")
     if unknown := set(devices) - set(DEVICES):
         raise BadPlan(f"no device {', '.join(sorted(unknown))}: there is {', '.join(DEVICES)}")
     try:
-        return Hardware(frozenset(devices), parse_choice(cpu), parse_disks(disks))
+        return Hardware(frozenset(devices), parse_choice(cpu), parse_disks(disks), parse_network(network))
     except ValueError as error:
         raise BadPlan(str(error)) from None
 
@@ -162,6 +165,7 @@ def _default_user_space(wish: Wish) -> BootPlan:
     attached = Attached(
         guest.drivers if wish.kernel is None and wish.hardware.xen_device else (),
         DISK_NAMES[: len(wish.hardware.disks)],
+        wish.hardware.network is not None,
     )
     marker = b"" if wish.command is None else new_marker()
     waits_as = new_marker() if wish.waiting else b""

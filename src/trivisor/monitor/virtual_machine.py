@@ -20,7 +20,7 @@ from trivisor.machine.footprint import footprint
 from trivisor.machine.state import CpuState
 from trivisor.machine.vcpu import Vcpu
 from trivisor.monitor.assembly import Assembly, assemble
-from trivisor.monitor.attachments import DiskName
+from trivisor.monitor.attachments import DiskName, Network
 from trivisor.monitor.console import Console, Deadline, Pattern, compile_pattern
 from trivisor.monitor.endings import by_device, by_processor, with_command
 from trivisor.monitor.handover import EXCHANGEABLE, change_technique
@@ -61,7 +61,8 @@ class VirtualMachine:
     done and the done part of it while the default guest is fetched.  `devices`
     adds what a board does not always have ("pc-testdev"), and `cpu` switches
     features of the processor ("+umip,-x2apic").  `disks` are raw disks, "FILE" or
-    "FILE,readonly", which only paravirtualization has.  `keep_translations`: what the
+    "FILE,readonly", and `network` is "user" with ports of the host's to forward
+    ("user,forward=8080:80"); only paravirtualization has them.  `keep_translations`: what the
     translator made is kept in the user's cache for the next run of the kernel.
     `perf_map` is a file in which Linux's perf finds the names of translated code
     (`/tmp/perf-PID.map`), complete once the machine is closed.  With `waiting`
@@ -70,6 +71,7 @@ class VirtualMachine:
 
     Raises ValueError or OSError for a guest that cannot be loaded,
     `guests.debian.GuestUnavailable` when the default guest cannot be fetched,
+    `devices.user_network.NetworkUnavailable` without the library for a network,
     and `TechniqueUnavailable` for a technique that cannot be had.  `why` says
     what decided between the techniques, if that was left to "auto".
 
@@ -97,11 +99,12 @@ class VirtualMachine:
         devices: Sequence[str] = (),
         cpu: str = "",
         disks: Sequence[DiskName] = (),
+        network: Network | str | None = None,
         keep_translations: bool = True,
         perf_map: str | os.PathLike[str] | None = None,
         waiting: bool = False,
     ) -> None:
-        hardware = make_hardware(devices, cpu, disks)
+        hardware = make_hardware(devices, cpu, disks, network)
         choice = choose(technique, Needs(hardware.cpu, perf_map is not None, hardware.xen_device))
         memory_size = parse_memory(memory)
         name = choice.technique.name

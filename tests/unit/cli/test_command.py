@@ -21,6 +21,7 @@ import pytest
 from trivisor.boot import ImageError
 from trivisor.cli import session
 from trivisor.cli.main import main
+from trivisor.devices.user_network import NetworkUnavailable
 from trivisor.guests.debian import GuestUnavailable
 from trivisor.monitor.doctor import Examination, Finding
 from trivisor.monitor.outcome import Outcome, StopReason
@@ -190,6 +191,7 @@ def test_bad_input_is_one_line_and_status_2(guest, capfd, arguments: list[str]) 
     [
         (ImageError("vmlinuz: truncated"), 2, "trivisor: vmlinuz: truncated\n"),
         (FileNotFoundError(2, "No such file or directory", "x.img"), 2, "trivisor: x.img: No such file"),
+        (NetworkUnavailable("install it"), 1, "trivisor: install it"),
         (GuestUnavailable("no network"), 1, "trivisor: no network\n"),
         (ZeroDivisionError("two\nlines"), 70, "trivisor: internal error, ZeroDivisionError: two lines"),
     ],
@@ -211,10 +213,11 @@ def test_a_missing_technique_is_said_to_be(capfd, monkeypatch) -> None:
     assert capfd.readouterr().err == "trivisor: technique hardware: not in this version\n"
 
 
-def test_disks_are_for_xen_guests(capfd) -> None:
-    assert main(["run", "--technique", "translation", "--disk", "x.img"]) == 3
+@pytest.mark.parametrize(("option", "value"), [("--disk", "x.img"), ("--net", "user")])
+def test_devices_of_xen_guests(capfd, option: str, value: str) -> None:
+    assert main(["run", "--technique", "translation", option, value]) == 3
     assert capfd.readouterr().err == (
-        "trivisor: --disk needs --technique paravirt: translation has no such device yet\n"
+        f"trivisor: {option} needs --technique paravirt: translation has no such device yet\n"
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from trivisor.boot import ImageError
 from trivisor.guests import debian
 from trivisor.guests.debian import DefaultGuest
-from trivisor.monitor.attachments import Disk
+from trivisor.monitor.attachments import Disk, Network
 from trivisor.monitor.plan import BadPlan, Wish, make_hardware, make_plan
 
 
@@ -70,6 +70,18 @@ def test_disks_come_with_their_driver_and_are_waited_for(files: Path) -> None:
     assert b"insmod" not in make_plan(Wish()).initrd
     with pytest.raises(BadPlan, match="17 disks are too many"):
         make_hardware((), "", ["x"] * 17)
+
+
+def test_a_network_is_set_up_by_dhcp(files: Path) -> None:
+    hardware = make_hardware((), "", network="user,forward=8080:80,forward=2222:22")
+    assert hardware.network == Network(((8080, 80), (2222, 22)))
+    plan = make_plan(Wish(hardware=hardware))
+    assert isinstance(plan.initrd, bytes)
+    assert b"insmod /lib/xen-blkfront.ko" in plan.initrd and b"udhcpc -q" in plan.initrd
+    assert make_hardware((), "", network="user").network == Network()
+    for name in ("tap", "", "user,", "user,forward=80", "user,forward=0:80", "user,forward=1:65536", "user,x=1:2"):
+        with pytest.raises(BadPlan):
+            make_hardware((), "", network=name)
 
 
 def test_firmware_is_all_that_is_booted(files: Path) -> None:

@@ -15,6 +15,7 @@ from trivisor.machine.state import CpuState, Segment, Table
 from trivisor.paravirt.xen import abi
 from trivisor.paravirt.xen.back_ends.back_end import BackEnd, Guest
 from trivisor.paravirt.xen.back_ends.block import BlockBackEnd
+from trivisor.paravirt.xen.back_ends.network import NetworkBackEnd, Plug
 from trivisor.paravirt.xen.builder import DomainBuilder
 from trivisor.paravirt.xen.console import ConsoleRing
 from trivisor.paravirt.xen.domain import OWN_ID, Domain
@@ -25,7 +26,7 @@ from trivisor.paravirt.xen.own_memory import GDT_ADDRESS, OwnMemory, own_size
 from trivisor.paravirt.xen.page_tables import PageTables
 from trivisor.paravirt.xen.platform import Platform
 from trivisor.paravirt.xen.time import SystemTime
-from trivisor.paravirt.xen.toolstack import DISK_NAMES, add_disk, introduce
+from trivisor.paravirt.xen.toolstack import DISK_NAMES, add_disk, add_network, introduce
 from trivisor.paravirt.xen.xenstore.ring import StoreRing
 from trivisor.paravirt.xen.xenstore.store import Store
 from trivisor.x86.control import (
@@ -105,6 +106,11 @@ class XenMachine:
         front, back = add_disk(self.store, OWN_ID, number, readonly=disk.readonly)
         name = DISK_NAMES[number]
         self._back_ends[name] = BlockBackEnd(self._guest, front, back, disk, name)
+
+    def attach_network(self, plug: Plug) -> None:
+        """Give the domain its network card, whose link is made by `plug` and closed with the machine."""
+        front, back = add_network(self.store, OWN_ID)
+        self._back_ends["eth0"] = NetworkBackEnd(self._guest, front, back, plug)
 
     def statistics(self) -> dict[str, Any]:
         """What crossed into the hypervisor, and what the back ends did."""

@@ -10,6 +10,8 @@ _CONTROL = tuple(f"control/{name}" for name in ("feature-poweroff", "feature-reb
 """Where the guest tells what it can be asked for."""
 DISK_NAMES = tuple(f"xvd{letter}" for letter in "abcdefghijklmnop")
 """What Linux calls the disks, in their order (docs/man/xen-vbd-interface.7.pandoc)."""
+_MAC = "00:16:3e:00:00:{:02x}"
+"""Of Xen's own range."""
 _DISK_MAJOR, _DISK_MINORS = 202, 16
 
 
@@ -68,3 +70,9 @@ def add_disk(store: Store, domain: int, number: int, *, readonly: bool) -> tuple
     front = {"virtual-device": str(device), "device-type": "disk"}
     back = {"mode": "r" if readonly else "w", "device-type": "disk", "dev": DISK_NAMES[number], "online": "1"}
     return add_device(store, domain, "vbd", device, front, back)
+
+
+def add_network(store: Store, domain: int) -> tuple[str, str]:
+    """Introduce the network card."""
+    card = {"handle": "0", "mac": _MAC.format(domain)}
+    return add_device(store, domain, "vif", 0, card, {**card, "online": "1"})

@@ -50,14 +50,15 @@ class SharedRing:
         self._consumed = self._consumed + 1 & _MASK32
         return self._memory.read(start, self._entry)
 
+    def settle(self, wanted: int = 1) -> bool:
+        """Have the guest send an event once `wanted` requests wait; whether they do already."""
+        self._write(_REQ_EVENT, self._consumed + wanted)
+        return self.waiting >= wanted
+
     def requests(self) -> Iterator[bytes]:
         """All requests, and those that come meanwhile; afterwards the guest sends an event with the next one."""
-        while True:
-            while self.waiting:
-                yield self.take()
-            self._write(_REQ_EVENT, self._consumed + 1)
-            if not self.waiting:
-                return
+        while self.waiting or self.settle():
+            yield self.take()
 
     def respond(self, response: bytes) -> None:
         """Put a response into the place of a request that was taken."""

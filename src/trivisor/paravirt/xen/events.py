@@ -150,7 +150,7 @@ class EventChannels:
     def bind_back_end(self, port: int, notify: Callable[[], None]) -> None:
         """A back end of ours binds to a port that waits for it; ValueError if it does not."""
         found = self._ports.get(port)
-        if found is None or found.status != EVTCHNSTAT_UNBOUND:
+        if found is None or found.status != EVTCHNSTAT_UNBOUND or found.remote_domain:
             raise ValueError(f"event channel {port} does not wait for a back end")
         found.status = EVTCHNSTAT_INTERDOMAIN
         found.notify = notify

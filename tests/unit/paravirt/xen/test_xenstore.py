@@ -162,6 +162,23 @@ def test_a_guest_that_makes_nodes_without_end_is_stopped(client: Client) -> None
         client.ask(protocol.WRITE, "data/0", "x" * 4000)
 
 
+def test_deep_trees(client: Client, store: Store) -> None:
+    with pytest.raises(StoreError, match="ENOSPC"):
+        client.ask(protocol.MKDIR, "data/" + "/".join("a" * 1500))
+    deep = "data/" + "/".join("a" * 900)
+    client.ask(protocol.WRITE, deep, "x")
+    assert client.ask(protocol.READ, deep) == b"x"
+    client.ask(protocol.RM, deep)
+    with pytest.raises(StoreError, match="ENOENT"):
+        client.ask(protocol.READ, deep)
+    client.ask(protocol.RM, "data/a")
+    client.ask(protocol.MKDIR, "data/" + "/".join("b" * 900))
+    for path in ("/local/domain/1/data/" + "/".join("c" * 1400), "/" + "/".join("d" * 1500)):
+        store.write(path, "y")  # a back end has no limits
+        assert store.read(path) == "y"
+        store.remove(path)
+
+
 @pytest.mark.parametrize("path", ["", "//", "/a//b", "/a/", "a b", "/" + "x" * 4000, "/\xff"])
 def test_bad_paths(client: Client, path: str) -> None:
     with pytest.raises(StoreError, match="EINVAL"):

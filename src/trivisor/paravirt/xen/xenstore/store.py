@@ -104,10 +104,10 @@ class Store:
         root = self._root_of(transaction)
         there = find(root, path)
         if there is None:
-            parent = self._nearest(root, names)
+            parent, missing = self._nearest(root, names)
             if not parent.allows(domain, "w"):
                 raise StoreError("EACCES")
-            if domain and root.count(domain) >= MOST_NODES:
+            if domain and root.count(domain) + missing > MOST_NODES:
                 raise StoreError("ENOSPC")
             there = Node(permissions=inherited(parent, domain))
         elif not there.allows(domain, "w"):
@@ -115,15 +115,15 @@ class Store:
         self._replace(put(root, names, change(there), domain), path, transaction)
 
     @staticmethod
-    def _nearest(root: Node, names: list[str]) -> Node:
-        """The last node along a path that is there."""
+    def _nearest(root: Node, names: list[str]) -> tuple[Node, int]:
+        """The last node along a path that is there, and how many are missing after it."""
         node = root
-        for name in names:
+        for depth, name in enumerate(names):
             child = node.children.get(name)
             if child is None:
-                break
+                return node, len(names) - depth
             node = child
-        return node
+        return node, 0
 
     def remove(self, path: str, domain: int = 0, transaction: int = 0) -> None:
         """Remove a node and all below it; nothing happens if only it is missing, ENOENT if its parent is too."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 Permissions = tuple[tuple[int, str], ...]
@@ -38,7 +38,12 @@ class Node:
 
     def count(self, owner: int) -> int:
         """How many nodes here and below are a domain's."""
-        return (self.owner == owner) + sum(child.count(owner) for child in self.children.values())
+        found, rest = 0, [self]
+        while rest:
+            node = rest.pop()
+            found += node.owner == owner
+            rest += node.children.values()
+        return found
 
 
 def split(path: str) -> list[str]:
@@ -65,13 +70,22 @@ def find(root: Node, path: str) -> Node | None:
 
 
 def put(root: Node, names: list[str], node: Node, domain: int) -> Node:
-    """A root with `node` at `names`; nodes missing on the way are made, the domain's, with their parent's rights."""
-    if not names:
-        return node
-    child = root.children.get(names[0])
-    if child is None:
-        child = Node(permissions=inherited(root, domain))
-    return replace(root, children={**root.children, names[0]: put(child, names[1:], node, domain)})
+    """A root with `node` at `names`; nodes missing on the way are made, the domain's, with their parent's rights.
+
+    Paths can be deeper than Python lets functions call themselves.
+    """
+    parents = [root]
+    for name in names[:-1]:
+        parent = parents[-1]
+        parents.append(parent.children.get(name) or Node(permissions=inherited(parent, domain)))
+    return _rebuilt(parents, names, node)
+
+
+def _rebuilt(parents: list[Node], names: list[str], node: Node) -> Node:
+    """The root when the last of `parents` has `node` under the last of `names`, and so on up."""
+    for parent, name in zip(reversed(parents), reversed(names), strict=False):
+        node = replace(parent, children={**parent.children, name: node})
+    return node
 
 
 def inherited(parent: Node, domain: int) -> Permissions:
@@ -83,17 +97,9 @@ def inherited(parent: Node, domain: int) -> Permissions:
 
 def remove(root: Node, names: list[str]) -> Node:
     """A root without the node at `names`, which is there and is not the root."""
-    children = dict(root.children)
-    if len(names) == 1:
-        del children[names[0]]
-    else:
-        children[names[0]] = remove(children[names[0]], names[1:])
-    return replace(root, children=children)
-
-
-def below(path: str, node: Node) -> Iterator[str]:
-    """The paths of all nodes below one."""
-    for name, child in node.children.items():
-        inner = f"{path.rstrip('/')}/{name}"
-        yield inner
-        yield from below(inner, child)
+    parents = [root]
+    for name in names[:-1]:
+        parents.append(parents[-1].children[name])
+    children = dict(parents[-1].children)
+    del children[names[-1]]
+    return _rebuilt(parents[:-1], names[:-1], replace(parents[-1], children=children))

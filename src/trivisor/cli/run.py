@@ -178,7 +178,9 @@ def run(image: Path | None, kernel: Path | None, **options: Any) -> int:
     return run_session(Request(kernel=image or kernel, command=command, **options))
 
 
-_IN_THE_SNAPSHOT = ("initrd", "append", "modules", "firmware", "memory", "devices", "cpu", "disks", "perf_map")
+_IN_THE_SNAPSHOT = (
+    "initrd", "append", "modules", "firmware", "memory", "devices", "cpu", "disks", "network", "perf_map",
+)  # fmt: skip
 """Options that the file of `--restore` has already decided."""
 
 

@@ -145,11 +145,11 @@ def _assemble_xen(
         on_stop=on_stop,
     )
     try:
-        for disk in plan.hardware.disks:
-            xen.attach_disk(DiskFile(disk.path, readonly=disk.readonly))
         network = plan.hardware.network
         if network is not None:
             xen.attach_network(lambda deliver: UserNetwork(deliver, network.forwards))
+        for disk in plan.hardware.disks:
+            xen.attach_disk(DiskFile(disk.path, readonly=disk.readonly))
         vcpu = TranslationVcpu(xen.platform)
     except BaseException:
         xen.close()

@@ -110,7 +110,7 @@ def assemble(
             test_device="pc-testdev" in plan.hardware.devices,
             absent=plan.hardware.cpu.removed,
         )
-        vcpu = make_vcpu(technique, board, plan.hardware)
+        vcpu = make_vcpu(technique, board, plan.hardware, keep=plan.keep)
     except BaseException:
         memory.close()
         raise
@@ -150,7 +150,7 @@ def _assemble_xen(
             xen.attach_network(lambda deliver: UserNetwork(deliver, network.forwards))
         for disk in plan.hardware.disks:
             xen.attach_disk(DiskFile(disk.path, readonly=disk.readonly))
-        vcpu = TranslationVcpu(xen.platform)
+        vcpu = TranslationVcpu(xen.platform, keep_in=kept_directory() if plan.keep else None)
     except BaseException:
         xen.close()
         raise
@@ -198,22 +198,28 @@ def _load(plan: BootPlan, machine: Assembly, board: Pc) -> CpuState:
     return state
 
 
-def make_vcpu(technique: str, board: Surroundings, hardware: Hardware, cpuid: GuestCpuid | None = None) -> Vcpu:
-    """A processor for a board; the guest sees `cpuid`, without one the best that the technique has."""
+def make_vcpu(
+    technique: str, board: Surroundings, hardware: Hardware, cpuid: GuestCpuid | None = None, *, keep: bool
+) -> Vcpu:
+    """A processor for a board; the guest sees `cpuid`, without one the best that the technique has.
+
+    `keep`: machine code may be taken from the user's cache, and left there.
+    """
     from trivisor.translation.cpu import TranslationVcpu
 
+    keep_in = kept_directory() if keep else None
     if technique == "translation":
-        return TranslationVcpu(board, hardware.cpu, cpuid)
+        return TranslationVcpu(board, hardware.cpu, cpuid, keep_in)
     assert technique == "hardware"
     from trivisor.hardware.kvm.system import KvmUnavailable
 
     try:
-        return _kvm(board, hardware, cpuid)
+        return _kvm(board, hardware, cpuid, keep_in)
     except KvmUnavailable as reason:
         raise TechniqueUnavailable(f"technique hardware: {reason}") from None
 
 
-def _kvm(board: Surroundings, hardware: Hardware, cpuid: GuestCpuid | None) -> Vcpu:
+def _kvm(board: Surroundings, hardware: Hardware, cpuid: GuestCpuid | None, keep_in: Path | None) -> Vcpu:
     """All of the guest under KVM; where that emulates ring 0, ring 3 alone."""
     from trivisor.hardware.kvm.cpu import KvmVcpu
     from trivisor.hardware.kvm.guest_cpuid import ring_0_is_emulated
@@ -222,13 +228,14 @@ def _kvm(board: Surroundings, hardware: Hardware, cpuid: GuestCpuid | None) -> V
     from trivisor.translation.cpu import TranslationVcpu
     from trivisor.translation.ring_zero import RingZero
 
+    def other(own: GuestCpuid) -> TranslationVcpu:
+        return TranslationVcpu(board, cpuid=own, keep_in=keep_in)
+
     with System() as system:
         split = ring_0_is_emulated(system)
     if split:
-        return SplitVcpu(
-            board, hardware.cpu, cpuid, ring_zero=lambda own: RingZero(TranslationVcpu(board, cpuid=own))
-        )
-    return KvmVcpu(board, hardware.cpu, cpuid, substitute=lambda own: TranslationVcpu(board, cpuid=own))
+        return SplitVcpu(board, hardware.cpu, cpuid, ring_zero=lambda own: RingZero(other(own)))
+    return KvmVcpu(board, hardware.cpu, cpuid, substitute=other)
 
 
 def _guest_digest(kernel: Path, flavour: bytes = b"") -> bytes:
@@ -245,13 +252,18 @@ def keeper_for(vcpu: Vcpu, guest: bytes, booted: bytes = b"") -> Keeper | None:
     from trivisor.translation.cpu import TranslationVcpu
     from trivisor.translation.keeper import Keeper
 
+    directory = kept_directory()
     if isinstance(vcpu, SplitVcpu):  # of ring 0 alone: files of their own
         vcpu = vcpu.ring_zero
         guest, booted = (digest and hashlib.sha256(digest + b"ring 0").digest() for digest in (guest, booted))
-    if not guest or not isinstance(vcpu, TranslationVcpu):
-        return None
-    try:
-        directory = user_cache() / "translations"
-    except RuntimeError:
+    if not guest or directory is None or not isinstance(vcpu, TranslationVcpu):
         return None
     return Keeper(vcpu.blocks, directory, guest, booted)
+
+
+def kept_directory() -> Path | None:
+    """Where translations are kept; None for a user without a home."""
+    try:
+        return user_cache() / "translations"
+    except RuntimeError:
+        return None

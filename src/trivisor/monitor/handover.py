@@ -37,7 +37,7 @@ def _successor(old: Vcpu, machine: Assembly, technique: str, hardware: Hardware)
     state = old.state
     del state.msrs[IA32_TIME_STAMP_COUNTER]  # it goes on: the offset to the host's says how, to the cycle
     try:
-        new = make_vcpu(technique, machine.board, hardware, old.guest_cpuid)
+        new = make_vcpu(technique, machine.board, hardware, old.guest_cpuid, keep=bool(machine.kept_as))
         try:
             new.observed.update(old.observed)
             new.tsc_offset = old.tsc_offset

@@ -122,7 +122,7 @@ def _restore(
         rom = bytes.fromhex(_text(saved, "firmware", 2 * firmware.MAXIMUM_SIZE))
         if rom:
             firmware.attach(board.mmio, rom)
-        vcpu = make_vcpu(technique, board, extra(file).hardware, cpuid)
+        vcpu = make_vcpu(technique, board, extra(file).hardware, cpuid, keep=keep)
     except BaseException:
         loading.cancel()
         memory.close()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from iced_x86 import Code, Instruction, Mnemonic
@@ -41,6 +42,7 @@ from trivisor.translation.emulator import events, system
 from trivisor.translation.emulator.contract import UnsupportedFeature, notify
 from trivisor.translation.emulator.debug_exceptions import debug_exception
 from trivisor.translation.host_signals import poll_timer
+from trivisor.translation.kept_helpers import kept_helpers
 from trivisor.translation.layout import EXITS, OFFSETS
 from trivisor.translation.mmu import Mmu
 from trivisor.translation.modes import MAXIMUM_SEGMENTED, OTHER_DEBUG, OTHER_TSD, Mode
@@ -113,10 +115,15 @@ class TranslationVcpu:
     engine = "binary translation, x86-64 on x86-64"
 
     def __init__(
-        self, board: Surroundings, choice: CpuChoice = USUAL_CPU, cpuid: GuestCpuid | None = None
+        self,
+        board: Surroundings,
+        choice: CpuChoice = USUAL_CPU,
+        cpuid: GuestCpuid | None = None,
+        keep_in: Path | None = None,
     ) -> None:
         """The guest sees the processor `cpuid`; without one the best that this host allows, changed by `choice`.
 
+        The native helpers are kept from one process to the next in the directory `keep_in`.
         Raises ValueError for features that cannot be switched so; see `machine.cpuid.guest_cpuid`.
         """
         self.board = board
@@ -168,7 +175,9 @@ class TranslationVcpu:
         self.xcr0_supported = on_host | (self.guest_cpuid.xcr0_supported & XCR0_PKRU if on_host else 0)
         self.xsave_size = xsave_area(on_host)
         """Bytes of the components that live in the host's registers while translated code runs."""
-        self._native = native = NativeCode(self.core, on_host, CODE_CACHE_SIZE)
+        self._native = native = NativeCode(
+            self.core, on_host, CODE_CACHE_SIZE, kept_helpers(keep_in, on_host) if keep_in is not None else None
+        )
         self.mmu.native_walker = native.walk
         self._deliver_interrupt = native.address("external")
         self.blocks = BlockStore(

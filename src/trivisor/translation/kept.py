@@ -19,8 +19,8 @@ import os
 import stat
 import time
 from array import array
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from io import FileIO
 from pathlib import Path
@@ -122,13 +122,20 @@ def _open(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe must not be waited for
 
 
-def _load(path: Path, wanted: bytes) -> Archive:
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[FileIO, int]]:
+    """A file that nobody else could have written, and its length; raises OSError or Ignored."""
     with FileIO(str(path), opener=_open) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise Ignored("not a file")
         if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise Ignored("others may write to it")
+        yield file, found.st_size
+
+
+def _load(path: Path, wanted: bytes) -> Archive:
+    with opened(path) as (file, file_size):
         header = file.read(_HEADER.size)
         if len(header) != _HEADER.size or not header.startswith(_MAGIC):
             raise Ignored("damaged")
@@ -136,7 +143,7 @@ def _load(path: Path, wanted: bytes) -> Archive:
         if made_by != wanted:
             raise Ignored("another version, host or guest")
         length = count * TEMPLATE_SIZE + _HEADS_SIZE + images
-        if not 0 < count <= MAXIMUM_TEMPLATES // 2 or found.st_size != _HEADER.size + length:
+        if not 0 < count <= MAXIMUM_TEMPLATES // 2 or file_size != _HEADER.size + length:
             raise Ignored("damaged")
         archive = Archive(count, host_map(length, mmap.PROT_READ | mmap.PROT_WRITE), length)
         try:
@@ -161,26 +168,30 @@ def _read_whole(file: FileIO, into: memoryview) -> bool:
 
 def save(path: Path, made_by: bytes, records: array[int], heads: array[int], images: Iterable[bytes]) -> None:
     """Write a file, whole or not at all, and remove what is too much beside it; raises OSError."""
-    import tempfile
-
     parts = [records.tobytes(), heads.tobytes(), *images]
     payload = b"".join(parts)
     count = len(parts[0]) // TEMPLATE_SIZE
     header = _HEADER.pack(
         _MAGIC, made_by, count, len(payload) - len(parts[0]) - _HEADS_SIZE, hashlib.sha256(payload).digest()
     )
+    write_whole(path, header, payload)
+    _clean(path)
+
+
+def write_whole(path: Path, *parts: bytes) -> None:
+    """Write a file aside and rename it; raises OSError."""
+    import tempfile
+
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix="writing-", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(header)
-            file.write(payload)
+            file.writelines(parts)
         os.replace(name, path)
     except BaseException:
         with suppress(OSError):
             os.unlink(name)
         raise
-    _clean(path)
 
 
 def _clean(newest: Path) -> None:

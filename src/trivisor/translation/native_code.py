@@ -12,7 +12,7 @@ from trivisor.translation.code_cache import CodeCache
 from trivisor.translation.core import MASK64, Core
 from trivisor.translation.host_signals import HostSignals
 from trivisor.translation.layout import JUMP_CACHE_ENTRIES, OFFSETS
-from trivisor.translation.natives import POINTERS, helpers
+from trivisor.translation.natives import POINTERS, Helpers, assembled_helpers
 
 _PAGE = 4096
 
@@ -25,11 +25,11 @@ class NativeCode:
     are linear ones of the guest; those about blocks are in `natives/blocks.py`.
     """
 
-    def __init__(self, core: Core, xsave_mask: int, cache_size: int) -> None:
-        """`xsave_mask`: the XCR0 that guests may have on this host, or 0 without XSAVE."""
+    def __init__(self, core: Core, xsave_mask: int, cache_size: int, helpers: Helpers | None = None) -> None:
+        """`xsave_mask`: the XCR0 that guests may have on this host, or 0 without XSAVE; `helpers` are made for it."""
         self.cache = CodeCache(cache_size)
         self.xsave_mask = xsave_mask
-        program = helpers(xsave_mask)
+        program = helpers or assembled_helpers(xsave_mask)
         self.cache.append(program.code)
         self._labels = program.labels
         self._state = core.address

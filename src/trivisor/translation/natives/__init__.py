@@ -1,22 +1,31 @@
 """The native helpers: machine code that translated code calls for what must be fast but is too long to inline.
 
-They are written in the project's assembler and assembled once per process.
+They are written in the project's assembler and assembled once per process, or taken from an earlier one
+(`kept_helpers`).
 """
 
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 from trivisor.translation.block_tables import TABLE_SYMBOLS
 from trivisor.translation.layout import OFFSETS, SYMBOLS
 from trivisor.translation.natives import apic, assists, blocks, compose, entry, events, flush, lookup, miss, walk
 from trivisor.translation.natives.common import CONSTANTS
 from trivisor.translation.shapes import SHAPE_SYMBOLS
-from trivisor.x86.assembler import Program, assemble
+from trivisor.x86.assembler import assemble
+
+
+class Helpers(NamedTuple):
+    """The helpers' machine code, which can stand anywhere, and the offsets of its labels."""
+
+    code: bytes
+    labels: dict[str, int]
 
 
 @cache
-def helpers(xsave_mask: int) -> Program:
+def assembled_helpers(xsave_mask: int) -> Helpers:
     """Assemble all helpers; `xsave_mask` is the guest-visible XCR0 on this host, or 0 without XSAVE."""
     source = "\n".join(
         (
@@ -40,7 +49,8 @@ def helpers(xsave_mask: int) -> Program:
     source = source.replace("SAVE_FPU", "xsave" if xsave_mask else "fxsave")
     source = source.replace("CLEAN_UPPER", "vzeroupper" if xsave_mask & 4 else "")
     symbols = {**SYMBOLS, **TABLE_SYMBOLS, **SHAPE_SYMBOLS, "XSAVE_MASK": xsave_mask or 3}
-    return assemble(source, bits=64, symbols=symbols)
+    program = assemble(source, bits=64, symbols=symbols)
+    return Helpers(program.code, program.labels)
 
 
 POINTERS = {

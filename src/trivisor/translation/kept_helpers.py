@@ -1,0 +1,56 @@
+"""The native helpers of an earlier run: assembling them takes longer than all else that a start is made of.
+
+The file is machine code, and is taken under the rules of `kept`; its name is the
+digest of what it was assembled from and for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from trivisor.translation import kept
+from trivisor.translation.natives import Helpers, assembled_helpers
+
+_SUFFIX = ".helpers"
+_DIGEST_SIZE = 32
+_LIMIT = 4 << 20
+_UNUSED_SECONDS = 30 * 86400.0
+
+
+def kept_helpers(directory: Path, xsave_mask: int) -> Helpers:
+    """`assembled_helpers`, from a file in `directory` if there is one, else with one left there for the next run."""
+    identity = hashlib.sha256(kept.translator_version() + b"helpers %d" % xsave_mask)
+    path = directory / (identity.hexdigest()[:32] + _SUFFIX)
+    with suppress(OSError, kept.Ignored, ValueError):
+        return _read(path)
+    made = assembled_helpers(xsave_mask)
+    body = json.dumps(made.labels).encode() + b"\0" + made.code
+    with suppress(OSError):  # no place for it: the next run assembles again
+        kept.write_whole(path, hashlib.sha256(body).digest(), body)
+        _clean(directory)
+    return made
+
+
+def _read(path: Path) -> Helpers:
+    """Raises OSError, Ignored or ValueError for what cannot be taken."""
+    with kept.opened(path) as (file, length):
+        if length > _LIMIT:
+            raise ValueError("too long")
+        content = file.read()
+    digest, body = content[:_DIGEST_SIZE], content[_DIGEST_SIZE:]
+    if hashlib.sha256(body).digest() != digest:
+        raise ValueError("damaged")
+    labels, _, code = body.partition(b"\0")
+    return Helpers(code, json.loads(labels))
+
+
+def _clean(directory: Path) -> None:
+    """Remove those of versions that are gone."""
+    for file in directory.glob("*" + _SUFFIX):
+        with suppress(OSError):
+            if time.time() - file.stat().st_mtime > _UNUSED_SECONDS:
+                file.unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import shutil
@@ -78,6 +79,8 @@ def run_session(request: Request) -> int:
     # The engine keeps hundreds of thousands of small objects that live as long as the guest and form no cycles:
     # looking through them again and again for garbage would cost a tenth of the boot.
     gc.set_threshold(100_000, 50, 1_000)
+    if request.snapshot is not None:
+        _check_place(request.snapshot)
     interruption = Interruption()
     try:
         with interruption.handled(snapshots=request.snapshot is not None):
@@ -116,13 +119,30 @@ def _run_on(request: Request, machine: VirtualMachine, interruption: Interruptio
     while True:
         outcome = machine.run(None if deadline is None else max(0.0, deadline - time.monotonic()))
         if outcome.reason is StopReason.WAITING:
-            machine.run(_SETTLE_SECONDS)
-            _write_snapshot(request.snapshot, machine)
+            settled = machine.run(_SETTLE_SECONDS)
+            if settled.reason is StopReason.TIMEOUT:
+                _write_snapshot(request.snapshot, machine)
             return outcome
         if not (interruption.wants_snapshot and outcome.reason is StopReason.STOPPED) or interruption.number:
             return outcome
         interruption.wants_snapshot = False
-        _write_snapshot(request.snapshot, machine)
+        try:
+            _write_snapshot(request.snapshot, machine)
+        except OSError as error:  # no reason to lose the guest
+            _say(f"no snapshot: {request.snapshot}: {error.strerror}")
+
+
+def _check_place(path: Path) -> None:
+    """Raise OSError for a file that cannot be written, before there is something to write."""
+    number = 0
+    if not path.parent.is_dir():
+        number = errno.ENOTDIR if path.parent.exists() else errno.ENOENT
+    elif path.is_dir():
+        number = errno.EISDIR
+    elif not os.access(path.parent, os.W_OK | os.X_OK):
+        number = errno.EACCES
+    if number:
+        raise OSError(number, os.strerror(number), str(path))
 
 
 def _write_snapshot(path: Path, machine: VirtualMachine) -> None:

@@ -215,3 +215,20 @@ def test_nothing_changes_under_a_running_machine_or_to_what_is_not_there(kernel)
         machine.change_technique("translation")
         assert machine.technique == "translation"
         assert machine.run(timeout=120).status == STATUS
+
+
+@pytest.mark.skipif("hardware" in UNAVAILABLE, reason=UNAVAILABLE.get("hardware", ""))
+def test_a_guest_goes_through_files_from_technique_to_technique(kernel, expected: str, tmp_path) -> None:
+    path = tmp_path / "snapshot"
+    choose = random.Random(5)
+    with VirtualMachine(kernel, memory="64M", technique="translation", keep_translations=False) as machine:
+        assert machine.run(timeout=0.1).reason is StopReason.TIMEOUT
+        machine.snapshot(path)
+    for technique in ("hardware", "translation") * 3:
+        with VirtualMachine.restore(path, technique=technique, keep_translations=False) as machine:
+            assert machine.run(timeout=choose.uniform(0.001, 0.01)).reason is StopReason.TIMEOUT
+            machine.snapshot(path)
+    with VirtualMachine.restore(path, technique="translation", keep_translations=False) as machine:
+        assert machine.run(timeout=120).status == STATUS, machine.output
+        checksum, ticks = result(machine)
+    assert checksum == expected and ticks > 3

@@ -18,6 +18,7 @@ from trivisor.machine.memory import MIB, GuestMemory
 from trivisor.monitor import snapshot_file
 from trivisor.monitor.outcome import StopReason
 from trivisor.monitor.snapshot_file import MAGIC, SnapshotError, SnapshotFile, write_snapshot
+from trivisor.x86.assembler import assemble
 
 DAMAGES = 150
 """Single bits turned in each of three parts of a file."""
@@ -58,6 +59,28 @@ def test_a_guest_goes_on_from_its_snapshot_as_if_nothing_had_been(tmp_path: Path
     with VirtualMachine.restore(path, technique="translation") as twice:
         assert twice.run(60).status == STATUS
         assert twice.output == again.output
+
+
+def test_firmware_and_devices_that_are_not_always_there_come_along(tmp_path: Path) -> None:
+    code = assemble("start: mov al, 0x5a\n out 0xe0, al\n spin: inc ebx\n jmp spin", bits=16).code
+    image, path = tmp_path / "bios.bin", tmp_path / "firmware.snapshot"
+    image.write_bytes(code.ljust(0xFFF0, b"\x90") + b"\xe9\x0d\x00".ljust(16, b"\x90"))
+    options: dict[str, Any] = {"technique": "translation", "memory": "16M"}
+    with VirtualMachine(firmware=image, devices=["pc-testdev"], **options) as machine:
+        machine.run(timeout=0.2)
+        machine.snapshot(path)
+        stood_at = machine.registers
+    assert stood_at.cs.base == 0xFFFF0000 and stood_at.rbx > 0
+    image.unlink()
+    with VirtualMachine.restore(path, technique="translation") as machine:
+        assert machine.registers.rbx == stood_at.rbx
+        machine.step(4)
+        assert (machine.registers.rbx - stood_at.rbx) & 0xFFFFFFFF == 2
+        assert machine.registers.cs.base == 0xFFFF0000
+        assert machine._machine.board.ports.read(0xE0, 1) == 0x5A
+        machine.snapshot(tmp_path / "again")
+    with closing(SnapshotFile(path)) as first, closing(SnapshotFile(tmp_path / "again")) as second:
+        assert first.remembered["firmware"] == second.remembered["firmware"] != ""
 
 
 def test_guest_time_stands_still_in_a_snapshot(spinning: Path, tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ _NUMBERS: Final = {
 _FLAGS = ("interrupt_shadow", "halted", "nmi_blocked", "nmi_pending")
 _SYSTEM_SEGMENTS = ("ldtr", "tr")
 _TABLES = ("gdtr", "idtr")
-_ATTRIBUTES = 0xF0FF
+_ATTRIBUTES = 0x1F0FF
+"""With bit 16, which marks what a null selector has left unusable, as VT-x does (SDM 3C 25.4.1)."""
 _EFER_KNOWN = 0xD01
 """SCE, LME, LMA, NXE."""
 _MOST = 1024
@@ -72,7 +73,7 @@ def load_state(saved: Any, cpuid: GuestCpuid) -> CpuState:
     for name in _FLAGS:
         setattr(state, name, _flag(saved, name))
     for name in (*SEGMENT_NAMES, *_SYSTEM_SEGMENTS):
-        selector, base, limit, attributes = _numbers(saved, name, [16, 64, 32, 16])
+        selector, base, limit, attributes = _numbers(saved, name, [16, 64, 32, 17])
         setattr(state, name, Segment(selector, base, limit, attributes & _ATTRIBUTES))
     for name in _TABLES:
         setattr(state, name, Table(*_numbers(saved, name, [64, 16])))

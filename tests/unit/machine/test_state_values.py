@@ -25,6 +25,7 @@ def long_mode_state() -> CpuState:
         rip=0xFFFFFFFF81000000,
         rflags=0x246,
         cs=Segment(0x10, 0, 0xFFFFFFFF, 0xA09B),
+        ss=Segment(0, 0, 0xFFFFFFFF, 0x10000),
         gs=Segment(0, 0xFFFF888000000000, 0xFFFFFFFF, 0xC093),
         gdtr=Table(0xFFFFFE0000001000, 0x7F),
         cr0=0x80050033,

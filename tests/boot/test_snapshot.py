@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import random
 import re
 import signal
 import subprocess
@@ -67,6 +69,27 @@ def test_a_shell_put_into_a_snapshot_and_taken_out(booted: Path, tmp_path: Path)
         with VirtualMachine.restore(tmp_path / "shell", technique="translation") as machine:
             machine.write("echo $word $(cat /tmp/file)\n")
             machine.read_until("\nremembered file", 30)
+
+
+def test_linux_at_work_goes_through_files_at_chance_moments(booted: Path, tmp_path: Path) -> None:
+    path, choose = tmp_path / "snapshot", random.Random(4)
+    numbers = "".join(f"{number}\n" for number in range(1, 60_001)).encode()
+    machine = VirtualMachine.restore(booted, technique="translation")
+    try:
+        machine.read_until(PROMPT, 60)
+        machine.write("for i in 1 2 3 4 5 6; do seq 1 60000 | sha256sum; done; echo all; dmesg | grep -c -e oops -e stall\n")
+        seen = b""
+        for _ in range(6):
+            machine.run(timeout=choose.uniform(0.05, 0.3))
+            machine.snapshot(path)
+            seen += machine.output
+            machine.close()
+            machine = VirtualMachine.restore(path, technique="translation")
+        machine.read_until("\r\nall\r\n0\r\n", 120)
+        seen += machine.output
+    finally:
+        machine.close()
+    assert seen.count(hashlib.sha256(numbers).hexdigest().encode()) == 6, seen
 
 
 def test_the_clock_chip_tells_the_present_date(booted: Path) -> None:

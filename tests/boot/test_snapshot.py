@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conformance.machine import EMULATED, UNAVAILABLE
+from tests.conformance.machine import UNAVAILABLE
 from trivisor import StopReason, VirtualMachine
 
 pytestmark = pytest.mark.boot
@@ -120,7 +120,6 @@ def test_a_signal_writes_a_snapshot_and_the_guest_goes_on(booted: Path, tmp_path
 
 
 @pytest.mark.skipif("hardware" in UNAVAILABLE, reason=UNAVAILABLE.get("hardware", ""))
-@pytest.mark.skipif(EMULATED, reason="a KVM that emulates ring 0 does a program's SYSCALL wrong")
 def test_a_snapshot_goes_on_under_hardware_and_back(booted: Path) -> None:
     with VirtualMachine.restore(booted, technique="hardware") as machine:
         assert machine.technique == "hardware"

@@ -22,13 +22,16 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# What is installed follows pyproject.toml; the package itself is used in place.
+# What is installed follows pyproject.toml; the package itself is used in place, and compiled once here, since an
+# environment may keep Python from doing so when it runs.
 $(VENV)/installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@$(BIN)/python -m compileall -q src
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/python -m compileall -q src
 	@touch $@ $(VENV)/installed
 
 # Unicorn is one more to compare with; without it the benchmarks say so.

@@ -328,8 +328,9 @@ def test_the_bios_ticks(real: Real) -> None:
     m.core.idtr_base = 0
     m.memory.write_u32(0x46C, 0xFFFF)
     m.halt()
-    assert m.memory.read_u32(0x46C) == 0x10001
-    assert m.data(0) == 2
+    ticks = m.memory.read_u32(0x46C) - 0xFFFF
+    assert ticks >= 2, "a slow host may see one between the two"
+    assert m.data(0) == ticks
     assert m["rsp"] == TOP
 
 

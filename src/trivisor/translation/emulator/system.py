@@ -41,15 +41,15 @@ def _undefined(cpu: Cpu, instruction: Instruction) -> None:
 
 
 _UNDEFINED_STEMS = ("UD0", "UD1_", "UD2", "MONITOR", "MWAIT", "VMX", "VMREAD_", "VMWRITE_", "VMRUN", "GETSEC")
-_UNDEFINED = (
+_UNDEFINED = frozenset(
     "INVALID RSM VMCALL VMLAUNCH VMRESUME VMFUNC VMMCALL VMGEXIT VMGEXIT_F2 VMPTRLD_M64 VMPTRST_M64 "
     "VMCLEAR_M64 INVEPT_R32_M128 INVEPT_R64_M128 INVVPID_R32_M128 INVVPID_R64_M128 "
     "VMLOADW VMLOADD VMLOADQ VMSAVEW VMSAVED VMSAVEQ STGI CLGI SKINIT INVLPGAW INVLPGAD INVLPGAQ "
-    "MOV_R32_TR MOV_TR_R32"
+    "MOV_R32_TR MOV_TR_R32".split()
 )
 """VT-x, AMD-V and SMX are not there, nor MONITOR; RSM is for system management mode alone."""
 for _name, _code in vars(Code).items():
-    if _name.startswith(_UNDEFINED_STEMS) or _name in _UNDEFINED.split():
+    if _name.startswith(_UNDEFINED_STEMS) or _name in _UNDEFINED:
         _STRAIGHT[_code] = _undefined
 
 _formatter = Formatter(FormatterSyntax.NASM)

@@ -29,6 +29,7 @@ class Request:
 
     kernel: Path | None = None
     technique: str = "auto"
+    engine: str = "auto"
     initrd: Path | None = None
     append: str | None = None
     modules: tuple[tuple[Path, str], ...] = ()
@@ -107,6 +108,13 @@ _FILE = click.Path(path_type=Path)
     default="auto",
     show_default=True,
     help="How to virtualise; see `trivisor doctor`.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "translation", "direct"]),
+    default="auto",
+    show_default=True,
+    help="What runs a paravirtual guest: binary translation, or the host's processor through /dev/kvm.",
 )
 @click.option("--initrd", type=_FILE, help="Initial RAM disk.")
 @click.option("--append", metavar="CMDLINE", help="Kernel command line, or what to add to the default one.")

@@ -171,6 +171,7 @@ def _build(request: Request, serial: Serial, shown: Progress) -> VirtualMachine:
         memory=request.memory,
         technique=request.technique,
         command=request.command,
+        engine=request.engine,
         modules=request.modules,
         firmware=request.firmware,
         serial=speaks,
@@ -203,7 +204,7 @@ def _terminal_size() -> tuple[int, int]:
 
 def _announce(request: Request, machine: VirtualMachine) -> None:
     """One line on what runs: where someone looks, and never beside a command's output."""
-    if request.verbose or (request.command is None and sys.stderr.isatty()):
+    if request.verbose or request.stats or (request.command is None and sys.stderr.isatty()):
         chosen = f" (auto: {machine.why})" if machine.why else ""
         _say(f"{machine.technique}{chosen}, {machine.engine}, {format_memory(machine.memory_size)} of RAM")
     if request.verbose and machine.kept:

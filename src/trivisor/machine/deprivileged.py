@@ -80,6 +80,9 @@ class DeprivilegedCpu(Protocol):
     def invalidate(self, linear: int) -> None:
         """Forget the translation of one linear address."""
 
+    def entry_changed(self, address: int, level: int) -> None:
+        """The page-table entry at a physical address, of a table of `level`, was present and is another now."""
+
     def load(self, linear: int, size: int) -> bytes:
         """Guest memory in the space that was entered, with ring 3's rights; raises `GuestException`."""
 

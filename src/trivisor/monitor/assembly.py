@@ -19,6 +19,7 @@ from trivisor.machine.user_cache import user_cache
 from trivisor.machine.vcpu import Surroundings, Vcpu
 from trivisor.monitor.plan import BootPlan, Hardware
 from trivisor.monitor.techniques import TechniqueUnavailable
+from trivisor.monitor.xen_processor import xen_processor
 from trivisor.pc import Pc
 from trivisor.x86 import mtrr
 
@@ -129,10 +130,8 @@ def assemble(
 def _assemble_xen(
     plan: BootPlan, memory_size: int, console_output: Callable[[bytes], None], on_stop: Callable[[], None]
 ) -> Assembly:
-    """A PV domain whose ring 3 is run by the translation engine."""
+    """A PV domain whose ring 3 is run by the translation engine, or by the host's processor."""
     from trivisor.paravirt.xen.machine import XenMachine
-    from trivisor.translation.cpu import TranslationVcpu
-    from trivisor.translation.deprivileged import Deprivileged
 
     clock = Clock()
     clock.on_posted = on_stop  # for an engine that has no shorter way to look at what was posted
@@ -150,7 +149,7 @@ def _assemble_xen(
             xen.attach_network(lambda deliver: UserNetwork(deliver, network.forwards))
         for disk in plan.hardware.disks:
             xen.attach_disk(DiskFile(disk.path, readonly=disk.readonly))
-        vcpu = TranslationVcpu(xen.platform, keep_in=kept_directory() if plan.keep else None)
+        vcpu, cpu = xen_processor(xen, plan.engine, kept_directory() if plan.keep else None)
     except BaseException:
         xen.close()
         raise
@@ -159,10 +158,8 @@ def _assemble_xen(
         if plan.keep:
             machine.kept_as = _guest_digest(plan.kernel, b"xen")
             machine.keeper = keeper_for(vcpu, machine.kept_as)
-        vcpu.technique, vcpu.engine = "paravirt", "a Xen PV domain by binary translation"
         xen.domain.observers = lambda kind: vcpu.observed.get(kind, [])
         initrd = plan.initrd.read_bytes() if isinstance(plan.initrd, Path) else plan.initrd
-        cpu = Deprivileged(vcpu, xen.domain)
         with Image(plan.kernel) as image:
             state = xen.start(cpu, image, initrd, plan.command_line)
         vcpu.state = state

@@ -23,6 +23,9 @@ class BadPlan(ValueError):
     """What was asked for does not go together; the message is one line for the user."""
 
 
+ENGINES = ("auto", "translation", "direct")
+"""What can run a paravirtual guest: translation, or the host's processor in ring 3 of a KVM machine."""
+
 DEVICES = ("pc-testdev",)
 """Devices that the board has only when they are asked for."""
 
@@ -57,6 +60,13 @@ def make_hardware(
         raise BadPlan(str(error)) from None
 
 
+def checked_engine(engine: str) -> str:
+    """`engine`, if there is one of that name; ValueError."""
+    if engine not in ENGINES:
+        raise BadPlan(f"engine {engine!r} is none of {', '.join(ENGINES)}")
+    return engine
+
+
 @dataclass(frozen=True, slots=True)
 class Wish:
     """What the owner of a machine asked for."""
@@ -76,6 +86,7 @@ class Wish:
     keep: bool = True
     waiting: bool = False
     """The default user space waits to be told what to run."""
+    engine: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +106,8 @@ class BootPlan:
     is_firmware: bool = False
     keep: bool = False
     """Keep translations in the user's cache for the next run of the kernel."""
+    engine: str = "auto"
+    """Out of `ENGINES`: what runs a paravirtual guest."""
 
 
 def make_plan(wish: Wish) -> BootPlan:
@@ -104,7 +117,7 @@ def make_plan(wish: Wish) -> BootPlan:
     is missing is fetched.  Raises `BadPlan`, `trivisor.boot.image.ImageError` for
     a kernel that is none, and `trivisor.guests.debian.GuestUnavailable`.
     """
-    return replace(_boot(wish), hardware=wish.hardware, keep=wish.keep)
+    return replace(_boot(wish), hardware=wish.hardware, keep=wish.keep, engine=wish.engine)
 
 
 def _boot(wish: Wish) -> BootPlan:

@@ -26,7 +26,7 @@ from trivisor.monitor.endings import by_device, by_processor, with_command
 from trivisor.monitor.handover import EXCHANGEABLE, change_technique
 from trivisor.monitor.linear import read_linear
 from trivisor.monitor.outcome import Outcome, StopReason
-from trivisor.monitor.plan import Hardware, Progress, Wish, make_hardware, make_plan
+from trivisor.monitor.plan import Hardware, Progress, Wish, checked_engine, make_hardware, make_plan
 from trivisor.monitor.signals import attention
 from trivisor.monitor.sizes import parse_memory
 from trivisor.monitor.snapshot_file import SnapshotFile, write_snapshot
@@ -88,6 +88,7 @@ class VirtualMachine:
         append: str | None = None,
         memory: str | int = "512M",
         technique: str = "auto",
+        engine: str = "auto",
         command: Sequence[str] | None = None,
         modules: Sequence[Module] = (),
         firmware: str | os.PathLike[str] | None = None,
@@ -124,6 +125,7 @@ class VirtualMachine:
             hardware=hardware,
             keep=keep_translations,
             waiting=waiting,
+            engine=checked_engine(engine),
         )
         plan = make_plan(wish)
         names = None

@@ -137,6 +137,9 @@ class Deprivileged:
     def invalidate(self, linear: int) -> None:
         self._vcpu.invalidate_page(linear)
 
+    def entry_changed(self, address: int, level: int) -> None:
+        """The TLB has nothing of tables but translations, which the guest has it forget."""
+
     # -- memory ---------------------------------------------------------------------------------------------
 
     def load(self, linear: int, size: int) -> bytes:

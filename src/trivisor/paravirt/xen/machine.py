@@ -88,6 +88,7 @@ class XenMachine:
         tables = self._tables = PageTables(
             frames, own.slots, lambda: self.domain.flush(),
             lambda frame: self.domain.cpu.memory_written(frame * PAGE_SIZE, PAGE_SIZE),
+            lambda address, level: self.domain.cpu.entry_changed(address, level),
         )  # fmt: skip
         grants = GrantTable(frames, own.grant_frames)
         self.domain = Domain(self.platform, frames, own, tables, self.events, grants, time, console_output)
@@ -128,6 +129,10 @@ class XenMachine:
         self.close_devices()
         self._frames.words.release()
         self.memory.close()
+
+    def give_slot(self, entry: int) -> None:
+        """Have `own_memory.ENGINE_SLOT` of every level-4 table be `entry`; before the domain is built."""
+        self._own.give_slot(entry)
 
     def start(self, cpu: DeprivilegedCpu, image: Image, initrd: bytes | None, command_line: str) -> CpuState:
         """Build the domain; returns the state with which its processor begins.  Raises ImageError."""

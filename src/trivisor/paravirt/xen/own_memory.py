@@ -15,6 +15,8 @@ from trivisor.paravirt.xen.abi import (
     FLAT_RING3_CS32,
     FLAT_RING3_CS64,
     FLAT_RING3_SS,
+    HYPERVISOR_CS,
+    HYPERVISOR_DS,
     LAST_XEN_SLOT,
     MACH2PHYS_VIRT_START,
 )
@@ -32,8 +34,11 @@ _DOMAIN_SLOT = FIRST_XEN_SLOT + 4
 GDT_ADDRESS = MACH2PHYS_VIRT_START + ((_DOMAIN_SLOT - FIRST_XEN_SLOT) << 39)
 """Linear address of the domain's descriptor table, in a part that only the processor reads."""
 _GDT_PAGES = 16
+ENGINE_SLOT = FIRST_XEN_SLOT + 8
+"""The level-4 entry in which an engine may have ring-0 code of its own."""
 
 _CODE64, _CODE32, _DATA = 0x00AFFB000000FFFF, 0x00CFFB000000FFFF, 0x00CFF3000000FFFF
+_RING0_CODE, _RING0_DATA = 0x00AF9B000000FFFF, 0x00CF93000000FFFF
 
 
 def own_size(domain_size: int) -> int:
@@ -65,9 +70,14 @@ class OwnMemory:
         """Xen's entries of a level-4 table."""
         pages = range(self._map_at // 512, self._map_at // 512 + -(-8 * frames.count // PAGE_SIZE))
         self.slots[0] = self._tables([page << 12 | _READ_ONLY_USER for page in pages])
+        self.map_address = MACH2PHYS_VIRT_START
+        """Where the guest is told that the machine-to-physical table is."""
         for page in pages:
             frames.share(page, writable=False)
-        descriptors = {FLAT_RING3_CS32: _CODE32, FLAT_RING3_SS: _DATA, FLAT_RING3_CS64: _CODE64}
+        descriptors = {
+            FLAT_RING3_CS32: _CODE32, FLAT_RING3_SS: _DATA, FLAT_RING3_CS64: _CODE64,
+            HYPERVISOR_CS: _RING0_CODE, HYPERVISOR_DS: _RING0_DATA,
+        }  # fmt: skip
         for selector, raw in descriptors.items():
             frames.words[gdt * 512 + (selector >> 3) - FIRST_RESERVED_GDT_ENTRY] = raw
         tables = [0] * _GDT_PAGES
@@ -77,6 +87,16 @@ class OwnMemory:
         self.end = self._next
         """The first frame that is not Xen's."""
         self.spare = range(self.end, own_size(memory.size) // PAGE_SIZE)
+
+    def give_slot(self, entry: int) -> None:
+        """Have `ENGINE_SLOT` of every level-4 table be `entry`.
+
+        The machine-to-physical table is shown a second time, since a host's KVM may have
+        the first 512 GiB of the upper half to itself (kvm-pvm).
+        """
+        self.slots[ENGINE_SLOT - FIRST_XEN_SLOT] = entry
+        self.slots[1] = self.slots[0]
+        self.map_address = MACH2PHYS_VIRT_START + (1 << 39)
 
     def _take(self, count: int = 1) -> int:
         first = self._next
@@ -112,6 +132,12 @@ class OwnMemory:
     def physical(self, frame: int) -> int:
         """What the machine-to-physical table says of a frame."""
         return self._frames.words[self._map_at + frame]
+
+    @property
+    def gdt_entries(self) -> range:
+        """Physical addresses of the page-table entries that show the domain's pages of the GDT."""
+        first = 8 * self._gdt_entries
+        return range(first, first + 8 * (FIRST_RESERVED_GDT_ENTRY // 512), 8)
 
     def set_gdt(self, gdt_frames: list[int]) -> None:
         """Show these frames as the domain's pages of the GDT."""

@@ -33,17 +33,20 @@ class PageTables:
 
     `xen_slots` are Xen's entries of every level-4 table.  `flush` empties the
     TLBs, `changed` is told of frames whose content is no longer what it was
-    as memory.
+    as memory, `replaced` of present entries that are no longer what they were:
+    physical address and level of the table.
     """
 
     def __init__(
-        self, frames: Frames, xen_slots: list[int], flush: Callable[[], None], changed: Callable[[int], None]
-    ) -> None:
+        self, frames: Frames, xen_slots: list[int], flush: Callable[[], None], changed: Callable[[int], None],
+        replaced: Callable[[int, int], None],
+    ) -> None:  # fmt: skip
         self._frames = frames
         self._words = frames.words
         self._xen_slots = xen_slots
         self._flush = flush
         self._changed = changed
+        self._replaced = replaced
 
     # -- uses of frames -------------------------------------------------------------------------------------
 
@@ -214,7 +217,11 @@ class PageTables:
         if preserve:
             new |= words[at] & (ACCESSED | DIRTY)
         words[at] = new
-        if old & PRESENT and not same:
+        if not old & PRESENT:
+            return
+        if (old ^ new) & ~(ACCESSED | DIRTY):
+            self._replaced(8 * at, level)
+        if not same:
             if level == L1:
                 self._put_l1(old)
             else:

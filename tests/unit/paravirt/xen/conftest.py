@@ -37,6 +37,7 @@ class StillCpu:
         self.bases = {4: 0, 5: 0}
         self.flushes = 0
         self.invalidated: list[int] = []
+        self.changed: list[tuple[int, int]] = []
         self.space = (0, True)
         self.ticks = 0
 
@@ -70,6 +71,9 @@ class StillCpu:
 
     def invalidate(self, linear: int) -> None:
         self.invalidated.append(linear)
+
+    def entry_changed(self, address: int, level: int) -> None:
+        self.changed.append((address, level))
 
     def _at(self, linear: int, length: int, write: int) -> int:
         at = linear - ARGUMENTS

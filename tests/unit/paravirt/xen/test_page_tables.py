@@ -208,3 +208,11 @@ def test_a_frame_is_given_back_once(guest) -> None:
     free = guest.frames.free
     guest.update(table, 0, 0)
     assert guest.frames.free == free + 1 and not guest.frames.owns(page)
+
+
+def test_the_processor_is_told_of_entries_that_were_present_and_are_others(guest) -> None:
+    table, page, other = guest.frame(), guest.frame(), guest.frame()
+    guest.domain.tables.pin(table, L1)
+    for entry in (page << 12 | P | U, page << 12 | P | U | 0x20, other << 12 | P | U, other << 12 | P | W | U, 0, 0):
+        assert guest.update(table, 5, entry) == 0
+    assert guest.cpu.changed == [(table * 4096 + 40, 1)] * 3, "not of a new one, nor of an accessed bit"

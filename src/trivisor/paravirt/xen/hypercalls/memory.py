@@ -6,7 +6,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from trivisor.paravirt.xen import abi
-from trivisor.paravirt.xen.abi import EINVAL, ENOSYS, EPERM, ESRCH, HYPERCALL_NUMBERS, MACH2PHYS_VIRT_START
+from trivisor.paravirt.xen.abi import EINVAL, ENOSYS, EPERM, ESRCH, HYPERCALL_NUMBERS
 from trivisor.paravirt.xen.errors import HypercallError, Preempted
 from trivisor.paravirt.xen.own_memory import NO_FRAME
 
@@ -98,9 +98,8 @@ class _Memory:
         return 0
 
     def _machphys_mapping(self, argument: int) -> int:
-        data = struct.pack(
-            "<QQQ", MACH2PHYS_VIRT_START, MACH2PHYS_VIRT_START + _MACH2PHYS_SIZE, self._domain.frames.count - 1
-        )
+        start = self._domain.own.map_address
+        data = struct.pack("<QQQ", start, start + _MACH2PHYS_SIZE, self._domain.frames.count - 1)
         self._domain.cpu.store(argument, data)
         return 0
 

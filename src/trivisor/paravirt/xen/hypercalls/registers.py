@@ -90,6 +90,8 @@ class _Registers:
             domain.tables.put_kind(frame)
         domain.state.gdt_frames = frames
         domain.own.set_gdt(frames)
+        for address in domain.own.gdt_entries:
+            domain.cpu.entry_changed(address, 1)
         domain.flush()
         domain.descriptor_tables_changed()
         return 0

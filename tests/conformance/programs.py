@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.conformance.machine import PORTS, Guest, Program
-from tests.unit.translation.engine.guest import DATA, DEVICE, HANDLERS, STACK, USER_STACK, P, U, W
+from tests.unit.translation.engine.guest import DATA, DEVICE, HANDLERS, PML4, STACK, USER_STACK, P, U, W
 from trivisor.machine.exits import PortOut
 from trivisor.machine.state import CpuState, Segment, Table
 from trivisor.x86 import exceptions as x
@@ -531,6 +531,15 @@ MODES = [
     ),
 ]
 
+NATIVE = "ring 3 has the host's control registers"
+
+
+def _fill_table(guest: Guest) -> None:
+    """Every entry of the level-4 table leads to the identity map."""
+    for entry in range(1, 512):
+        guest.memory.write_u64(PML4 + 8 * entry, guest.memory.read_u64(PML4))
+
+
 # -- between ring 3 and ring 0 ------------------------------------------------------------------------------
 
 _TO_RING_3 = (
@@ -575,6 +584,25 @@ RINGS = [
         registers={"r8": DATA, "r9": DATA + 64},
         memory={DATA: 1, DATA + 64: 2},
         unless_emulated=NO_SYSCALL,
+    ),
+    Program(
+        "a level-4 table without a free entry",
+        "Nothing of it shows in ring 3.",
+        f"{_TO_RING_3} inc r12d\n syscall\n entry: inc r12d\n hlt",
+        setup=_fill_table,
+        registers={"r12": 2},
+        unless_emulated=NO_SYSCALL,
+    ),
+    Program(
+        "rdtsc in ring 3 under CR4.TSD",
+        "It is #GP(0) (2.5).",
+        "here: rdtsc",
+        cpl=3,
+        start=lambda state: setattr(state, "cr4", state.cr4 | 4),
+        vector=x.GENERAL_PROTECTION,
+        error=0,
+        at="here",
+        unless_emulated=NATIVE,
     ),
 ] + [
     Program(

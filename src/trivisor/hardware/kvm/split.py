@@ -354,9 +354,9 @@ class SplitVcpu(KvmVcpu):
         return {
             "exits": dict(sorted(self._counts.items(), key=lambda item: -item[1])),
             "ring 3 left by": dict(self._left_by.most_common()),
-            "ring 0": {
-                "instructions of ring 3 that only translation has": self._stepped,
-                "mappings forgotten": self._forgotten,
+            "entries into ring 3": {
+                "by translation, one instruction": self._stepped,
+                "after a look at the page tables anew": self._forgotten,
             },
             "seconds": {"ring 3": self._ring_3_ns / 1e9, "ring 0 and crossings": python / 1e9},
             "of ring 0": other,

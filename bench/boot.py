@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.machines import QEMU, have_qemu
+from bench.machines import PARAVIRTUAL, QEMU, have_qemu
 from bench.process import Failed, Timing, time_to_line
 from trivisor.guests.debian import default_guest
 from trivisor.guests.initramfs import console_command_line, default_initramfs
@@ -39,6 +39,14 @@ class Boots:
     """trivisor's with the translations that a boot before them has kept."""
     restored: list[Timing] = field(default_factory=list)
     """No boot: from the start of the process to the first output of a command in a restored guest."""
+
+    paravirtual: dict[str, list[Timing]] = field(default_factory=dict)
+    """Likewise, of the same kernel by its Xen entry, by the name that `machines.PARAVIRTUAL` has for the way."""
+
+    def paravirtual_ratio(self, name: str) -> float | None:
+        """The median of the ratios of a paravirtualised boot's processor time to full translation's, pair by pair."""
+        ratios = [one.cpu / full.cpu for one, full in zip(self.paravirtual[name], self.kept, strict=False)]
+        return median(ratios) if ratios else None
 
     @property
     def kept_ratio(self) -> float | None:
@@ -78,11 +86,18 @@ def run_boots(
         said("a boot under trivisor whose translations are kept")
         time_to_line(keeping, FIRST_LINE, limit=_LIMIT_SECONDS, end_with=signal.SIGTERM)
         restoring = _restoring(keeping, Path(directory, "snapshot"), said)
+        for name, options in PARAVIRTUAL.items():
+            said(f"a boot by {name} whose translations are kept")
+            time_to_line([*keeping, *options], FIRST_LINE, limit=_LIMIT_SECONDS, end_with=signal.SIGTERM)
         for number in range(1, runs + 1):
             said(f"restore {number} of {runs}")
             boots.restored.append(time_to_line(restoring, ANSWER, limit=_LIMIT_SECONDS))
             said(f"boot {number} of {runs} under trivisor, translations kept")
             boots.kept.append(time_to_line(keeping, FIRST_LINE, limit=_LIMIT_SECONDS, end_with=signal.SIGTERM))
+            for name, options in PARAVIRTUAL.items():
+                said(f"boot {number} of {runs} by {name}, translations kept")
+                timing = time_to_line([*keeping, *options], FIRST_LINE, limit=_LIMIT_SECONDS, end_with=signal.SIGTERM)
+                boots.paravirtual.setdefault(name, []).append(timing)
             said(f"boot {number} of {runs} under trivisor")
             boots.trivisor.append(time_to_line(ours, FIRST_LINE, limit=_LIMIT_SECONDS, end_with=signal.SIGTERM))
             boots.statistics.append(json.loads(statistics.read_text()))

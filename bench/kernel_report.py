@@ -7,7 +7,7 @@ from statistics import geometric_mean
 from rich.console import Console
 from rich.markup import escape
 
-from bench.machines import NATIVE, TCG, TRIVISOR, UNICORN
+from bench.machines import NATIVE, PARAVIRTUAL, TCG, TRIVISOR, UNICORN
 from bench.records import Comparison
 from bench.report import titled_table
 from bench.verdict import print_memory, verdict
@@ -52,9 +52,10 @@ def print_compute(console: Console, found: Comparison) -> None:
 def print_system(console: Console, found: Comparison, operations: dict[str, int]) -> None:
     """Cycles of one operation, side by side; `operations` are how many a repetition has."""
     title = "System kernels: cycles of the TSC an operation (medians)"
-    table = titled_table(console, title, "", TRIVISOR, TCG, "speed over TCG")
+    machines = [TRIVISOR, *(name for name in PARAVIRTUAL if name in found.runs), TCG]
+    table = titled_table(console, title, "", *machines, "speed over TCG")
     for name in found.names:
-        each = [cycles and cycles / operations[name] for cycles in (found.cycles(m, name) for m in (TRIVISOR, TCG))]
+        each = [cycles and cycles / operations[name] for cycles in (found.cycles(m, name) for m in machines)]
         speed = _inverse(found.ratio(TRIVISOR, TCG, name))
         table.add_row(name, *(_number(cycles, 0) for cycles in each), _number(speed, 2))
     console.print(table)

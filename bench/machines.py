@@ -15,6 +15,8 @@ from bench.process import Failed
 from trivisor.guests.test_kernel import STATUS
 
 TRIVISOR, TCG, NATIVE, UNICORN = "trivisor", "TCG", "native", "Unicorn"
+PARAVIRTUAL = {"paravirt": ("--technique", "paravirt")}
+"""Ways of trivisor's to run a Linux that knows Xen, with their options."""
 QEMU = "qemu-system-x86_64"
 _MEMORY_MIB = 64
 _LIMIT_SECONDS = 240

@@ -51,6 +51,11 @@ def print_boots(console: Console, boots: Boots) -> None:
         ratio = "" if boots.kept_ratio is None else f", {boots.kept_ratio:.2f} times QEMU's"
         seconds = median(t.wall for t in boots.kept)
         console.print(f"With the translations of an earlier boot kept: median {seconds:.2f}{ratio}.", highlight=False)
+    for name, timings in boots.paravirtual.items():
+        relative = boots.paravirtual_ratio(name)
+        times = "" if relative is None else f", {relative:.2f} times the processor time of full translation"
+        seconds = median(t.wall for t in timings)
+        console.print(f"The same by {name}, kept too: median {seconds:.2f}{times}.", highlight=False)
     print_restored(console, [timing.wall for timing in boots.restored])
     print_memory(console, boots.statistics)
     if not both:
@@ -123,6 +128,8 @@ def boots_as_json(boots: Boots, start: Sequence[float]) -> dict[str, Any]:
         "ratios": boots.ratios,
         "kept": [asdict(timing) for timing in boots.kept],
         "kept ratio": boots.kept_ratio,
+        "paravirtual": {name: [asdict(timing) for timing in timings] for name, timings in boots.paravirtual.items()},
+        "paravirtual ratios": {name: boots.paravirtual_ratio(name) for name in boots.paravirtual},
         "restored": [asdict(timing) for timing in boots.restored],
         "median": {
             "trivisor": median(t.wall for t in boots.trivisor),

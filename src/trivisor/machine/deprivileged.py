@@ -8,6 +8,7 @@ it acts on the processor through `DeprivilegedCpu`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from trivisor.machine.exits import Exit
@@ -22,6 +23,41 @@ class Registers(Protocol):
     def __getitem__(self, index: int, /) -> int: ...
 
     def __setitem__(self, index: int, value: int, /) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NativeSupervision:
+    """What a supervisor does about its most frequent calls without Python: machine code on the engine's processor.
+
+    `source` is assembly for the engine's native helpers.  The engine jumps to
+    `supervisor_call` for SYSCALL by the guest's kernel, with rbp at its state
+    and the guest's registers in it (GPR_RAX and so on, GUEST_RIP at the
+    instruction, FLAGS, FS_BASE, GS_BASE, GUEST_CR2, RAM_BASE); to
+    `supervisor_user_call` for SYSCALL by its user, and to
+    `supervisor_exception` for an exception (EXIT_A: vector, EXIT_B: error code
+    or -1).  Every host register but rbp is free.  It goes on by a jump:
+
+    * `supervised_python`: Python is to do it; nothing may have changed yet;
+    * `supervised_following`: after the SYSCALL, whose RCX and R11 are set;
+    * `supervised_resume`: at GUEST_RIP, whatever was put there;
+    * `supervised_interrupt`: the same, once the supervisor's `interrupt` was asked.
+
+    It may call `guest_page` (r13: linear address, r12d: 0 to read or 1 to
+    write; ZF set and rdi: its host address, good to the page's end; rbx, rbp,
+    r12, r13 and r15 are kept), `supervised_enter` (rdi: root, esi: 1 for the
+    kernel, as `DeprivilegedCpu.enter_space`; rbx, rbp and r12 to r15 are
+    kept), `supervised_flush` (the same), `supervised_flush_lower` (all but the
+    upper half of the kernel's space; the same), `supervised_changed` (rdi:
+    host address of an entry, r10: what it was, as
+    `DeprivilegedCpu.entry_changed`; rbx, rbp and r10 to r15 are kept) and
+    `gather_flags` (rax = RFLAGS).
+
+    `table` is the host address of memory that the two sides share, which
+    the code finds in SUPERVISOR_TABLE.
+    """
+
+    source: str
+    table: int
 
 
 class DeprivilegedCpu(Protocol):
@@ -46,8 +82,13 @@ class DeprivilegedCpu(Protocol):
     def xcr0_supported(self) -> int:
         """The bits that XCR0 may have."""
 
+    other_gs: int
+    """GS base of the guest's other mode, kernel or user: what RDMSR of IA32_KERNEL_GS_BASE gives."""
     fpu_disabled: bool
     """CR0.TS: x87, SSE and AVX instructions raise #NM."""
+
+    interrupt_flag_ignored: bool
+    """CLI and STI by the guest's kernel do nothing; else they raise #GP."""
 
     def selector(self, segment: int) -> int:
         """A segment register's selector."""
@@ -80,8 +121,11 @@ class DeprivilegedCpu(Protocol):
     def invalidate(self, linear: int) -> None:
         """Forget the translation of one linear address."""
 
-    def entry_changed(self, address: int, level: int) -> None:
-        """The page-table entry at a physical address, of a table of `level`, was present and is another now."""
+    def entry_changed(self, address: int, level: int, old: int, new: int) -> bool:
+        """The page-table entry at physical `address`, of a table of `level`, was present as `old` and is `new` now.
+
+        An engine may forget what it knows by the entry at once.  True if it may use it on until the next `flush`.
+        """
 
     def load(self, linear: int, size: int) -> bytes:
         """Guest memory in the space that was entered, with ring 3's rights; raises `GuestException`."""
@@ -116,6 +160,13 @@ class Supervisor(Protocol):
 
     Each method may return an exit for the monitor; `Halt(True)` has the engine wait for an interrupt.
     """
+
+    @property
+    def native(self) -> NativeSupervision:
+        """What of it needs no call; an engine that can do nothing with it calls for everything."""
+
+    def watched(self) -> bool:
+        """Whether somebody wants to see every call, so that none may be done natively."""
 
     def exception(self, vector: int, error_code: int | None, address: int | None) -> Exit | None:
         """The instruction at rip raised an exception; `address` is a page fault's."""

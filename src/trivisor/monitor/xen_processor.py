@@ -37,7 +37,7 @@ def xen_processor(
     from trivisor.translation.cpu import TranslationVcpu
     from trivisor.translation.deprivileged import Deprivileged
 
-    vcpu = TranslationVcpu(xen.platform, keep_in=keep_in)
+    vcpu = TranslationVcpu(xen.platform, keep_in=keep_in, supervision=xen.domain.native)
     vcpu.technique, vcpu.engine = "paravirt", f"on the translation engine, {why}"
     return vcpu, Deprivileged(vcpu, xen.domain)
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from iced_x86 import Code, Instruction, Mnemonic
 
 from trivisor.machine import tsc
 from trivisor.machine.cpuid import GuestCpuid, guest_cpuid
-from trivisor.machine.deprivileged import Supervisor
+from trivisor.machine.deprivileged import NativeSupervision, Supervisor
 from trivisor.machine.exits import (
     CpuidExit,
     DebugStop,
@@ -47,6 +48,7 @@ from trivisor.translation.layout import EXITS, OFFSETS
 from trivisor.translation.mmu import Mmu
 from trivisor.translation.modes import MAXIMUM_SEGMENTED, OTHER_DEBUG, OTHER_TSD, Mode
 from trivisor.translation.native_code import NativeCode
+from trivisor.translation.natives import assembled_helpers
 from trivisor.translation.port_gate import PortGate
 from trivisor.translation.segmentation import segmentation, set_windows
 from trivisor.translation.state_transfer import get_state, set_state
@@ -74,7 +76,7 @@ from trivisor.x86.control import (
 )
 from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, host_cpuid, host_xgetbv, xsave_area
 from trivisor.x86.descriptors import DB, LONG
-from trivisor.x86.exceptions import ALIGNMENT_CHECK, BREAKPOINT, NMI, GuestException
+from trivisor.x86.exceptions import ALIGNMENT_CHECK, BREAKPOINT, INVALID_OPCODE, NMI, GuestException
 from trivisor.x86.flags import AC, RF, TF
 from trivisor.x86.msr import DEBUGCTL_BTF, IA32_APIC_BASE, IA32_DEBUGCTL
 
@@ -84,6 +86,8 @@ _AT_ONCE = 3_000
 """Nanoseconds to a timer that no host timer is worth: what is to do meanwhile takes longer."""
 _CR0_TS_EM = CR0_TS | CR0_EM
 _XCR0_SSE_AVX = XCR0_SSE | XCR0_AVX
+_INTEL = 0x756E6547
+"""EBX of CPUID leaf 0 of Intel's, where SYSCALL is of 64-bit code alone."""
 _SYSCALL = b"\x0f\x05"
 _SUPERVISED = {Code.SYSCALL: -1, Code.INT_IMM8: -1, Code.INT3: BREAKPOINT}
 """Instructions that are a supervisor's, and their vectors."""
@@ -91,13 +95,13 @@ _SUPERVISED = {Code.SYSCALL: -1, Code.INT_IMM8: -1, Code.INT3: BREAKPOINT}
 (
     _MODE, _NATIVE_EVENTS, _NATIVE_MSRS, _NATIVE_MMIO, _WATCHING, _OPENED_COUNT, _PENDING, _ARMED, _POLL, _GOOD, _BAD,
     _EXIT_A,
-    _EXIT_B, _FAULT_IP, _PORT_QUEUED, _SAMPLE_COUNT,
+    _EXIT_B, _FAULT_IP, _PORT_QUEUED, _SAMPLE_COUNT, _NATIVE_SUPERVISOR, _GUEST_KERNEL,
 ) = (
     OFFSETS[name] // 8
     for name in (
         "MODE", "NATIVE_EVENTS", "NATIVE_MSRS", "NATIVE_MMIO", "WATCHING", "OPENED_COUNT", "PENDING", "ARMED", "POLL",
         "POLL_GOOD", "POLL_BAD", "EXIT_A", "EXIT_B", "HOST_FAULT_IP", "PORT_QUEUED",
-        "SAMPLE_COUNT",
+        "SAMPLE_COUNT", "SUPERVISED", "GUEST_KERNEL",
     )
 )  # fmt: skip
 
@@ -120,10 +124,12 @@ class TranslationVcpu:
         choice: CpuChoice = USUAL_CPU,
         cpuid: GuestCpuid | None = None,
         keep_in: Path | None = None,
+        supervision: NativeSupervision | None = None,
     ) -> None:
         """The guest sees the processor `cpuid`; without one the best that this host allows, changed by `choice`.
 
         The native helpers are kept from one process to the next in the directory `keep_in`.
+        `supervision` is that of the `supervisor` which the processor will get.
         Raises ValueError for features that cannot be switched so; see `machine.cpuid.guest_cpuid`.
         """
         self.board = board
@@ -145,6 +151,8 @@ class TranslationVcpu:
         self._kicked = False
         self._waiting = False  # an interrupt waits for IF
         self._natively = 0  # what NATIVE_EVENTS is but for single steps
+        self._supervision = supervision is not None
+        self._may_supervise = False  # a supervisor's native code may serve the mode of now
         self.injected: list[int] = []
         """Vectors that `interrupt` was given and that wait for IF."""
         self.exception: GuestException | None = None
@@ -153,8 +161,6 @@ class TranslationVcpu:
         self._closed = False
         self.supervisor: Supervisor | None = None
         """A hypervisor that does what the architecture would, for a guest that is all in ring 3."""
-        self.guest_kernel = False
-        """The code that runs is such a guest's kernel."""
         self.stop_in_ring_3 = False
         """Another engine runs 64-bit code of ring 3: `run` comes back for it."""
         self.flushes = 0  # of TLBs by Python
@@ -175,9 +181,12 @@ class TranslationVcpu:
         self.xcr0_supported = on_host | (self.guest_cpuid.xcr0_supported & XCR0_PKRU if on_host else 0)
         self.xsave_size = xsave_area(on_host)
         """Bytes of the components that live in the host's registers while translated code runs."""
-        self._native = native = NativeCode(
-            self.core, on_host, CODE_CACHE_SIZE, kept_helpers(keep_in, on_host) if keep_in is not None else None
-        )
+        more = ""
+        if supervision is not None:
+            more = supervision.source
+            self._words[OFFSETS["SUPERVISOR_TABLE"] // 8] = supervision.table
+        make = assembled_helpers if keep_in is None else partial(kept_helpers, keep_in)
+        self._native = native = NativeCode(self.core, on_host, CODE_CACHE_SIZE, make(on_host, more))
         self.mmu.native_walker = native.walk
         self._deliver_interrupt = native.address("external")
         self.blocks = BlockStore(
@@ -208,6 +217,15 @@ class TranslationVcpu:
         self._ports = PortGate(self.core, board, self.observed)
         self._next: int | None = None  # host address to go on at, instead of looking rip up
         self.state = CpuState()
+
+    @property
+    def guest_kernel(self) -> bool:
+        """The code that runs is the kernel of a guest that is all in ring 3."""
+        return self._words[_GUEST_KERNEL] != 0
+
+    @guest_kernel.setter
+    def guest_kernel(self, value: bool) -> None:
+        self._words[_GUEST_KERNEL] = int(value)
 
     def attach(self) -> None:
         board = self.board
@@ -295,6 +313,10 @@ class TranslationVcpu:
         self.flushes += 1
         self._native.invalidate_page(linear)
 
+    def entry_changed(self, address: int, old: int) -> bool:
+        """See `machine.deprivileged.DeprivilegedCpu`."""
+        return self._native.entry_changed(self.board.memory.base + address, old) != 0
+
     def tsc(self) -> int:
         value: int = (tsc.read() + self.core.tsc_offset) & ((1 << 64) - 1)
         return value
@@ -351,7 +373,6 @@ class TranslationVcpu:
         self.blocks.set_breakpoints(debug.code)
         words[_WATCHING] = 1 if debug.pages else 0
         self._cpuid_table.clear()  # CR4 and XCR0 are told of
-        self._mind_observers()
         native = core.efer & EFER_LMA and cr0 & CR0_PG and not cr4 & CR4_LA57
         words[OFFSETS["PAGING_NATIVE"] // 8] = 1 if native else 0
         words[OFFSETS["KEYS"] // 8] = 1 if cr4 & (CR4_PKE | CR4_PKS) and long else 0
@@ -363,15 +384,25 @@ class TranslationVcpu:
         )  # fmt: skip
         words[_NATIVE_EVENTS] = self._natively = 1 if natively else 0
         if natively:
-            for user, field in ((False, "MODE_KERNEL"), (True, "MODE_USER")):
-                guarded, no_avx = self._guards(not user)
-                sibling = replace(mode, user=user, guarded=guarded, no_avx=no_avx)
-                words[OFFSETS[field] // 8] = sibling.key
-                self._by_key[sibling.key] = sibling
-                self._claim_jumps(sibling)
+            self._note_siblings(replace(mode, user=False), replace(mode, user=True))
             self._note_segments()
+        self._may_supervise = bool(
+            self._supervision and native and mode.bits == 64 and not debug.active and not aligned
+        )
+        if self._may_supervise:
+            self._note_siblings(replace(mode, guest_kernel=True), replace(mode, guest_kernel=False))
+        self._mind_observers()
         reserved = ((1 << 52) - 1) & ~((1 << self.guest_cpuid.physical_bits) - 1)
         words[OFFSETS["PHYSICAL_LIMIT_MASK"] // 8] = reserved | (0 if core.efer & 0x800 else 1 << 63)
+
+    def _note_siblings(self, kernel: Mode, user: Mode) -> None:
+        """Have the native helpers know the modes of 64-bit kernel and user code."""
+        for mode, field in ((kernel, "MODE_KERNEL"), (user, "MODE_USER")):
+            guarded, no_avx = self._guards(mode is kernel)
+            sibling = replace(mode, guarded=guarded, no_avx=no_avx)
+            self._words[OFFSETS[field] // 8] = sibling.key
+            self._by_key[sibling.key] = sibling
+            self._claim_jumps(sibling)
 
     def _guards(self, kernel64: bool) -> tuple[bool, bool]:
         """(`Mode.guarded`, `Mode.no_avx`).
@@ -403,6 +434,9 @@ class TranslationVcpu:
         observed = self.observed
         self._words[_NATIVE_MSRS] = 0 if MsrRead in observed or MsrWrite in observed else 1
         self._words[_NATIVE_MMIO] = 0 if MmioRead in observed or MmioWrite in observed else 1
+        supervisor = self.supervisor
+        natively = supervisor is not None and self._may_supervise and not supervisor.watched()
+        self._words[_NATIVE_SUPERVISOR] = 1 if natively and ExceptionExit not in observed else 0
         if self._cpuid_table.closed != (CpuidExit in observed):
             self._cpuid_table.closed = CpuidExit in observed
             self._cpuid_table.clear()
@@ -710,11 +744,12 @@ class TranslationVcpu:
         core.rflags = flags & ~RF
         debug.step_trap = bool(flags & TF)
         words = self._words
-        words[_NATIVE_EVENTS] = 0  # the helpers would go on with the handler
+        words[_NATIVE_EVENTS] = words[_NATIVE_SUPERVISOR] = 0  # the helpers would go on with the handler
         try:
             exit_ = slow_access.step(self, [])
         finally:
             words[_NATIVE_EVENTS] = self._natively
+            self._mind_observers()
         if debug.step_trap and not (self._steps_branches and self._ran_on(start)):
             debug.pending |= DR6_BS
         if exit_ is None and debug.pending and not debug.blocked:
@@ -756,7 +791,7 @@ class TranslationVcpu:
         supervisor = self.supervisor
         if supervisor is not None and self._at_syscall():
             self._counts[Mnemonic.SYSCALL] = self._counts.get(Mnemonic.SYSCALL, 0) + 1
-            return self._after(supervisor.system_call(self.core.rip + 2))
+            return self._after_supervisor(supervisor.system_call(self.core.rip + 2))
         instruction = self.blocks.instruction(self.mode, self.core.linear_rip)
         return self.execute(instruction)
 
@@ -774,14 +809,21 @@ class TranslationVcpu:
         supervisor = self.supervisor
         if supervisor is not None and instruction.code in _SUPERVISED:
             if instruction.code == Code.SYSCALL:
-                return self._after(supervisor.system_call(instruction.next_ip))
+                if self.mode.bits != 64 and self.own_cpuid(0, 0)[1] == _INTEL:
+                    raise GuestException(INVALID_OPCODE)
+                return self._after_supervisor(supervisor.system_call(instruction.next_ip))
             vector = _SUPERVISED[instruction.code]
             if vector < 0:
                 vector = instruction.immediate8
-            return self._after(supervisor.software_interrupt(vector, instruction.next_ip))
+            return self._after_supervisor(supervisor.software_interrupt(vector, instruction.next_ip))
         result = system.execute(self, instruction)
         if instruction.mnemonic == Mnemonic.WRMSR and self.core.regs[RCX] & 0xFFFFFFFF == IA32_APIC_BASE:
             self._cpuid_table.clear()
+        return self._after(result)
+
+    def _after_supervisor(self, result: Exit | None) -> Exit | None:
+        """The same of one that led to a supervisor: a #DB that MOV SS held up struck there, who takes no notice."""
+        self.core.debug.pending = 0
         return self._after(result)
 
     def _after(self, result: Exit | None) -> Exit | None:

@@ -13,11 +13,14 @@ from trivisor.translation.core import LDTR, MASK64
 from trivisor.translation.cpu import TranslationVcpu
 from trivisor.translation.emulator import segments
 from trivisor.translation.emulator.control_instructions import load_breakpoints
+from trivisor.translation.layout import OFFSETS
 from trivisor.x86.control import CR0_TS, CR4_FSGSBASE
 from trivisor.x86.descriptors import LDT, PRESENT
 from trivisor.x86.paging import Access
 
 _LIMIT = 0xFFFFFFFF
+_IGNORE_CLI = OFFSETS["IGNORE_CLI"] // 8
+_ROOTS = tuple(OFFSETS[name] // 8 for name in ("ROOT_USER", "ROOT_KERNEL"))
 _FLAT_CODE, _FLAT_DATA = 0xA0FB, 0xC0F3
 """Attributes of flat 64-bit segments of ring 3."""
 
@@ -32,7 +35,9 @@ class Deprivileged:
         self._mmu = vcpu.mmu
         self._view = vcpu.board.memory.view
         self._ram = vcpu.board.memory.base
-        self._roots = {False: -1, True: -1}
+        self._words[OFFSETS["KEPT_HALF"] // 8] = 1 << 63
+        for root in _ROOTS:
+            self._words[root] = MASK64
         self.registers = vcpu.core.regs
         self.dr = vcpu.core.dr
         vcpu.supervisor = supervisor
@@ -53,6 +58,14 @@ class Deprivileged:
     @rflags.setter
     def rflags(self, value: int) -> None:
         self._core.rflags = value
+
+    @property
+    def other_gs(self) -> int:
+        return int(self._core.kernel_gs_base)
+
+    @other_gs.setter
+    def other_gs(self, value: int) -> None:
+        self._core.kernel_gs_base = value
 
     @property
     def xcr0(self) -> int:
@@ -84,6 +97,14 @@ class Deprivileged:
         if value != self.fpu_disabled:
             self._core.cr0 ^= CR0_TS
             self._vcpu.mode_changed()
+
+    @property
+    def interrupt_flag_ignored(self) -> bool:
+        return bool(self._words[_IGNORE_CLI])
+
+    @interrupt_flag_ignored.setter
+    def interrupt_flag_ignored(self, value: bool) -> None:
+        self._words[_IGNORE_CLI] = int(value)
 
     # -- segments -------------------------------------------------------------------------------------------
 
@@ -124,8 +145,8 @@ class Deprivileged:
     def enter_space(self, root: int, kernel: bool) -> None:
         vcpu = self._vcpu
         self._core.cr3 = root
-        if self._roots[kernel] != root:
-            self._roots[kernel] = root
+        if self._words[_ROOTS[kernel]] != root:
+            self._words[_ROOTS[kernel]] = root
             vcpu.flush_tlb(keep_global=False)
         if vcpu.guest_kernel != kernel:
             vcpu.guest_kernel = kernel
@@ -137,8 +158,8 @@ class Deprivileged:
     def invalidate(self, linear: int) -> None:
         self._vcpu.invalidate_page(linear)
 
-    def entry_changed(self, address: int, level: int) -> None:
-        """The TLB has nothing of tables but translations, which the guest has it forget."""
+    def entry_changed(self, address: int, level: int, old: int, new: int) -> bool:
+        return level > 1 or self._vcpu.entry_changed(address, old)
 
     # -- memory ---------------------------------------------------------------------------------------------
 

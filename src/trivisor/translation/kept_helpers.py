@@ -21,13 +21,13 @@ _LIMIT = 4 << 20
 _UNUSED_SECONDS = 30 * 86400.0
 
 
-def kept_helpers(directory: Path, xsave_mask: int) -> Helpers:
+def kept_helpers(directory: Path, xsave_mask: int, supervision: str = "") -> Helpers:
     """`assembled_helpers`, from a file in `directory` if there is one, else with one left there for the next run."""
-    identity = hashlib.sha256(kept.translator_version() + b"helpers %d" % xsave_mask)
+    identity = hashlib.sha256(kept.translator_version() + b"helpers %d" % xsave_mask + supervision.encode())
     path = directory / (identity.hexdigest()[:32] + _SUFFIX)
     with suppress(OSError, kept.Ignored, ValueError):
         return _read(path)
-    made = assembled_helpers(xsave_mask)
+    made = assembled_helpers(xsave_mask, supervision)
     body = json.dumps(made.labels).encode() + b"\0" + made.code
     with suppress(OSError):  # no place for it: the next run assembles again
         kept.write_whole(path, hashlib.sha256(body).digest(), body)

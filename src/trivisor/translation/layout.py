@@ -201,6 +201,13 @@ _FIELDS = (
     "PORT_QUEUE",  # host address of bytes written to QUEUE_PORT that its device has not got yet
     "PORT_QUEUED",  # how many they are
     "QUEUE_PORT",
+    "SUPERVISED",  # 1 when a hypervisor's own native code is asked first (machine/deprivileged.py)
+    "SUPERVISOR_TABLE",
+    "GUEST_KERNEL",  # 1 while the kernel of a guest runs that is all in ring 3
+    "KEPT_HALF",  # bit 63: the upper half of such a kernel counts as global, and who changes its mappings says so
+    "ROOT_USER",  # the page tables that the TLBs of such a guest's user and kernel are of, in this order
+    "ROOT_KERNEL",
+    "IGNORE_CLI",  # 1: CLI and STI of such a kernel do nothing
     "WALKED_PHYSICAL",  # what the native page walker found for Python
     "WALKED_LEAF",
     "WALKED_RIGHTS",
@@ -231,6 +238,8 @@ _FIELDS = (
     "COUNT_LOAD_SEGMENT",
     "COUNT_READ_MSR",
     "COUNT_WRITE_MSR",
+    "COUNT_SUPERVISED",  # calls that a hypervisor's native code has done
+    "COUNT_IGNORED_CLI",
     "COUNT_TAKEN_UP",  # blocks made of a template
     "COUNT_COMPOSED",  # blocks put together by natives/compose.py
     "COMPOSED_INSTRUCTIONS",

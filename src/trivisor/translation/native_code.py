@@ -44,6 +44,7 @@ class NativeCode:
         self.flush_jumps = [self._bound(f"flush_{name}_jumps", 0) for name in ("kernel", "user", "other")]
         self.close_pages: Callable[[], int] = self._bound("close_pages", 0)
         self.invalidate_page: Callable[[int], int] = self._bound("invalidate_page", 1)
+        self.entry_changed: Callable[[int, int], int] = self._bound("entry_changed", 2)
         self.find_block: Callable[[int, int], int] = self._bound("find_block", 2)
         self.take_up: Callable[[int, int, int, int, int], int] = self._bound("take_up", 5)
         self.connect_link: Callable[[int, int], int] = self._bound("connect_link", 2)

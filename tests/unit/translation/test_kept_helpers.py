@@ -24,7 +24,7 @@ def the_file(directory: Path) -> Path:
     return file
 
 
-def never(_mask: int) -> Helpers:
+def never(_mask: int, _supervision: str) -> Helpers:
     raise AssertionError("assembled again")
 
 
@@ -34,6 +34,8 @@ def test_the_second_run_assembles_nothing(directory: Path, monkeypatch: pytest.M
     assert kept_helpers(directory, MASK) == expected
     with pytest.raises(AssertionError, match="again"):
         kept_helpers(directory, 3)
+    with pytest.raises(AssertionError, match="again"):
+        kept_helpers(directory, MASK, "another: nop")
 
 
 @pytest.mark.parametrize("place", [0, 40, -1])
@@ -49,7 +51,7 @@ def test_a_damaged_file_is_made_anew(directory: Path, place: int) -> None:
 def test_a_file_that_others_may_write_to_is_not_taken(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     the_file(directory).chmod(0o666)
     made = Helpers(b"made", {"anew": 0})
-    monkeypatch.setattr(keeping, "assembled_helpers", lambda mask: made)
+    monkeypatch.setattr(keeping, "assembled_helpers", lambda mask, supervision: made)
     assert kept_helpers(directory, MASK) == made
     assert the_file(directory).stat().st_mode & 0o077 == 0
 

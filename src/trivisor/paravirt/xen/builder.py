@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 import struct
+from array import array
 from dataclasses import dataclass
 
 from trivisor.boot.image import Image, ImageError
 from trivisor.boot.xen_notes import XenKernel
 from trivisor.machine.memory import MIB, PAGE_SIZE
 from trivisor.paravirt.xen.abi import MAX_GUEST_CMDLINE, SIF_MOD_START_PFN, START_INFO_MAGIC
-from trivisor.paravirt.xen.frames import L4, Frames
+from trivisor.paravirt.xen.frames import L4, Frames, runs
 from trivisor.paravirt.xen.own_memory import OwnMemory
 from trivisor.paravirt.xen.page_tables import PageTables, entry_frame
 
@@ -74,8 +75,10 @@ class DomainBuilder:
     def build(self, initrd: bytes | None, command_line: str, store_port: int, console_port: int) -> Started:
         """Load everything; raises ImageError for what does not fit or is not right."""
         kernel, pages = self._kernel, len(self._frames_of)
-        for page, frame in enumerate(self._frames_of):
-            self._own.set_physical(frame, page)
+        page = 0
+        for first, last in runs(self._frames_of):
+            self._own.set_physical_run(first, range(page, page + last - first))
+            page += last - first
         end = -(-kernel.end // PAGE_SIZE)
         layout = _Layout(end, pages)
         if end > pages:
@@ -125,6 +128,7 @@ class DomainBuilder:
     def _write(self, address: int, data: bytes) -> None:
         """Put `data` at an address in the domain's own memory, page by page where its frames lie."""
         memory, at = self._frames.memory, 0
+        view = memoryview(data)
         while at < len(data):
             page, offset = divmod(address + at, PAGE_SIZE)
             if page >= len(self._frames_of):
@@ -133,7 +137,7 @@ class DomainBuilder:
                 )
             run = self._run(page, -(-(offset + len(data) - at) // PAGE_SIZE))
             length = min(run * PAGE_SIZE - offset, len(data) - at)
-            memory.write(self._frames_of[page] * PAGE_SIZE + offset, data[at : at + length])
+            memory.write(self._frames_of[page] * PAGE_SIZE + offset, view[at : at + length])
             at += length
 
     def _run(self, page: int, most: int) -> int:
@@ -174,7 +178,8 @@ class DomainBuilder:
     def _map(self, root: int, tables_at: int, address: int, pages: range, read_only: set[int]) -> None:
         """Map `pages` from linear `address` on, with tables of levels 1 to 3 from page `tables_at` on."""
         words, frames_of = self._frames.words, self._frames_of
-        for page in pages:
+        page = pages.start
+        while page < pages.stop:
             linear = address + (page - pages.start) * PAGE_SIZE
             table = root
             for shift in (39, 30, 21):
@@ -183,8 +188,14 @@ class DomainBuilder:
                     words[at] = frames_of[tables_at] << 12 | _KERNEL_RIGHTS
                     tables_at += 1
                 table = entry_frame(words[at])
-            rights = _KERNEL_RIGHTS & ~_WRITE if page in read_only else _KERNEL_RIGHTS
-            words[table * 512 + (linear >> 12 & 511)] = frames_of[page] << 12 | rights
+            index = linear >> 12 & 511
+            part = range(page, min(page + 512 - index, pages.stop))
+            at = table * 512 + index
+            entries = [frame << 12 | _KERNEL_RIGHTS for frame in frames_of[page : part.stop]]
+            words[at : at + len(part)] = array("Q", entries)
+            for other in read_only.intersection(part):
+                words[at + other - page] &= ~_WRITE
+            page = part.stop
 
     def _write_start_info(
         self, page: int, command_line: str, *,

@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from trivisor.paravirt.xen.abi import HYPERVISOR_VIRT_END, HYPERVISOR_VIRT_START
-from trivisor.x86.control import DR6_FIXED, DR6_VALID, DR7_FIXED, DR7_GD
+from trivisor.x86.control import CR4_DE, DR6_FIXED, DR6_VALID, DR7_FIXED, DR7_GD
 
 if TYPE_CHECKING:
     from trivisor.paravirt.xen.domain import Domain
+
+
+_PORT = 2
+"""The R/W field of DR7 for breakpoints on ports."""
+_LENGTHS = (1, 2, 8, 4)
+"""By its LEN fields."""
+
+
+def _enabled(control: int) -> Iterator[tuple[int, int, int]]:
+    """(number, R/W field, length in bytes) of the breakpoints that a DR7 has on."""
+    for number in range(4):
+        if control >> 2 * number & 3:
+            yield number, control >> 16 + 4 * number & 3, _LENGTHS[control >> 18 + 4 * number & 3]
+
+
+def ports_hit(domain: Domain, port: int, size: int) -> int:
+    """The bits of DR6 for an access to `size` ports: the hypervisor does those, so it minds their breakpoints."""
+    bits, registers = 0, domain.cpu.dr
+    if domain.state.cr4 & CR4_DE:
+        for number, kind, length in _enabled(registers[7]):
+            start = registers[number] & ~(length - 1)
+            if kind == _PORT and port < start + length and port + size > start:
+                bits |= 1 << number
+    return bits
 
 
 def set_debug_register(domain: Domain, number: int, value: int) -> bool:
@@ -24,6 +49,8 @@ def set_debug_register(domain: Domain, number: int, value: int) -> bool:
         cpu.set_debug_register(6, value & DR6_VALID | DR6_FIXED)
     else:
         if value >> 32 or value & DR7_GD:
+            return False
+        if not domain.state.cr4 & CR4_DE and any(kind == _PORT for _, kind, _ in _enabled(value)):
             return False
         cpu.set_debug_register(7, value & 0xFFFF27FF | DR7_FIXED)
     return True

@@ -16,18 +16,23 @@ from trivisor.paravirt.xen.abi import (
     ENOSYS,
     FLAT_RING3_CS64,
     FLAT_RING3_SS,
+    HYPERCALL_NUMBERS,
     HYPERCALLS,
     VCPU_INFO_CR2,
+    VMASST_ARCHITECTURAL_IOPL,
 )
 from trivisor.paravirt.xen.cpuid import guest_cpuid
 from trivisor.paravirt.xen.errors import DomainCrash, HypercallError, Preempted
 from trivisor.paravirt.xen.events import EventChannels
 from trivisor.paravirt.xen.frames import Frames
+from trivisor.paravirt.xen.grant_maps import GrantMaps
 from trivisor.paravirt.xen.grants import GrantTable
+from trivisor.paravirt.xen.native import native_supervision
 from trivisor.paravirt.xen.own_memory import GDT_ADDRESS, OwnMemory
 from trivisor.paravirt.xen.page_table_writes import page_table_write
 from trivisor.paravirt.xen.page_tables import PageTables
 from trivisor.paravirt.xen.platform import Platform
+from trivisor.paravirt.xen.shared_table import COUNTED, COUNTS, INDEX, TICKS
 from trivisor.paravirt.xen.time import SystemTime
 from trivisor.paravirt.xen.vcpu_state import NO_TRAP, VcpuState
 from trivisor.x86.exceptions import (
@@ -45,6 +50,14 @@ from trivisor.x86.flags import DF
 OWN_ID = 1
 """The domain's number."""
 _RAX, _RCX, _RDX, _RSI, _RDI, _R8, _R9, _R10, _R11 = 0, 1, 2, 6, 7, 8, 9, 10, 11
+_LEAVES_KINDS = frozenset(
+    HYPERCALL_NUMBERS[name]
+    for name in (
+        "vcpu_op", "sched_op", "set_timer_op", "iret", "xen_version", "stack_switch",
+        "set_segment_base", "fpu_taskswitch", "console_io", "multicall",
+    )
+)  # fmt: skip
+"""Hypercalls that do not look at what frames are used as, or leave that to others."""
 
 
 class Domain:
@@ -71,11 +84,17 @@ class Domain:
         self.tables = tables
         self.events = events
         self.grants = grants
+        self.number = OWN_ID
+        self.grant_maps = GrantMaps(self)
         self.time = clock
         self.console_output = console_output
         self.pages = 0
         """How many pages of memory it has at most."""
-        self.state = VcpuState()
+        self.table = frames.table
+        self.state = VcpuState(self.table)
+        self.native = native_supervision(self.table)
+        self._tsc_frequency = platform.tsc_frequency
+        self.vcpu_info_moved()
         self.halt: Exit | None = None
         """What the hypercall that is being made has the engine do afterwards."""
         self.following = 0
@@ -86,6 +105,10 @@ class Domain:
         self._exceptions: dict[str, int] = {}
         self._upcalls = 0
         self._flat: dict[tuple[int, int], bool] = {}
+
+    def vcpu_info_moved(self) -> None:
+        """Tell the native code where struct vcpu_info is."""
+        self.table.words[INDEX["VCPU_INFO"]] = self.memory.base + self.events.vcpu_info
 
     # -- what the engine calls ------------------------------------------------------------------------------
 
@@ -104,11 +127,13 @@ class Domain:
                 self.following = following
                 registers[_RCX], registers[_R11] = following, cpu.rflags
                 cpu.rip = following
+                cpu.set_flat(FLAT_RING3_CS64, FLAT_RING3_SS)  # what SYSCALL was at is not to be known (as on Xen)
                 self._hypercall(registers)
             elif state.syscall.address:
                 self._count("syscall")
                 registers[_RCX], registers[_R11] = following, cpu.rflags
                 cpu.rip = following
+                cpu.set_flat(FLAT_RING3_CS64, FLAT_RING3_SS)
                 traps.enter_kernel(
                     self, state.syscall.address, masks_events=state.syscall.masks_events, mask_flags=DF
                 )
@@ -138,6 +163,9 @@ class Domain:
         except DomainCrash as crash:
             return self.crash(str(crash))
         return None
+
+    def watched(self) -> bool:
+        return bool(self.observers(Hypercall))
 
     def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
         return guest_cpuid(self.cpu, self.platform.tsc_frequency, leaf, subleaf)
@@ -186,6 +214,8 @@ class Domain:
         handler = self._handlers.get(number)
         if handler is None:
             return -ENOSYS
+        if number not in _LEAVES_KINDS:
+            self.tables.drop_lingering()
         try:
             return handler(*arguments)
         except HypercallError as error:
@@ -242,23 +272,34 @@ class Domain:
         cpu, state = self.cpu, self.state
         state.in_kernel = not state.in_kernel
         base = cpu.base(GS)
-        cpu.set_base(GS, state.other_gs)
-        state.other_gs = base
+        cpu.set_base(GS, cpu.other_gs)
+        cpu.other_gs = base
         cpu.enter_space((state.kernel_root if state.in_kernel else state.user_root) << 12, state.in_kernel)
 
     def block(self) -> None:
         """Have the engine wait for an event when this hypercall is done."""
         self.halt = Halt(True)
 
+    @property
+    def kernel_may_do_io(self) -> bool:
+        """Whether the guest's kernel may use ports, CLI and STI: as ring 1, or as ring 0 if it asked for that."""
+        return self.state.iopl >= (0 if VMASST_ARCHITECTURAL_IOPL in self.state.assists else 1)
+
+    def io_privilege_changed(self) -> None:
+        """Tell the processor whether CLI and STI fault: where they may be used they do nothing."""
+        self.cpu.interrupt_flag_ignored = self.kernel_may_do_io
+
     def flush(self) -> None:
         """Empty the TLBs."""
         self.frames.epoch += 1
+        self.table.words[INDEX["STALE"]] = 0
         self.cpu.flush()
 
     def descriptor_tables_changed(self) -> None:
         """The GDT or the LDT is another, or its content is."""
         state = self.state
         self._flat.clear()
+        self.table.words[INDEX["FLAT_PAIR"]] = 0
         self.cpu.set_descriptor_tables(GDT_ADDRESS, 0xFFFF, state.ldt_base, state.ldt_entries * 8 - 1)
 
     def is_flat(self, code: int, stack: int) -> bool:
@@ -267,6 +308,8 @@ class Domain:
         if known is None:
             code_is, stack_is = _is_flat_code(self._descriptor(code)), _is_flat_data(self._descriptor(stack))
             known = self._flat[code, stack] = code_is and stack_is
+        if known:
+            self.table.words[INDEX["FLAT_PAIR"]] = code | stack << 16
         return known
 
     def _descriptor(self, selector: int) -> int:
@@ -287,14 +330,25 @@ class Domain:
 
     def statistics(self) -> dict[str, Any]:
         """Hypercalls by name, how often and how long, and what else crossed into the hypervisor."""
-        counts = sorted(self._counts.items(), key=lambda item: -item[1][0])
+        words = self.table.words
+        counts = {name: (count, spent / 1e9) for name, (count, spent) in self._counts.items()}
+        for number in range(COUNTED):
+            if natively := words[COUNTS + number]:
+                name = HYPERCALLS[number]
+                count, spent = counts.get(name, (0, 0.0))
+                counts[name] = (count + natively, spent + words[TICKS + number] / self._tsc_frequency)
+        entries = {
+            "upcalls": self._upcalls + words[INDEX["UPCALLS"]],
+            **self._exceptions,
+        }
+        for name, field in (("syscall", "SYSCALLS"), (f"exception {PAGE_FAULT}", "PAGE_FAULTS")):
+            entries[name] = entries.get(name, 0) + words[INDEX[field]]
+        by_count = sorted(counts.items(), key=lambda item: -item[1][0])
         return {
-            "hypercalls": {name: count for name, (count, _) in counts},
-            "hypercalls, seconds": {name: spent / 1e9 for name, (_, spent) in counts},
-            "into the guest's kernel": {
-                "upcalls": self._upcalls, **dict(sorted(self._exceptions.items(), key=lambda item: -item[1]))
-            },
-        }  # fmt: skip
+            "hypercalls": {name: count for name, (count, _) in by_count},
+            "hypercalls, seconds": {name: spent for name, (_, spent) in by_count},
+            "into the guest's kernel": dict(sorted(entries.items(), key=lambda item: -item[1])),
+        }
 
 
 def _is_flat_code(raw: int) -> bool:

@@ -9,11 +9,12 @@ writable mapping, and the other way round.  References count every use.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from trivisor.machine.memory import PAGE_SIZE, GuestMemory
 from trivisor.paravirt.xen.abi import EBUSY, EINVAL, ENOMEM, EPERM
 from trivisor.paravirt.xen.errors import HypercallError
+from trivisor.paravirt.xen.shared_table import INDEX, SharedTable, SharedWord, host_address
 
 NOBODY, XEN, DOMAIN = range(3)
 """Owners.  A frame of Xen's that the domain may map is `DOMAIN`'s too, with a kind that never goes away."""
@@ -21,12 +22,33 @@ NOBODY, XEN, DOMAIN = range(3)
 NONE, L1, L2, L3, L4, DESCRIPTORS, WRITABLE = range(7)
 """Kinds; those of page tables are their levels."""
 
+_ADDRESS = (1 << 59) - 4096
+_PRESENT_WRITABLE = 3
+_OF_RUNS = 0x9B
+"""Bits of level-1 entries that must be as in _PRESENT_WRITABLE: the user's, accessed and dirty bits may be either."""
+
+
+def runs(frames: list[int]) -> Iterator[tuple[int, int]]:
+    """(first, end) of the pieces of a list in which each number is one more than the one before."""
+    at = 0
+    while at < len(frames):
+        first = frames[at]
+        length = len(frames) - at
+        while frames[at : at + length] != list(range(first, first + length)):
+            length = length // 2
+        yield first, first + length
+        at += length
+
 
 class Frames:
     """The frames of one machine, by number."""
 
-    def __init__(self, memory: GuestMemory) -> None:
+    epoch = SharedWord("EPOCH")
+    """Counts flushes of the TLBs."""
+
+    def __init__(self, memory: GuestMemory, table: SharedTable) -> None:
         self.memory = memory
+        self.table = table
         self.count = memory.span // PAGE_SIZE
         """One more than the highest frame number; frames in the hole below 4 GiB are nobody's."""
         self.owner = bytearray(self.count)
@@ -43,7 +65,13 @@ class Frames:
         """How many frames the domain has."""
         self._writable_until = array("L", bytes(8 * self.count))
         self.epoch = 1
-        """Counts flushes of the TLBs."""
+        columns = {
+            "OWNER": self.owner, "KIND": self.kind, "KIND_COUNT": self.kind_count, "REFERENCES": self.references,
+            "WRITABLE_UNTIL": self._writable_until,
+        }  # fmt: skip
+        for name, column in columns.items():
+            table.words[INDEX[f"FRAME_{name}"]] = host_address(column)
+        table.words[INDEX["FRAME_COUNT"]] = self.count
 
     def give_free(self, frames: Iterable[int]) -> None:
         """These are free from now on; the first is allocated first."""
@@ -64,6 +92,21 @@ class Frames:
         self._allocated[frame] = 1
         self.owned += 1
         return frame
+
+    def allocate_many(self, count: int) -> list[int]:
+        """So many free frames become the domain's, as by `allocate`; ENOMEM when there are not enough."""
+        if count > len(self._free):
+            raise HypercallError(ENOMEM)
+        at = len(self._free) - count
+        taken, self._free[at:] = self._free[at:], ()
+        taken.reverse()
+        for first, end in runs(taken):
+            length = end - first
+            self.owner[first:end] = bytes([DOMAIN]) * length
+            self.references[first:end] = array("L", [1]) * length
+            self._allocated[first:end] = b"\1" * length
+        self.owned += count
+        return taken
 
     def share(self, frame: int, *, writable: bool) -> None:
         """A frame of Xen's that the domain may map, read-only or writable, but never use as something else."""
@@ -115,13 +158,37 @@ class Frames:
             kind[frame] = WRITABLE
         self.kind_count[frame] += 1
 
-    def put_writable(self, frame: int) -> None:
-        """One use as writable memory less."""
+    def put_writable(self, frame: int, *, stale: bool = True) -> None:
+        """One use as writable memory less; `stale` unless no TLB can have it."""
         left = self.kind_count[frame] - 1
         self.kind_count[frame] = left
         if left == 0:
             self.kind[frame] = NONE
+        if stale:
             self._writable_until[frame] = self.epoch
+
+    def take_run(self, entries: list[int]) -> bool:
+        """References for a whole level-1 table that maps frames in a row, all writable; False if it is not one.
+
+        So are most tables of a kernel's mapping of all memory; each entry by itself takes ten times as long.
+        """
+        start = entries[0]
+        first, flags = (start & _ADDRESS) >> 12, start & 0xFFF
+        end = first + len(entries)
+        if flags & _OF_RUNS != _PRESENT_WRITABLE or end > self.count:
+            return False
+        if entries != list(range(start, start + len(entries) * PAGE_SIZE, PAGE_SIZE)):
+            return False
+        counts, kinds = self.kind_count[first:end], self.kind[first:end]
+        usable = kinds.count(WRITABLE) == len(entries) or not any(counts)
+        if not usable:
+            usable = all(kind == WRITABLE or not count for kind, count in zip(kinds, counts, strict=True))
+        if not usable or self.owner.count(DOMAIN, first, end) != len(entries):
+            return False
+        self.kind[first:end] = bytes([WRITABLE]) * len(entries)
+        self.kind_count[first:end] = array("L", [count + 1 for count in counts])
+        self.references[first:end] = array("L", [count + 1 for count in self.references[first:end]])
+        return True
 
     def may_be_written_stale(self, frame: int) -> bool:
         """Whether a TLB may still hold a writable mapping of it that is gone from the page tables."""

@@ -25,6 +25,7 @@ from trivisor.paravirt.xen.grants import BACK_END_DOMAIN, GrantTable
 from trivisor.paravirt.xen.own_memory import GDT_ADDRESS, OwnMemory, own_size
 from trivisor.paravirt.xen.page_tables import PageTables
 from trivisor.paravirt.xen.platform import Platform
+from trivisor.paravirt.xen.shared_table import SharedTable
 from trivisor.paravirt.xen.time import SystemTime
 from trivisor.paravirt.xen.toolstack import DISK_NAMES, add_disk, add_network, introduce
 from trivisor.paravirt.xen.xenstore.ring import StoreRing
@@ -70,14 +71,11 @@ class XenMachine:
     ) -> None:
         self.memory = GuestMemory(min(size + own_size(size), MAXIMUM_RAM))
         self._output = console_output
-        frames = self._frames = Frames(self.memory)
+        frames = self._frames = Frames(self.memory, SharedTable())
         own = self._own = OwnMemory(self.memory, frames)
-        ram = [
-            page
-            for start, length in self.memory.regions()
-            for page in range(start // PAGE_SIZE, (start + length) // PAGE_SIZE)
-            if page >= own.end
-        ]
+        ram: list[int] = []
+        for start, length in self.memory.regions():
+            ram += range(max(start // PAGE_SIZE, own.end), (start + length) // PAGE_SIZE)
         pages = min(size // PAGE_SIZE, len(ram))
         frames.give_free(ram)
         self.events = EventChannels(self.memory, own.shared_info * PAGE_SIZE)
@@ -88,7 +86,7 @@ class XenMachine:
         tables = self._tables = PageTables(
             frames, own.slots, lambda: self.domain.flush(),
             lambda frame: self.domain.cpu.memory_written(frame * PAGE_SIZE, PAGE_SIZE),
-            lambda address, level: self.domain.cpu.entry_changed(address, level),
+            lambda *changed: self.domain.cpu.entry_changed(*changed),
         )  # fmt: skip
         grants = GrantTable(frames, own.grant_frames)
         self.domain = Domain(self.platform, frames, own, tables, self.events, grants, time, console_output)
@@ -139,7 +137,7 @@ class XenMachine:
         domain, events, own = self.domain, self.events, self._own
         domain.cpu = cpu
         kernel = read_xen_kernel(image)
-        frames_of = [self._frames.allocate() for _ in range(domain.pages)]
+        frames_of = self._frames.allocate_many(domain.pages)
         store_port = events.allocate_unbound(BACK_END_DOMAIN)
         console_port = events.allocate_unbound(BACK_END_DOMAIN)
         builder = DomainBuilder(kernel, image, self._frames, own, self._tables, frames_of)

@@ -41,6 +41,7 @@ def page_table_write(domain: Domain, fault: int) -> bool:
     if written is None:
         return False
     new, finish = written
+    domain.tables.drop_lingering()
     try:
         domain.tables.change(table, fault >> 3 & 511, new)
     except HypercallError:

@@ -7,25 +7,30 @@ below if it is one of a table (Xen, arch/x86/mm.c, "page types").
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 
 from trivisor.paravirt.xen.abi import EINVAL, EPERM, FIRST_XEN_SLOT, LAST_XEN_SLOT
 from trivisor.paravirt.xen.descriptors import check_descriptor
 from trivisor.paravirt.xen.errors import HypercallError
 from trivisor.paravirt.xen.frames import DESCRIPTORS, DOMAIN, L1, L4, NONE, WRITABLE, Frames
+from trivisor.paravirt.xen.shared_table import INDEX
 
 PRESENT, WRITE, USER, ACCESSED, DIRTY, LARGE, NO_EXECUTE = 1, 2, 4, 0x20, 0x40, 0x80, 1 << 63
-_ADDRESS = (1 << 52) - 4096
-_FORBIDDEN_L1 = 0x98 | (1 << 63) - (1 << 59)
+ADDRESS = (1 << 52) - 4096
+FORBIDDEN_L1 = 0x98 | (1 << 63) - (1 << 59)
 """In entries of level 1: PWT, PCD, PAT and the bits of protection keys; the global bit is allowed."""
-_FORBIDDEN = _FORBIDDEN_L1 | 0x100
+FORBIDDEN = FORBIDDEN_L1 | 0x100
 """In entries of the other levels: large pages and the global bit too."""
 _ENTRIES = 512
+_STALE = INDEX["STALE"]
+LINGERING = (INDEX["LINGERING_KERNEL"], INDEX["LINGERING_USER"])
+"""Words of the shared table."""
 
 
 def entry_frame(entry: int) -> int:
     """The frame that an entry leads to."""
-    return (entry & _ADDRESS) >> 12
+    return (entry & ADDRESS) >> 12
 
 
 class PageTables:
@@ -33,20 +38,37 @@ class PageTables:
 
     `xen_slots` are Xen's entries of every level-4 table.  `flush` empties the
     TLBs, `changed` is told of frames whose content is no longer what it was
-    as memory, `replaced` of present entries that are no longer what they were:
-    physical address and level of the table.
+    as memory, and `entry_changed` is `DeprivilegedCpu.entry_changed`.
     """
 
     def __init__(
-        self, frames: Frames, xen_slots: list[int], flush: Callable[[], None], changed: Callable[[int], None],
-        replaced: Callable[[int, int], None],
-    ) -> None:  # fmt: skip
+        self,
+        frames: Frames,
+        xen_slots: list[int],
+        flush: Callable[[], None],
+        changed: Callable[[int], None],
+        entry_changed: Callable[[int, int, int, int], bool],
+    ) -> None:
+        self._entry_changed = entry_changed
         self._frames = frames
         self._words = frames.words
         self._xen_slots = xen_slots
         self._flush = flush
         self._changed = changed
-        self._replaced = replaced
+
+    # -- lingering tables -----------------------------------------------------------------------------------
+
+    def drop_lingering(self) -> None:
+        """Give up what is only kept validated in case that the guest comes back to it.
+
+        Native code keeps a level-4 table so that was not pinned when the processor left it (Linux goes to one and
+        back for each patch of its code).  Nobody can tell, since this is called before anything looks at kinds.
+        """
+        words = self._frames.table.words
+        for place in LINGERING:
+            if frame := words[place]:
+                words[place] = 0
+                self.put_kind(frame)
 
     # -- uses of frames -------------------------------------------------------------------------------------
 
@@ -107,13 +129,18 @@ class PageTables:
     def _get_entries_l1(self, frame: int) -> None:
         words, first = self._words, frame * _ENTRIES
         frames = self._frames
+        entries = words[first : first + _ENTRIES].tolist()
+        if frames.take_run(entries):
+            if not entries[0] & USER:
+                words[first : first + _ENTRIES] = array("Q", [entry | USER for entry in entries])
+            return
         owner, kinds, counts, references = frames.owner, frames.kind, frames.kind_count, frames.references
         limit = frames.count
-        for at, entry in enumerate(words[first : first + _ENTRIES].tolist()):
+        for at, entry in enumerate(entries):
             if not entry & PRESENT:
                 continue
-            target = (entry & _ADDRESS) >> 12
-            ok = not entry & _FORBIDDEN_L1 and target < limit and owner[target] == DOMAIN
+            target = (entry & ADDRESS) >> 12
+            ok = not entry & FORBIDDEN_L1 and target < limit and owner[target] == DOMAIN
             if ok and entry & WRITE:
                 if not counts[target]:
                     kinds[target] = WRITABLE
@@ -167,7 +194,7 @@ class PageTables:
 
     def _get_l1(self, entry: int) -> None:
         """References for a present entry of level 1."""
-        if entry & _FORBIDDEN_L1:
+        if entry & FORBIDDEN_L1:
             raise HypercallError(EINVAL, f"entry {entry:#x} has bits that it may not")
         target = entry_frame(entry)
         frames = self._frames
@@ -179,16 +206,16 @@ class PageTables:
                 frames.put(target)
                 raise
 
-    def _put_l1(self, entry: int) -> None:
-        target = (entry & _ADDRESS) >> 12
+    def _put_l1(self, entry: int, stale: bool = True) -> None:
+        target = (entry & ADDRESS) >> 12
         frames = self._frames
         if entry & WRITE:
-            frames.put_writable(target)
+            frames.put_writable(target, stale=stale)
         frames.put(target)
 
     def _get_table(self, entry: int, level: int) -> None:
         """References for a present entry of a level above 1."""
-        if entry & _FORBIDDEN:
+        if entry & FORBIDDEN:
             raise HypercallError(EINVAL, f"entry {entry:#x} of level {level} has bits that it may not")
         self.get_kind(entry_frame(entry), level - 1)
 
@@ -205,10 +232,10 @@ class PageTables:
         same = False
         if new & PRESENT:
             new |= USER
-            mask = _ADDRESS | PRESENT | (WRITE if level == L1 else 0)
+            mask = ADDRESS | PRESENT | (WRITE if level == L1 else 0)
             same = not (old ^ new) & mask
             if same:
-                if new & (_FORBIDDEN_L1 if level == L1 else _FORBIDDEN):
+                if new & (FORBIDDEN_L1 if level == L1 else FORBIDDEN):
                     raise HypercallError(EINVAL)
             elif level == L1:
                 self._get_l1(new)
@@ -219,11 +246,12 @@ class PageTables:
         words[at] = new
         if not old & PRESENT:
             return
-        if (old ^ new) & ~(ACCESSED | DIRTY):
-            self._replaced(8 * at, level)
+        stale = self._entry_changed(at * 8, level, old, new)
+        if stale:
+            self._frames.table.words[_STALE] = 1
         if not same:
             if level == L1:
-                self._put_l1(old)
+                self._put_l1(old, stale)
             else:
                 self.put_kind(entry_frame(old))
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from iced_x86 import Code, Instruction, Mnemonic, Register
+from iced_x86 import Code, Instruction, Mnemonic, OpKind, Register, RegisterExt
 
 from trivisor.machine.deprivileged import FS, GS
 from trivisor.machine.vcpu import GeneralProtection
-from trivisor.paravirt.xen.abi import FORCED_EMULATION, VMASST_ARCHITECTURAL_IOPL
-from trivisor.paravirt.xen.debug_registers import set_debug_register
+from trivisor.paravirt.xen.abi import FORCED_EMULATION
+from trivisor.paravirt.xen.debug_registers import ports_hit, set_debug_register
 from trivisor.paravirt.xen.decode import fetch, memory_address
 from trivisor.paravirt.xen.errors import HypercallError
 from trivisor.paravirt.xen.hypercalls.mmu import load_kernel_root
 from trivisor.x86 import msr
 from trivisor.x86.control import CR0_TS, CR4_FSGSBASE, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, xcr0_is_valid
-from trivisor.x86.exceptions import GuestException
+from trivisor.x86.exceptions import DEBUG, GuestException
+from trivisor.x86.iced_types import RegisterNumber
 
 if TYPE_CHECKING:
     from trivisor.paravirt.xen.domain import Domain
@@ -65,7 +66,21 @@ def execute(domain: Domain) -> bool:
         return False
     if domain.cpu.rip == instruction.ip:
         domain.cpu.rip = instruction.next_ip
+    if mnemonic in (Mnemonic.IN, Mnemonic.OUT):
+        _strike_port_breakpoints(domain, instruction)
     return True
+
+
+def _strike_port_breakpoints(domain: Domain, instruction: Instruction) -> None:
+    """#DB after IN or OUT of a port that is watched."""
+    cpu = domain.cpu
+    port_operand = 1 if instruction.mnemonic == Mnemonic.IN else 0
+    by_register = instruction.op_kind(port_operand) == OpKind.REGISTER
+    port = cpu.registers[_RDX] & 0xFFFF if by_register else instruction.immediate8
+    data: RegisterNumber = instruction.op0_register if port_operand else instruction.op1_register
+    if bits := ports_hit(domain, port, RegisterExt.size(data)):
+        cpu.set_debug_register(6, cpu.dr[6] & ~0xF | bits)
+        domain.deliver(DEBUG)
 
 
 # -- instructions; each returns False to let the guest have #GP ---------------------------------------------
@@ -80,10 +95,7 @@ def _cpuid(domain: Domain, instruction: Instruction) -> bool:
 
 
 def _io_allowed(domain: Domain) -> bool:
-    level = 3
-    if domain.state.in_kernel:  # which counts as ring 1 unless the guest asked for the architecture's way
-        level = 0 if VMASST_ARCHITECTURAL_IOPL in domain.state.assists else 1
-    return level <= domain.state.iopl
+    return domain.kernel_may_do_io if domain.state.in_kernel else domain.state.iopl == 3
 
 
 def _in(domain: Domain, instruction: Instruction) -> bool:
@@ -206,7 +218,7 @@ def _read_msr(domain: Domain, index: int) -> int | None:
         case msr.IA32_GS_BASE:
             return cpu.base(GS)
         case msr.IA32_KERNEL_GS_BASE:
-            return domain.state.other_gs
+            return domain.cpu.other_gs
         case msr.IA32_EFER:
             return _EFER
         case msr.IA32_PAT:
@@ -242,7 +254,7 @@ def _write_msr(domain: Domain, index: int, value: int) -> bool:
         case msr.IA32_GS_BASE:
             cpu.set_base(GS, value)
         case msr.IA32_KERNEL_GS_BASE:
-            domain.state.other_gs = value
+            domain.cpu.other_gs = value
         case _ if index in _MITIGATIONS:
             try:
                 cpu.write_msr(index, value)

@@ -85,6 +85,7 @@ def iret(domain: Domain) -> int:
         domain.switch_mode()
     if VMASST_ARCHITECTURAL_IOPL in state.assists:
         state.iopl = (rflags & IOPL) >> 12
+        domain.io_privilege_changed()
     registers[RSP] = rsp
     cpu.rip = rip
     cpu.rflags = rflags & _LOADED | IF | FIXED

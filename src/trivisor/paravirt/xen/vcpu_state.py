@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from trivisor.paravirt.xen.abi import VMASST_ARCHITECTURAL_IOPL
+from trivisor.paravirt.xen.shared_table import INDEX, SharedFlag, SharedTable, SharedWord
+from trivisor.x86.exceptions import PAGE_FAULT
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,35 +33,49 @@ class Callback:
 NO_CALLBACK = Callback()
 
 
-@dataclass(slots=True)
 class VcpuState:
-    """The virtual processor beside its registers."""
+    """The virtual processor beside its registers; a part of it is in a table that native code shares.
 
-    traps: dict[int, Trap] = field(default_factory=dict)
-    event: Callback = NO_CALLBACK
-    failsafe: Callback = NO_CALLBACK
-    syscall: Callback = NO_CALLBACK
-    syscall32: Callback = NO_CALLBACK
-    sysenter: Callback = NO_CALLBACK
-    nmi: Callback = NO_CALLBACK
-    kernel_stack: int = 0
+    Who changes `traps`, `event`, `syscall` or `assists` calls `entries_changed`.
+    """
+
+    kernel_stack = SharedWord("KERNEL_STACK")
     """Where the guest's stack begins when its kernel is entered from user mode."""
-    kernel_stack_selector: int = 0
-    in_kernel: bool = True
-    kernel_root: int = 0
+    kernel_stack_selector = SharedWord("KERNEL_STACK_SELECTOR")
+    in_kernel = SharedFlag("IN_KERNEL")
+    kernel_root = SharedWord("KERNEL_ROOT")
     """The frame of the level-4 table of the guest's kernel; the processor's reference is to it."""
-    user_root: int = 0
+    user_root = SharedWord("USER_ROOT")
     """The same for its user mode; 0 is none."""
-    other_gs: int = 0
-    """GS base of the mode that is not running: what SWAPGS would bring."""
-    gdt_frames: list[int] = field(default_factory=list)
-    ldt_base: int = 0
-    ldt_entries: int = 0
-    iopl: int = 0
-    cr0: int = 0
-    cr2: int = 0
-    cr4: int = 0
-    assists: set[int] = field(default_factory=set)
-    """Types of vm_assist that are on."""
-    runstate_area: int = 0
-    """Linear address, 0 for none."""
+    iopl = SharedWord("IOPL")
+    cr2 = SharedWord("CR2")
+
+    def __init__(self, table: SharedTable) -> None:
+        self.table = table
+        self.traps: dict[int, Trap] = {}
+        self.event = self.failsafe = self.syscall = NO_CALLBACK
+        self.syscall32 = self.sysenter = self.nmi = NO_CALLBACK
+        self.in_kernel = True
+        self.gdt_frames: list[int] = []
+        self.ldt_base = 0
+        self.ldt_entries = 0
+        self.cr0 = 0
+        self.cr4 = 0
+        self.assists: set[int] = set()
+        """Types of vm_assist that are on."""
+        self.runstate_area = 0
+        """Linear address, 0 for none."""
+
+    def entries_changed(self) -> None:
+        """Tell the native code where the guest's kernel is entered now."""
+        words = self.table.words
+        fault = self.traps.get(PAGE_FAULT, NO_TRAP)
+        entries = {
+            "EVENT": self.event,
+            "SYSCALL": self.syscall,
+            "PAGE_FAULT": Callback(fault.address, fault.clears_events),
+        }
+        for name, entry in entries.items():
+            words[INDEX[f"{name}_ADDRESS"]] = entry.address
+            words[INDEX[f"{name}_MASKS"]] = int(entry.masks_events)
+        words[INDEX["IOPL_IN_FRAMES"]] = int(VMASST_ARCHITECTURAL_IOPL in self.assists)

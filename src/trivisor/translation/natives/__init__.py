@@ -11,7 +11,19 @@ from typing import NamedTuple
 
 from trivisor.translation.block_tables import TABLE_SYMBOLS
 from trivisor.translation.layout import OFFSETS, SYMBOLS
-from trivisor.translation.natives import apic, assists, blocks, compose, entry, events, flush, lookup, miss, walk
+from trivisor.translation.natives import (
+    apic,
+    assists,
+    blocks,
+    compose,
+    entry,
+    events,
+    flush,
+    lookup,
+    miss,
+    supervised,
+    walk,
+)
 from trivisor.translation.natives.common import CONSTANTS
 from trivisor.translation.shapes import SHAPE_SYMBOLS
 from trivisor.x86.assembler import assemble
@@ -25,8 +37,11 @@ class Helpers(NamedTuple):
 
 
 @cache
-def assembled_helpers(xsave_mask: int) -> Helpers:
-    """Assemble all helpers; `xsave_mask` is the guest-visible XCR0 on this host, or 0 without XSAVE."""
+def assembled_helpers(xsave_mask: int, supervision: str = "") -> Helpers:
+    """Assemble all helpers; `xsave_mask` is the guest-visible XCR0 on this host, or 0 without XSAVE.
+
+    `supervision` is a hypervisor's own (`machine.deprivileged.NativeSupervision`).
+    """
     source = "\n".join(
         (
             CONSTANTS,
@@ -41,6 +56,8 @@ def assembled_helpers(xsave_mask: int) -> Helpers:
             events.EVENTS,
             assists.ASSISTS,
             apic.APIC,
+            supervised.SUPERVISED,
+            supervision or supervised.NONE,
             flush.C_FUNCTIONS,
             flush.JUMP_FLUSHES,
         )

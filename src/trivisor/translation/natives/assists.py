@@ -113,12 +113,13 @@ read_msr:
     cmp qword [rsp+8+NATIVE_MSRS], 0
     je assist_escape
     cmp byte [rsp+8+CPL], 0
-    jne assist_escape
+    jne read_msr_supervised
     cmp ecx, 0x10
     je read_tsc
     lea r10d, [rcx+0x3fffff00]
     cmp r10d, 2
     ja assist_escape
+read_msr_of_base:
     inc qword [rsp+8+COUNT_READ_MSR]
     lea r11, [rsp+8+FS_BASE]
     cmp r10d, 1
@@ -130,6 +131,16 @@ read_msr_base:
     mov eax, [r11]
     mov edx, [r11+4]
     ret
+read_msr_supervised:
+    ; a kernel in ring 3: its hypervisor would say the same of the bases
+    cmp qword [rsp+8+SUPERVISED], 0
+    je assist_escape
+    cmp qword [rsp+8+GUEST_KERNEL], 0
+    je assist_escape
+    lea r10d, [rcx+0x3fffff00]
+    cmp r10d, 2
+    ja assist_escape
+    jmp read_msr_of_base
 read_tsc:
     inc qword [rsp+8+COUNT_READ_MSR]
     rdtsc

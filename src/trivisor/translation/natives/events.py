@@ -9,7 +9,7 @@ from __future__ import annotations
 from trivisor.translation.natives.common import spill
 
 
-def _enter_mode(view: str, level: int, state: str = "rbp", scratch: str = "rax") -> str:
+def enter_mode(view: str, level: int, state: str = "rbp", scratch: str = "rax") -> str:
     """MODE, CPL and the jump cache of 64-bit code at a privilege level."""
     number = 0 if view == "KERNEL" else 1
     return f"""
@@ -120,7 +120,7 @@ deliver:
 deliver_event:
     mov rsp, rbp
     cmp qword [rbp+NATIVE_EVENTS], 0
-    je deliver_python
+    je deliver_otherwise
     test dword [rbp+SYSTEM_FLAGS], FLAG_TF
     jnz deliver_python
     mov rax, [rbp+EXIT_A]
@@ -251,11 +251,14 @@ deliver_trap_gate:
     jne deliver_done
     mov qword [rbp+SS_SELECTOR], 0
     mov qword [rbp+SS_ATTRIBUTES], 0x10000
-    {_enter_mode("KERNEL", 0)}
+    {enter_mode("KERNEL", 0)}
 deliver_done:
     mov rax, [rbp+EVENT]
     inc qword [rbp+rax*8+COUNT_EXCEPTION]
     jmp dispatch
+deliver_otherwise:
+    cmp qword [rbp+SUPERVISED], 0
+    jne supervised_exception
 deliver_python:
     mov rsp, rbp
     mov rax, [rbp+EVENT]
@@ -360,7 +363,7 @@ iret_user:
     mov qword [rbp+SS_ATTRIBUTES], DATA_USER
     mov eax, 0xffffffff
     mov [rbp+SS_LIMIT], rax
-    {_enter_mode("USER", 3)}
+    {enter_mode("USER", 3)}
     jmp iret_commit
 iret_data:
     ; the user may not keep the kernel's data segments
@@ -457,7 +460,7 @@ syscall_native:
     pushfq
     pop r11
     cmp qword [rsp+NATIVE_EVENTS], 0
-    je syscall_python
+    je syscall_otherwise
     test byte [rsp+EFER], 1
     jz syscall_python
     test dword [rsp+SYSTEM_FLAGS], FLAG_TF
@@ -490,7 +493,7 @@ syscall_native:
     add r10d, 8
     mov [rsp+SS_SELECTOR], r10
     {_flat_segments("CODE_64", "DATA_KERNEL")}
-    {_enter_mode("KERNEL", 0, "rsp", "r10")}
+    {enter_mode("KERNEL", 0, "rsp", "r10")}
     inc qword [rsp+COUNT_SYSCALL]
     mov [rsp+FLAGS_AX+1], r11b
     shr r11d, 11
@@ -501,6 +504,9 @@ syscall_native:
     mov r10, [rsp+LSTAR]
     movzx r11d, r10w
     jmp qword [rsp+r11*8+JUMP_CACHE_KERNEL]
+syscall_otherwise:
+    cmp qword [rsp+SUPERVISED], 0
+    jne supervised_syscall
 syscall_python:
     push r11
     popfq
@@ -551,7 +557,7 @@ sysret_native:
     movzx r10d, r10w
     mov [rsp+CS_SELECTOR], r10
     {_flat_segments("CODE_64_USER", "DATA_USER")}
-    {_enter_mode("USER", 3, "rsp", "r10")}
+    {enter_mode("USER", 3, "rsp", "r10")}
     inc qword [rsp+COUNT_SYSRET]
     mov [rsp+GUEST_RIP], rcx
     test r11d, r11d

@@ -137,6 +137,13 @@ walk_mark_accessed:
     or dword [rdi], 0x20
 walk_done:
     mov rdi, r8
+    test r12b, KIND_USER
+    jnz walk_local
+    mov rcx, rax
+    and rcx, [rbp+KEPT_HALF]
+    shr rcx, 63
+    or esi, ecx
+walk_local:
     test esi, 6
     jnz walk_note_large
 walk_noted:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 def cli(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
     """CLI at CPL 0 clears the virtual interrupt flag."""
+    if maker.mode.guest_kernel:
+        _ignored(recipe)
+        return
     if maker.mode.user:
         recipe.ends = CallOut()
         return
@@ -36,11 +39,27 @@ def sti(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> No
 
     Single-stepped, Python does it, who remembers that until the next step.
     """
+    if maker.mode.guest_kernel:
+        _ignored(recipe)
+        return
     if maker.mode.user or recipe.single:
         recipe.ends = CallOut()
         return
     recipe.code("mov byte [rsp+IF+1], 2\n mov r11, [rsp+ARMED]\n mov [rsp+POLL], r11")
     recipe.shadow = True
+
+
+def _ignored(recipe: Recipe) -> None:
+    """CLI or STI of a kernel in ring 3: nothing, where its hypervisor has it so."""
+    recipe.clobber(
+        """
+        cmp byte [rsp+IGNORE_CLI], 0
+        jne ignored
+        escape
+        ignored:
+        inc qword [rsp+COUNT_IGNORED_CLI]
+        """
+    )
 
 
 def stac(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
@@ -96,9 +115,34 @@ def pushf(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> 
 
 
 def popf(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
-    """POPFQ at CPL 0 when the system flags stay as they are; otherwise, and with DF, Python does it."""
+    """POPFQ when the system flags stay as they are; otherwise, and with DF, Python does it.
+
+    At CPL 3 it leaves IF and IOPL alone, unless IOPL is 3 too.
+    """
     if maker.mode.user:
-        recipe.ends = CallOut()
+        recipe.clobber(
+            """
+            test dword [rsp+SYSTEM_FLAGS], 0x3000
+            jz ordinary
+            escape
+            ordinary:
+            retry
+            mov r10, r15
+            check read 8
+            mov r10, [r10]
+            mov r11, r10
+            xor r11, [rsp+SYSTEM_FLAGS]
+            test r11d, 0x274500
+            jz same
+            escape
+            same:
+            lea r15, [r15+8]
+            and r10d, 0x8d5
+            push r10
+            popfq
+            """
+        )
+        recipe.writes |= ARITHMETIC
         return
     recipe.clobber(
         """
@@ -260,8 +304,8 @@ def port(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
 
 
 def msr(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
-    """RDMSR and WRMSR of the few that matter, at CPL 0."""
-    if maker.mode.user:
+    """RDMSR and WRMSR of the few that matter, at CPL 0; RDMSR in a kernel in ring 3 too."""
+    if maker.mode.user and not (maker.mode.guest_kernel and instruction.mnemonic == Mnemonic.RDMSR):
         recipe.ends = CallOut()
         return
     recipe.clobber(f"assist {'READ_MSR' if instruction.mnemonic == Mnemonic.RDMSR else 'WRITE_MSR'}")
@@ -300,6 +344,8 @@ def mov(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> No
         _store(recipe, GPR[target][0], "")
     elif source in _READABLE_CONTROL and not maker.mode.user:
         _store(recipe, GPR[target][0], f"mov r10, [rsp+{OFFSETS[_READABLE_CONTROL[source]]}]")
+    elif target in _NULLABLE and source in GPR and maker.mode.guest_kernel and maker.mode.bits == 64:
+        _load_null(recipe, SEGMENTS[target], GPR[source][0])
     elif source in SEGMENTS and target in GPR and GPR[target][1] >= 4:
         _store(recipe, GPR[target][0], f"movzx r10d, word [rsp+{SEGMENTS[source]}_SELECTOR]")
     elif source in SEGMENTS and target in GPR:
@@ -318,6 +364,28 @@ def mov(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> No
         recipe.ends = CallOut()
     else:
         maker.plain(recipe, instruction)
+
+
+_NULLABLE = (Register.ES, Register.DS, Register.FS, Register.GS)
+
+
+def _load_null(recipe: Recipe, segment: str, number: int) -> None:
+    """A null selector into a data segment register of a kernel in ring 3; Python loads others."""
+    place = f"word [rsp+GPR_R{number}]" if number in DISPLACED else name(STACK if number == RSP else number, 2)
+    recipe.clobber(
+        f"""
+        movzx r10d, {place}
+        test r10d, 0xfffc
+        jz null
+        escape
+        null:
+        mov [rsp+{segment}_SELECTOR], r10
+        xor r10d, r10d
+        mov [rsp+{segment}_BASE], r10
+        mov [rsp+{segment}_LIMIT], r10
+        mov [rsp+{segment}_ATTRIBUTES], r10
+        """
+    )
 
 
 _NEEDS_FSGSBASE = """

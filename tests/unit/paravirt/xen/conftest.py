@@ -32,6 +32,8 @@ class StillCpu:
         self.xcr0_supported = 7
         self.fpu_disabled = False
         self.fsgsbase = False
+        self.interrupt_flag_ignored = False
+        self.other_gs = 0
         self.memory = bytearray(_ROOM)
         self.selectors = [0, abi.FLAT_RING3_CS64, abi.FLAT_RING3_SS, 0, 0, 0]
         self.bases = {4: 0, 5: 0}
@@ -72,8 +74,10 @@ class StillCpu:
     def invalidate(self, linear: int) -> None:
         self.invalidated.append(linear)
 
-    def entry_changed(self, address: int, level: int) -> None:
-        self.changed.append((address, level))
+    def entry_changed(self, address: int, level: int, old: int, new: int) -> bool:
+        if (old ^ new) & ~0x60:
+            self.changed.append((address, level))
+        return True
 
     def _at(self, linear: int, length: int, write: int) -> int:
         at = linear - ARGUMENTS

@@ -134,7 +134,12 @@ def test_status(guest) -> None:
 
 
 def test_the_fifo_kind_is_not_there(guest) -> None:
-    assert op(guest, abi.EVTCHNOP_INIT_CONTROL) == -ENOSYS
+    for frame, offset, vcpu, error in (
+        (guest.frame(), 0, 0, ENOSYS), ((1 << 64) - 2, 0, 0, EINVAL), (guest.frame(), 4, 0, EINVAL),
+        (guest.frame(), 4032, 0, EINVAL), (guest.frame(), 0, 1, ENOENT),
+    ):  # fmt: skip
+        guest.put("<QII", frame, offset, vcpu)
+        assert op(guest, abi.EVTCHNOP_INIT_CONTROL) == -error
     assert op(guest, abi.EVTCHNOP_EXPAND_ARRAY) == -ENOSYS
 
 

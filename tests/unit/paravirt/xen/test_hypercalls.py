@@ -91,14 +91,14 @@ def test_descriptor_tables(guest) -> None:
 
 
 def test_segment_bases(guest) -> None:
-    cpu, state = guest.cpu, guest.domain.state
+    cpu = guest.cpu
     assert guest.call("set_segment_base", 0, 0x1000) == 0 and cpu.bases[4] == 0x1000
     assert guest.call("set_segment_base", 2, 0x2000) == 0 and cpu.bases[5] == 0x2000
-    assert guest.call("set_segment_base", 1, 0x3000) == 0 and state.other_gs == 0x3000
+    assert guest.call("set_segment_base", 1, 0x3000) == 0 and guest.cpu.other_gs == 0x3000
     assert guest.call("set_segment_base", 0, 1 << 50) == -EINVAL
     assert guest.call("set_segment_base", 4, 0) == -EINVAL
     assert guest.call("set_segment_base", 3, 0x2B) == 0
-    assert cpu.bases[5] == 0x2000 and state.other_gs == 0 and cpu.selectors[5] == 0x2B
+    assert cpu.bases[5] == 0x2000 and guest.cpu.other_gs == 0 and cpu.selectors[5] == 0x2B
     assert guest.call("set_segment_base", 3, 0xBAD3) == 0 and cpu.selectors[5] == 0
 
 
@@ -275,12 +275,12 @@ def test_the_frame_of_an_exception_in_user_mode_and_the_way_back(guest) -> None:
     enter(guest, False)
     guest.put("<BBHIQ", 6, 0, 0xE033, 0, 0x5000, at=A + 0x100)
     guest.call("set_trap_table", A + 0x100)
-    guest.domain.state.other_gs, guest.cpu.bases[5] = 0x111, 0x222
+    guest.cpu.other_gs, guest.cpu.bases[5] = 0x111, 0x222
     guest.domain.exception(INVALID_OPCODE, None, None)
     rsp = guest.cpu.registers[4]
     assert rsp == A + 0x1000 - 56 and guest.cpu.space[1] is True
     assert guest.get("<7Q", at=rsp)[3:] == (0xE033, 0x202, A + 0x800, 0xE02B)
-    assert guest.cpu.bases[5] == 0x111 and guest.domain.state.other_gs == 0x222
+    assert guest.cpu.bases[5] == 0x111 and guest.cpu.other_gs == 0x222
     guest.put("<9Q", 0xAA, 0xBB, 0xCC, 0, 0x7000, 0xE033, 0x2 | 0x200 | 0x40, A + 0x20, 0xE02B, at=A + 0x200)
     guest.cpu.registers[4] = A + 0x200
     assert guest.call("iret") == 0xAA

@@ -6,6 +6,7 @@ import pytest
 
 from trivisor.paravirt.xen import abi, privileged
 from trivisor.paravirt.xen.page_table_writes import page_table_write
+from trivisor.paravirt.xen.vcpu_state import Trap
 from trivisor.x86.exceptions import GENERAL_PROTECTION, INVALID_OPCODE
 
 A = 0x10000
@@ -35,6 +36,23 @@ def test_control_registers(guest) -> None:
     assert not run(guest, "0f22c0")
     registers[RAX] = 0x1000
     assert not run(guest, "0f22d8"), "that frame is no page table"
+
+
+def test_breakpoints_on_ports(guest) -> None:
+    state, registers, io = guest.domain.state, guest.cpu.registers, 0x20700 | 3
+    registers[RAX] = io
+    assert not run(guest, "0f23f8"), "mov dr7, rax: not without CR4.DE"
+    state.cr4 |= 8
+    assert run(guest, "0f23f8")
+    guest.cpu.dr[0], state.iopl = 0x80, 1
+    guest.domain.state.traps[1] = Trap(0xABC000, 0xE033, 0, False)
+    registers[4] = A + 0x1000
+    guest.cpu.store(A, bytes.fromhex("e681"))  # out 0x81, al
+    guest.cpu.rip = A
+    assert privileged.execute(guest.domain) and guest.cpu.rip == A + 2
+    guest.cpu.store(A, bytes.fromhex("e57e"))  # in eax, 0x7e: it reaches to 0x81
+    guest.cpu.rip = A
+    assert privileged.execute(guest.domain) and guest.cpu.rip == 0xABC000 and guest.cpu.dr[6] & 15 == 1
 
 
 def test_model_specific_registers(guest) -> None:

@@ -16,6 +16,7 @@ from trivisor.x86.exceptions import GENERAL_PROTECTION, SEGMENT_NOT_PRESENT, STA
 if TYPE_CHECKING:
     from trivisor.hardware.kvm.direct.vcpu import DirectVcpu
 
+_ACCESSED_DIRTY: Final = 0x60
 FLAT_CODE: Final = 0x00AFFB000000FFFF
 FLAT_DATA: Final = 0x00CFF3000000FFFF
 """Descriptors of flat 64-bit segments of ring 3."""
@@ -41,6 +42,9 @@ class Deprivileged:
         self.at_once = False
         """They are to be forgotten before the guest goes on."""
         self.flush_wanted = False
+        self.other_gs = 0
+        self.interrupt_flag_ignored = False
+        """CLI and STI fault all the same, and the supervisor does nothing about them."""
 
     # -- registers ------------------------------------------------------------------------------------------
 
@@ -180,10 +184,12 @@ class Deprivileged:
         """All of them: it is done where they all can be forgotten at the same cost."""
         self.flush_wanted = True
 
-    def entry_changed(self, address: int, level: int) -> None:
-        self.changed_entries.add(address)
-        if level > 1:
-            self.at_once = True
+    def entry_changed(self, address: int, level: int, old: int, new: int) -> bool:
+        if (old ^ new) & ~_ACCESSED_DIRTY:
+            self.changed_entries.add(address)
+            if level > 1:
+                self.at_once = True
+        return True
 
     # -- memory ---------------------------------------------------------------------------------------------
 

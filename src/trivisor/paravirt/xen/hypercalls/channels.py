@@ -24,6 +24,10 @@ def handlers(domain: Domain) -> dict[int, Handler]:
     }
 
 
+_CONTROL_BLOCK = 72
+"""Size of struct evtchn_fifo_control_block."""
+
+
 class _Channels:
     def __init__(self, domain: Domain) -> None:
         self._domain = domain
@@ -39,6 +43,7 @@ class _Channels:
             abi.EVTCHNOP_BIND_VCPU: self._bind_vcpu,
             abi.EVTCHNOP_UNMASK: self._unmask,
             abi.EVTCHNOP_RESET: self._reset,
+            abi.EVTCHNOP_INIT_CONTROL: self._init_control,
         }
 
     def event_channel_op(self, command: int, argument: int, *_: int) -> int:
@@ -59,6 +64,15 @@ class _Channels:
     def _answer(self, address: int, value: int) -> int:
         self._domain.cpu.store(address, value.to_bytes(4, "little"))
         return 0
+
+    def _init_control(self, argument: int) -> int:
+        """The first of the FIFO kind's: arguments are looked at, and good ones refused, so that guests do without."""
+        frame, offset, vcpu = self._read(argument, "<QII")
+        if vcpu:
+            raise HypercallError(ENOENT)
+        if offset & 7 or offset > 4096 - _CONTROL_BLOCK or not self._domain.frames.owns(frame):
+            raise HypercallError(EINVAL)
+        raise HypercallError(ENOSYS)
 
     def _bind_interdomain(self, argument: int) -> int:
         remote, port = self._read(argument, "<H2xI")

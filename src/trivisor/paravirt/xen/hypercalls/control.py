@@ -114,6 +114,8 @@ class _Control:
             assists.discard(kind)
         else:
             raise HypercallError(ENOSYS)
+        self._domain.state.entries_changed()
+        self._domain.io_privilege_changed()
         return 0
 
     def physdev_op(self, command: int, argument: int, *_: int) -> int:
@@ -125,6 +127,7 @@ class _Control:
                 if level > 3:
                     raise HypercallError(EINVAL)
                 domain.state.iopl = level
+                domain.io_privilege_changed()
                 return 0
             case abi.PHYSDEVOP_SET_IOBITMAP:
                 return 0

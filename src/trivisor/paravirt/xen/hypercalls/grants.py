@@ -1,4 +1,4 @@
-"""grant_table_op (grant_table.h): the domain grants to back ends, and no other domain is there to grant to it."""
+"""grant_table_op (grant_table.h): the domain grants to back ends and to itself; nobody else grants to it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from trivisor.paravirt.xen import abi
 from trivisor.paravirt.xen.abi import EINVAL, ENOSYS, HYPERCALL_NUMBERS
 from trivisor.paravirt.xen.errors import HypercallError
+from trivisor.paravirt.xen.grant_maps import GrantFailure
 
 if TYPE_CHECKING:
     from trivisor.paravirt.xen.domain import Domain
@@ -32,6 +33,7 @@ class _Grants:
             abi.GNTTABOP_GET_VERSION: (8, self._get_version),
             abi.GNTTABOP_MAP_GRANT_REF: (32, self._map),
             abi.GNTTABOP_UNMAP_GRANT_REF: (24, self._unmap),
+            abi.GNTTABOP_UNMAP_AND_REPLACE: (24, self._replace),
             abi.GNTTABOP_COPY: (40, self._copy),
         }
         """Size of an operation's structure, and what does one."""
@@ -92,14 +94,31 @@ class _Grants:
         return 0
 
     def _map(self, argument: int) -> int:
-        """Nobody grants to this domain."""
-        (who,) = struct.unpack("<H", self._domain.cpu.load(argument + 16, 2))
-        known = who in (0, 1, abi.DOMID_SELF)
-        return self._status(argument + 18, abi.GNTST_BAD_GNTREF if known else abi.GNTST_BAD_DOMAIN)
+        domain = self._domain
+        address, flags, reference, granter = struct.unpack("<QIIH", domain.cpu.load(argument, 18))
+        try:
+            handle, frame = domain.grant_maps.map(address, flags, reference, granter, domain.number)
+        except GrantFailure as failure:
+            return self._status(argument + 18, failure.status)
+        domain.cpu.store(argument + 20, struct.pack("<IQ", handle, frame << 12))
+        return self._status(argument + 18, abi.GNTST_OKAY)
 
     def _unmap(self, argument: int) -> int:
-        self._domain.cpu.load(argument, 24)
-        return self._status(argument + 20, abi.GNTST_BAD_HANDLE)
+        address, bus_address, handle = struct.unpack("<QQI", self._domain.cpu.load(argument, 20))
+        return self._undo(argument, lambda: self._domain.grant_maps.unmap(address, bus_address, handle))
+
+    def _replace(self, argument: int) -> int:
+        address, new_address, handle = struct.unpack("<QQI", self._domain.cpu.load(argument, 20))
+        return self._undo(argument, lambda: self._domain.grant_maps.replace(address, new_address, handle))
+
+    def _undo(self, argument: int, undo: Callable[[], None]) -> int:
+        try:
+            undo()
+        except GrantFailure as failure:
+            return self._status(argument + 20, failure.status)
+        except HypercallError:
+            return self._status(argument + 20, abi.GNTST_GENERAL_ERROR)
+        return self._status(argument + 20, abi.GNTST_OKAY)
 
     def _copy(self, argument: int) -> int:
         """Between frames of the domain's own; its grants are to others."""

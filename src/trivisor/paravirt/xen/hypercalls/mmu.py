@@ -241,13 +241,13 @@ class _Mmu:
 def load_kernel_root(domain: Domain, frame: int) -> None:
     """The guest's kernel goes on in the address space of another level-4 table; raises HypercallError."""
     state = domain.state
+    domain.tables.drop_lingering()
     if frame != state.kernel_root:
         domain.tables.get_kind(frame, L4)
         old, state.kernel_root = state.kernel_root, frame
         domain.tables.put_kind(old)
-    domain.frames.epoch += 1
     if state.in_kernel:
         domain.cpu.enter_space(frame << 12, True)
-    domain.cpu.flush()
+    domain.flush()
 
 

@@ -12,6 +12,7 @@ from trivisor.paravirt.xen.debug_registers import set_debug_register
 from trivisor.paravirt.xen.descriptors import check_descriptor
 from trivisor.paravirt.xen.errors import HypercallError
 from trivisor.paravirt.xen.frames import DESCRIPTORS, WRITABLE
+from trivisor.paravirt.xen.page_tables import PRESENT
 from trivisor.paravirt.xen.vcpu_state import NO_CALLBACK, Callback, Trap
 from trivisor.x86.exceptions import GuestException
 
@@ -57,18 +58,20 @@ class _Registers:
         domain = self._domain
         if not table:
             domain.state.traps.clear()
+            domain.state.entries_changed()
             return 0
         for number in range(257):
             raw = domain.cpu.load(table + number * abi.TRAP_INFO_SIZE, abi.TRAP_INFO_SIZE)
             vector, flags, selector = raw[0], raw[1], int.from_bytes(raw[2:4], "little")
             address = int.from_bytes(raw[8:16], "little")
             if not address:
-                return 0
+                break
             if not is_canonical(address):
                 raise HypercallError(EINVAL)
             domain.state.traps[vector] = Trap(
                 address, selector | 3, flags & abi.TRAP_DPL, bool(flags & abi.TRAP_CLEARS_EVENTS)
             )
+            domain.state.entries_changed()
         return 0
 
     def set_gdt(self, frame_list: int, entries: int, *_: int) -> int:
@@ -91,7 +94,7 @@ class _Registers:
         domain.state.gdt_frames = frames
         domain.own.set_gdt(frames)
         for address in domain.own.gdt_entries:
-            domain.cpu.entry_changed(address, 1)
+            domain.cpu.entry_changed(address, 1, 0, PRESENT)
         domain.flush()
         domain.descriptor_tables_changed()
         return 0
@@ -128,6 +131,7 @@ class _Registers:
         state.event = Callback(event, True)
         state.failsafe = Callback(failsafe, state.failsafe.masks_events)
         state.syscall = Callback(syscall, state.syscall.masks_events)
+        state.entries_changed()
         return 0
 
     def callback_op(self, operation: int, argument: int, *_: int) -> int:
@@ -158,6 +162,7 @@ class _Registers:
         if kind not in names:
             raise HypercallError(ENOSYS)
         setattr(self._domain.state, names[kind], callback)
+        self._domain.state.entries_changed()
 
     def nmi_op(self, operation: int, *_: int) -> int:
         """There is no NMI for this domain to be told of but that it sends itself, which goes by callback_op."""
@@ -189,7 +194,7 @@ class _Registers:
         if which == abi.SEGBASE_FS:
             cpu.set_base(FS, base)
         elif which == abi.SEGBASE_GS_USER:
-            domain.state.other_gs = base
+            domain.cpu.other_gs = base
         elif which == abi.SEGBASE_GS_KERNEL:
             cpu.set_base(GS, base)
         else:
@@ -198,11 +203,11 @@ class _Registers:
 
     def _load_user_gs(self, selector: int) -> None:
         """MOV to GS in the user's place: its base is the user's, the kernel's stays; a bad selector is null."""
-        cpu, state = self._domain.cpu, self._domain.state
+        cpu = self._domain.cpu
         kernel = cpu.base(GS)
         try:
             cpu.load_segment(GS, selector)
         except GuestException:
             cpu.load_segment(GS, 0)
-        state.other_gs = cpu.base(GS)
+        cpu.other_gs = cpu.base(GS)
         cpu.set_base(GS, kernel)

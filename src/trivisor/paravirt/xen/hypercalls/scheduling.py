@@ -207,6 +207,7 @@ class _Scheduling:
         domain.memory.write(new, domain.memory.read(events.vcpu_info, abi.VCPU_INFO_SIZE))
         domain.cpu.memory_written(new, abi.VCPU_INFO_SIZE)
         events.vcpu_info = new
+        domain.vcpu_info_moved()
         events.moved()
         domain.time.write(new + abi.VCPU_INFO_TIME)
         return 0

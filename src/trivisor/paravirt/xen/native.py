@@ -1,0 +1,440 @@
+"""The most frequent hypercalls, as native code of the engine's (`machine.deprivileged.NativeSupervision`).
+
+Each does the common case, and leaves everything else to Python before
+anything has changed; Python does all cases, and says what is right.
+Conventions: rbp is the processor's state, rbx the shared table.
+"""
+
+from __future__ import annotations
+
+from trivisor.machine.deprivileged import NativeSupervision
+from trivisor.paravirt.xen import abi
+from trivisor.paravirt.xen.abi import FLAT_RING3_CS64, FLAT_RING3_SS, HYPERCALL_NUMBERS, LAST_XEN_SLOT
+from trivisor.paravirt.xen.cpuid import VERSION
+from trivisor.paravirt.xen.frames import DOMAIN, L1, L4, NONE, WRITABLE
+from trivisor.paravirt.xen.native_traps import SET_FLAT, TRAPS
+from trivisor.paravirt.xen.page_tables import ADDRESS, FORBIDDEN, FORBIDDEN_L1
+from trivisor.paravirt.xen.shared_table import SYMBOLS, SharedTable
+
+
+def _equ(symbols: dict[str, int]) -> str:
+    return "\n".join(f"{name} equ {value}" for name, value in symbols.items())
+
+
+_DISPATCH = ("mmu_update", "mmuext_op", "iret", "vcpu_op", "set_segment_base", "stack_switch", "xen_version")
+
+_CALL = f"""
+; SYSCALL by the guest's kernel: a hypercall.
+supervisor_call:
+    mov rbx, [rbp+SUPERVISOR_TABLE]
+    rdtsc
+    shl rdx, 32
+    or rax, rdx
+    mov [rbx+X_STARTED], rax
+    mov eax, [rbp+GPR_RAX]
+    mov [rbx+X_NUMBER], rax
+    {"".join(f'''
+    cmp eax, {HYPERCALL_NUMBERS[name]}
+    je xen_{name}''' for name in _DISPATCH)}
+    jmp supervised_python
+
+; The hypercall is done with result rax.
+xen_done:
+    mov [rbp+GPR_RAX], rax
+    mov qword [rbp+CS_SELECTOR], {FLAT_RING3_CS64}
+    mov qword [rbp+SS_SELECTOR], {FLAT_RING3_SS}
+    {SET_FLAT}
+    call xen_account
+    call xen_event
+    je supervised_following
+    ; the upcall comes after the SYSCALL, too
+    call gather_flags
+    mov [rbp+GPR_R11], rax
+    mov rax, [rbp+GUEST_RIP]
+    add rax, 2
+    mov [rbp+GPR_RCX], rax
+    mov [rbp+GUEST_RIP], rax
+    jmp xen_upcall
+
+; Count the hypercall and its time.
+xen_account:
+    rdtsc
+    shl rdx, 32
+    or rax, rdx
+    sub rax, [rbx+X_STARTED]
+    mov ecx, [rbx+X_NUMBER]
+    add [rbx+rcx*8+X_TICKS], rax
+    inc qword [rbx+rcx*8+X_COUNTS]
+    ret
+
+; ZF clear if an event waits and is not masked.
+xen_event:
+    mov rdx, [rbx+X_VCPU_INFO]
+    cmp byte [rdx], 0
+    je xen_event_none
+    cmp byte [rdx+1], 0
+    sete al
+    test al, al
+xen_event_none:
+    ret
+
+xen_vcpu_op:
+    cmp qword [rbp+GPR_RDI], {abi.VCPUOP_IS_UP}
+    jne supervised_python
+    mov eax, 1
+    mov rcx, -{abi.ENOENT}
+    cmp qword [rbp+GPR_RSI], 0
+    cmovne rax, rcx
+    jmp xen_done
+
+xen_xen_version:
+    cmp qword [rbp+GPR_RDI], {abi.XENVER_VERSION}
+    jne supervised_python
+    mov eax, {VERSION[0] << 16 | VERSION[1]}
+    jmp xen_done
+
+xen_stack_switch:
+    movzx eax, word [rbp+GPR_RDI]
+    or eax, 3
+    mov [rbx+X_KERNEL_STACK_SELECTOR], rax
+    mov rax, [rbp+GPR_RSI]
+    mov [rbx+X_KERNEL_STACK], rax
+    xor eax, eax
+    jmp xen_done
+
+xen_set_segment_base:
+    mov rax, [rbp+GPR_RSI]
+    mov rcx, rax
+    sar rcx, 47
+    inc rcx
+    cmp rcx, 1
+    ja supervised_python
+    mov rcx, [rbp+GPR_RDI]
+    cmp rcx, {abi.SEGBASE_FS}
+    je xen_fs_base
+    cmp rcx, {abi.SEGBASE_GS_USER}
+    je xen_gs_user_base
+    cmp rcx, {abi.SEGBASE_GS_KERNEL}
+    jne supervised_python
+    mov [rbp+GS_BASE], rax
+    xor eax, eax
+    jmp xen_done
+xen_fs_base:
+    mov [rbp+FS_BASE], rax
+    xor eax, eax
+    jmp xen_done
+xen_gs_user_base:
+    mov [rbp+KERNEL_GS_BASE], rax
+    xor eax, eax
+    jmp xen_done
+"""
+
+_MMU = f"""
+; mmu_update of one entry of a page table of level 1; and of levels 2 and 3, where nothing was.
+xen_mmu_update:
+    cmp dword [rbp+GPR_RSI], 1
+    jne supervised_python
+    cmp qword [rbp+GPR_RDX], 0
+    jne supervised_python
+    cmp qword [rbp+GPR_R10], {abi.DOMID_SELF}
+    jne supervised_python
+    mov r13, [rbp+GPR_RDI]
+    mov eax, r13d
+    and eax, 0xfff
+    cmp eax, 4096-16
+    ja supervised_python
+    xor r12d, r12d
+    call guest_page
+    jnz supervised_python
+    mov r8, [rdi]
+    mov r9, [rdi+8]
+    test r8b, 5 ; a command other than a page table's, or no entry's address
+    jnz supervised_python
+    mov rcx, r8
+    shr rcx, 12
+    cmp rcx, [rbx+X_FRAME_COUNT]
+    jae supervised_python
+    mov rax, [rbx+X_FRAME_OWNER]
+    cmp byte [rax+rcx], {DOMAIN}
+    jne supervised_python
+    mov r13, [rbx+X_FRAME_KIND]
+    movzx edx, byte [r13+rcx]
+    lea eax, [rdx-1]
+    cmp eax, 2
+    ja supervised_python
+    mov r14, [rbx+X_FRAME_KIND_COUNT]
+    cmp qword [r14+rcx*8], 0
+    je supervised_python
+    mov r15, [rbx+X_FRAME_REFERENCES]
+    mov rdi, r8
+    and rdi, -8
+    add rdi, [rbp+RAM_BASE]
+    mov r10, [rdi]
+    cmp edx, {L1}
+    jne xen_update_upper
+    test r8b, {abi.MMU_PT_UPDATE_PRESERVE_AD}
+    jz xen_update_as_is
+    mov rax, r10
+    and eax, 0x60
+    or r9, rax
+xen_update_as_is:
+    ; rdi = the entry's place, r10 = old, r9 = new
+    mov r11, {ADDRESS:#x}
+    mov rsi, -1 ; the frame that gets a reference
+    test r9b, 1
+    jz xen_update_old
+    or r9, 4
+    mov rax, {FORBIDDEN_L1:#x}
+    test r9, rax
+    jnz supervised_python
+    mov rax, r9
+    xor rax, r10
+    lea rdx, [r11+3]
+    test rax, rdx
+    jz xen_update_write
+    mov rsi, r9
+    and rsi, r11
+    shr rsi, 12
+    cmp rsi, [rbx+X_FRAME_COUNT]
+    jae supervised_python
+    mov rax, [rbx+X_FRAME_OWNER]
+    cmp byte [rax+rsi], {DOMAIN}
+    jne supervised_python
+    test r9b, 2
+    jz xen_update_old
+    cmp qword [r14+rsi*8], 0
+    je xen_update_old
+    cmp byte [r13+rsi], {WRITABLE}
+    jne supervised_python
+xen_update_old:
+    test r10b, 1
+    jz xen_update_get
+    ; what loses its last reference is Python's to free
+    mov rcx, r10
+    and rcx, r11
+    shr rcx, 12
+    cmp qword [r15+rcx*8], 1
+    jbe supervised_python
+xen_update_get:
+    cmp rsi, -1
+    je xen_update_put
+    inc qword [r15+rsi*8]
+    test r9b, 2
+    jz xen_update_put
+    mov byte [r13+rsi], {WRITABLE}
+    inc qword [r14+rsi*8]
+xen_update_put:
+    test r10b, 1
+    jz xen_update_write
+    dec qword [r15+rcx*8]
+    test r10b, 2
+    jz xen_update_write
+    dec qword [r14+rcx*8]
+    jnz xen_update_write
+    mov byte [r13+rcx], {NONE}
+xen_update_write:
+    mov [rdi], r9
+    test r10b, 1
+    jz xen_update_done
+    call supervised_changed
+    test eax, eax
+    jz xen_update_done
+    mov qword [rbx+X_STALE], 1
+    test r10b, 2
+    jz xen_update_done
+    mov rcx, {ADDRESS:#x}
+    and rcx, r10
+    shr rcx, 12
+    mov rax, [rbx+X_FRAME_WRITABLE_UNTIL]
+    mov rdx, [rbx+X_EPOCH]
+    mov [rax+rcx*8], rdx
+xen_update_done:
+    xor eax, eax
+    jmp xen_done
+
+; An entry of level edx, which was not present.
+xen_update_upper:
+    test r10b, 1
+    jnz supervised_python
+    test r9b, 1
+    jz xen_update_write
+    or r9, 4
+    mov rax, {FORBIDDEN:#x}
+    test r9, rax
+    jnz supervised_python
+    mov rsi, r9
+    mov r11, {ADDRESS:#x}
+    and rsi, r11
+    shr rsi, 12
+    cmp rsi, [rbx+X_FRAME_COUNT]
+    jae supervised_python
+    mov rax, [rbx+X_FRAME_OWNER]
+    cmp byte [rax+rsi], {DOMAIN}
+    jne supervised_python
+    dec edx
+    cmp [r13+rsi], dl
+    jne supervised_python
+    cmp qword [r14+rsi*8], 0
+    je supervised_python
+    inc qword [r14+rsi*8]
+    inc qword [r15+rsi*8]
+    jmp xen_update_write
+
+; mmuext_op: one or two operations that change the address space, flush, or forget a page.
+xen_mmuext_op:
+    mov r15d, [rbp+GPR_RSI]
+    lea eax, [r15-1]
+    cmp eax, 1
+    ja supervised_python
+    cmp qword [rbp+GPR_RDX], 0
+    jne supervised_python
+    cmp qword [rbp+GPR_R10], {abi.DOMID_SELF}
+    jne supervised_python
+    mov r13, [rbp+GPR_RDI]
+    mov eax, r13d
+    and eax, 0xfff
+    cmp eax, 4096-48
+    ja supervised_python
+    xor r12d, r12d
+    call guest_page
+    jnz supervised_python
+    mov r8, [rbx+X_FRAME_KIND_COUNT]
+    mov r9, [rbx+X_FRAME_REFERENCES]
+    ; first see whether all can be done
+    mov rsi, rdi
+    mov ecx, r15d
+xen_extended_look:
+    mov eax, [rsi]
+    mov rdx, [rsi+8]
+    cmp eax, {abi.MMUEXT_NEW_BASEPTR}
+    je xen_extended_root
+    cmp eax, {abi.MMUEXT_NEW_USER_BASEPTR}
+    je xen_extended_user_root
+    cmp eax, {abi.MMUEXT_TLB_FLUSH_LOCAL}
+    je xen_extended_next
+    cmp eax, {abi.MMUEXT_INVLPG_LOCAL}
+    jne supervised_python
+    jmp xen_extended_next
+xen_extended_root:
+    mov r10, [rbx+X_KERNEL_ROOT]
+    lea r11, [rbx+X_LINGERING_KERNEL]
+    jmp xen_extended_table
+xen_extended_user_root:
+    mov r10, [rbx+X_USER_ROOT]
+    lea r11, [rbx+X_LINGERING_USER]
+    test rdx, rdx
+    jz xen_extended_old
+xen_extended_table:
+    cmp rdx, r10
+    je xen_extended_next
+    ; the new one is a validated table; the old one stays one without this reference, or lingers
+    cmp rdx, [rbx+X_FRAME_COUNT]
+    jae supervised_python
+    mov rax, [rbx+X_FRAME_OWNER]
+    cmp byte [rax+rdx], {DOMAIN}
+    jne supervised_python
+    mov rax, [rbx+X_FRAME_KIND]
+    cmp byte [rax+rdx], {L4}
+    jne supervised_python
+    cmp qword [r8+rdx*8], 0
+    je supervised_python
+xen_extended_old:
+    test r10, r10
+    jz xen_extended_next
+    mov rax, [rbx+X_USER_ROOT]
+    cmp rax, [rbx+X_KERNEL_ROOT]
+    je supervised_python
+    cmp qword [r8+r10*8], 2
+    jae xen_extended_next
+    cmp qword [r11], 0
+    jne supervised_python
+xen_extended_next:
+    add rsi, 24
+    dec ecx
+    jnz xen_extended_look
+    mov r12, rdi
+xen_extended_do:
+    mov eax, [r12]
+    mov rdx, [r12+8]
+    cmp eax, {abi.MMUEXT_NEW_BASEPTR}
+    je xen_new_root
+    cmp eax, {abi.MMUEXT_NEW_USER_BASEPTR}
+    je xen_new_user_root
+    cmp eax, {abi.MMUEXT_TLB_FLUSH_LOCAL}
+    je xen_flush
+    mov rsi, rdx
+    sar rdx, 47
+    inc rdx
+    cmp rdx, 1
+    ja xen_extended_done
+    mov rdi, rbp
+    call invalidate_page
+    jmp xen_extended_done
+xen_new_root:
+    mov r10, [rbx+X_KERNEL_ROOT]
+    mov [rbx+X_KERNEL_ROOT], rdx
+    lea rsi, [rbx+X_LINGERING_KERNEL]
+    call xen_exchange
+    shl rdx, 12
+    mov [rbp+GUEST_CR3], rdx
+    mov [rbp+ROOT_KERNEL], rdx
+    ; the kernel's half is the same: what TLBs have of it is as good as it was
+    cmp qword [rbx+X_STALE], 0
+    jne xen_flush
+    shl r10, 12
+    add r10, [rbp+RAM_BASE]
+    add rdx, [rbp+RAM_BASE]
+    lea rsi, [r10+8*{LAST_XEN_SLOT + 1}]
+    lea rdi, [rdx+8*{LAST_XEN_SLOT + 1}]
+    mov ecx, {511 - LAST_XEN_SLOT}
+    cld
+    repe cmpsq
+    jne xen_flush
+    call supervised_flush_lower
+    jmp xen_extended_done
+xen_flush:
+    inc qword [rbx+X_EPOCH]
+    mov qword [rbx+X_STALE], 0
+    call supervised_flush
+    jmp xen_extended_done
+xen_new_user_root:
+    mov r10, [rbx+X_USER_ROOT]
+    mov [rbx+X_USER_ROOT], rdx
+    lea rsi, [rbx+X_LINGERING_USER]
+    call xen_exchange
+xen_extended_done:
+    add r12, 24
+    dec r15d
+    jnz xen_extended_do
+    xor eax, eax
+    jmp xen_done
+
+; The processor's reference goes from the table in frame r10 to the one in frame rdx (0: none).  If it was the last
+; use as a table, it goes to the place at rsi instead.
+xen_exchange:
+    cmp r10, rdx
+    je xen_exchanged
+    mov r8, [rbx+X_FRAME_KIND_COUNT]
+    mov r9, [rbx+X_FRAME_REFERENCES]
+    test rdx, rdx
+    jz xen_exchange_old
+    inc qword [r8+rdx*8]
+    inc qword [r9+rdx*8]
+xen_exchange_old:
+    test r10, r10
+    jz xen_exchanged
+    cmp qword [r8+r10*8], 1
+    je xen_lingers
+    dec qword [r8+r10*8]
+    dec qword [r9+r10*8]
+xen_exchanged:
+    ret
+xen_lingers:
+    mov [rsi], r10
+    ret
+"""
+
+
+def native_supervision(table: SharedTable) -> NativeSupervision:
+    """The hypervisor's native code, over `table`."""
+    return NativeSupervision("\n".join((_equ(SYMBOLS), _CALL, _MMU, TRAPS)), table.address)

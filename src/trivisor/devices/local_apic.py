@@ -231,7 +231,6 @@ class LocalApic(Remembers):
             self._extint_message = False
             self._update()
             return self.pic.acknowledge()
-        self._catch_up()
         if not self._ready:
             return self._svr & 0xFF  # withdrawn since (10.9): the spurious vector, without a bit in ISR
         vector = self._irr.bit_length() - 1
@@ -523,10 +522,14 @@ class LocalApic(Remembers):
         virtual, irr, isr = self.virtual, self._irr, self._isr
         if virtual.take_end():
             isr = self._isr = isr & ~(1 << isr.bit_length() - 1)
+        if not irr:
+            self._ready = False
+            self._allow()
+            return
         was_ready = self._ready
         priority = max(virtual.tpr, isr.bit_length() - 1)
         self._ready = (irr.bit_length() - 1) >> 4 > priority >> 4 and bool(self._base & GLOBAL_ENABLE)
-        self._allow()
+        virtual.allow(tpr=False, end=END_ASK)
         if self._ready and not was_ready:
             self.on_pending()
 

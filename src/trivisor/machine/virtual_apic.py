@@ -22,6 +22,7 @@ was sent then, and how much of the destination counts, is the APIC's affair.  `I
 id by which messages with a physical destination find it.
 """
 _WORDS = 8
+_TPR, _TPR_FREE, _END, _WINDOW, _X2APIC, _COMMAND, _DESTINATION, _IDENTITY = range(_WORDS)
 _NOWHERE = (1 << 64) - 1
 
 END_ASK, END_READY, END_DONE, END_NOTHING = range(4)
@@ -33,55 +34,56 @@ class VirtualApic:
     """The words; without a local APIC to look after them they allow nothing."""
 
     def __init__(self) -> None:
-        self._words = (ctypes.c_uint64 * _WORDS)()
-        self._words[WINDOW // 8] = _NOWHERE
+        self._memory = (ctypes.c_uint64 * _WORDS)()
+        self._words = memoryview(self._memory).cast("B").cast("Q")
+        self._words[_WINDOW] = _NOWHERE
 
     @property
     def address(self) -> int:
         """Host address of the words."""
-        return ctypes.addressof(self._words)
+        return ctypes.addressof(self._memory)
 
     @property
     def tpr(self) -> int:
         """The task priority."""
-        return self._words[TPR // 8] & 0xFF
+        return self._words[_TPR] & 0xFF
 
     @tpr.setter
     def tpr(self, value: int) -> None:
-        self._words[TPR // 8] = value
+        self._words[_TPR] = value
 
     @property
     def command(self) -> int:
         """The interrupt command register's low half, as it reads."""
-        return self._words[COMMAND // 8]
+        return self._words[_COMMAND]
 
     @command.setter
     def command(self, value: int) -> None:
-        self._words[COMMAND // 8] = value
+        self._words[_COMMAND] = value
 
     @property
     def destination(self) -> int:
         """What was written to its high half last."""
-        return self._words[DESTINATION // 8] & 0xFFFFFFFF
+        return self._words[_DESTINATION] & 0xFFFFFFFF
 
     @destination.setter
     def destination(self, value: int) -> None:
-        self._words[DESTINATION // 8] = value
+        self._words[_DESTINATION] = value
 
     def allow(self, *, tpr: bool, end: int) -> None:
         """Say what may be done from now on."""
-        self._words[TPR_FREE // 8] = tpr
-        self._words[END // 8] = end
+        self._words[_TPR_FREE] = tpr
+        self._words[_END] = end
 
     def take_end(self) -> bool:
         """Whether an interrupt was ended since the last time."""
-        if self._words[END // 8] != END_DONE:
+        if self._words[_END] != END_DONE:
             return False
-        self._words[END // 8] = END_ASK
+        self._words[_END] = END_ASK
         return True
 
     def place(self, window: int | None, *, x2apic: bool, identity: int) -> None:
         """Say where the registers are, and who is meant by a physical destination."""
-        self._words[IDENTITY // 8] = identity
-        self._words[WINDOW // 8] = _NOWHERE if window is None else window
-        self._words[X2APIC // 8] = x2apic
+        self._words[_IDENTITY] = identity
+        self._words[_WINDOW] = _NOWHERE if window is None else window
+        self._words[_X2APIC] = x2apic

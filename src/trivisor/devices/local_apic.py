@@ -566,7 +566,9 @@ class LocalApic(Remembers):
                 self.deliver(entry & 0xFF, mode, False)
 
     def _timer_expired(self) -> None:
-        self._local_interrupt(LVT_TIMER)
+        entry = self._lvt[LVT_TIMER]
+        if not entry & MASKED and self._base & GLOBAL_ENABLE and self._svr & SOFTWARE_ENABLE:
+            self._accept(entry & 0xFF, False)
 
     def _error(self, error: int) -> None:
         if not self._errors & error:  # also ends the recursion through an illegal vector in LVT_ERROR

@@ -208,6 +208,7 @@ _FIELDS = (
     "ROOT_USER",  # the page tables that the TLBs of such a guest's user and kernel are of, in this order
     "ROOT_KERNEL",
     "IGNORE_CLI",  # 1: CLI and STI of such a kernel do nothing
+    "MISS_DEVICE",  # the physical page of the last miss that needs Python if the native walker found a device's there
     "WALKED_PHYSICAL",  # what the native page walker found for Python
     "WALKED_LEAF",
     "WALKED_RIGHTS",

@@ -141,14 +141,6 @@ class Mmu:
             return NO_KEYS
         return ProtectionKeys(core.pkru if core.cr4 & CR4_PKE else None, core.pkrs if core.cr4 & CR4_PKS else None)
 
-    def device_address(self, linear: int, kind: int) -> int | None:
-        """Where an access of `kind` (KIND_WRITE, KIND_USER) goes if that is no RAM and easily found out; else None."""
-        words = self._words
-        if not words[_PAGING_NATIVE] or self.native_walker(linear, kind) != _WALKED_TO_A_DEVICE:
-            return None
-        physical: int = words[_WALKED_PHYSICAL] | linear & 0xFFF
-        return physical
-
     def _native_walk(self, linear: int, access: Access, user: bool) -> Translation | None:
         """The same by the native walker; None for what it leaves to the exact one."""
         kind = _KINDS[access] | (KIND_USER if user else 0)
@@ -230,6 +222,12 @@ class Mmu:
             address += piece
             size -= piece
         return value
+
+    def write_register(self, address: int, value: int) -> None:
+        """A store of 32 bits to physical memory that is not RAM."""
+        for subscriber in self.observed.get(MmioWrite, ()):
+            subscriber(MmioWrite(address, 4, value))
+        self.mmio.write(address, 4, value)
 
     def write_device(self, address: int, size: int, value: int) -> None:
         """A store to physical memory that is not RAM."""

@@ -17,7 +17,7 @@ from trivisor.translation import wild_jumps
 from trivisor.translation.emulator.contract import UnsupportedFeature
 from trivisor.translation.layout import EXITS, OFFSETS
 from trivisor.translation.translator import priority
-from trivisor.translation.translator.recipe import KIND_CHUNK, KIND_JUDGED, KIND_USER, KIND_WRITE
+from trivisor.translation.translator.recipe import KIND_CHUNK, KIND_JUDGED
 from trivisor.translation.translator.registers import GPR
 from trivisor.translation.translator.vector_access import BYTE_MOVES
 from trivisor.x86.exceptions import ALIGNMENT_CHECK, GENERAL_PROTECTION, STACK_FAULT, X87_ERROR, GuestException
@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 _EXIT_A, _EXIT_B, _EXIT_C, _RESUME, _HOST_R10, _PENDING = (
     OFFSETS[name] // 8 for name in ("EXIT_A", "EXIT_B", "EXIT_C", "RESUME", "HOST_R10", "PENDING")
 )
+_MISS_DEVICE = OFFSETS["MISS_DEVICE"] // 8
+_NO_DEVICE = (1 << 64) - 1
+_REGISTER_STORES = frozenset((Code.MOV_RM32_R32, Code.MOV_MOFFS32_EAX))
+_REGISTER_LOADS = frozenset((Code.MOV_R32_RM32, Code.MOV_EAX_MOFFS32))
+_IMMEDIATE_STORE = Code.MOV_RM32_IMM32
 _STEPPED = EXITS["EXIT_STEPPED"]
 _SLOW_ACCESS = EXITS["EXIT_SLOW_ACCESS"]
 _PREPARED = OFFSETS["PREPARED_0"] // 8
@@ -71,23 +76,21 @@ def handle(cpu: TranslationVcpu) -> Exit | None:
 
 def _register_access(cpu: TranslationVcpu) -> bool:
     """Do the plain 32-bit moves that drivers of 64-bit kernels access device registers with; False for the rest."""
-    mmu, core, mode = cpu.mmu, cpu.core, cpu.mode
+    core, mode = cpu.core, cpu.mode
     words = core.words
-    linear, description = words[_EXIT_A], words[_EXIT_B]
-    if linear & 0xFFF > 0xFFC or core.debug.pages or mode.aligned or mode.bits != 64:
+    linear, page = words[_EXIT_A], words[_MISS_DEVICE]
+    if page == _NO_DEVICE or linear & 0xFFF > 0xFFC or mode.aligned or mode.bits != 64:
         return False
-    physical = mmu.device_address(linear, description & (KIND_WRITE | KIND_USER))
-    if physical is None:
-        return False
+    physical = page | linear & 0xFFF
     rip = core.linear_rip
     instruction = cpu.blocks.instruction(mode, rip)
     code = instruction.code
-    if code in (Code.MOV_RM32_R32, Code.MOV_MOFFS32_EAX):
-        mmu.write_device(physical, 4, core.regs[GPR[instruction.op1_register][0]] & 0xFFFFFFFF)
-    elif code in (Code.MOV_R32_RM32, Code.MOV_EAX_MOFFS32):
-        core.regs[GPR[instruction.op0_register][0]] = mmu.read_device(physical, 4)
-    elif code == Code.MOV_RM32_IMM32:
-        mmu.write_device(physical, 4, instruction.immediate32)
+    if code in _REGISTER_STORES:
+        cpu.mmu.write_register(physical, core.regs[GPR[instruction.op1_register][0]] & 0xFFFFFFFF)
+    elif code in _REGISTER_LOADS:
+        core.regs[GPR[instruction.op0_register][0]] = cpu.mmu.read_device(physical, 4)
+    elif code == _IMMEDIATE_STORE:
+        cpu.mmu.write_register(physical, instruction.immediate32)
     else:
         return False
     core.linear_rip = rip + instruction.len

@@ -83,6 +83,7 @@ write_apic_command:
 ; address where they have one: TPR's own, those of the ICR's halves, of which the first is hardly written here, and a
 ; place that nobody looks at for EOI, whose value does not matter.
 miss_device:
+    mov [rbp+MISS_DEVICE], rdi
     mov r8, [rbp+VIRTUAL_APIC]
     cmp rdi, [r8+APIC_WINDOW]
     jne miss_slow

@@ -24,6 +24,7 @@ miss:
     cmovnz rcx, rdx
     xor r10, rcx
     mov r13, r10
+    mov qword [rbp+MISS_DEVICE], -1
     cmp qword [rbp+PAGING_NATIVE], 0
     je miss_slow
     cmp qword [rbp+WATCHING], 0

@@ -13,7 +13,7 @@ in a line feed stays as it is.
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Callable
 
 _PREAMBLE_LIMIT = 16384
@@ -23,7 +23,7 @@ _STATUS_LENGTH = 3
 
 def new_marker() -> bytes:
     """Return a fresh random word for one run, 32 hexadecimal digits."""
-    return secrets.token_hex(16).encode()
+    return os.urandom(16).hex().encode()
 
 
 def begin_mark(marker: bytes) -> bytes:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from trivisor.boot import Image, ImageKind, firmware, load_image
 from trivisor.devices.disk_file import DiskFile
-from trivisor.devices.user_network import UserNetwork
 from trivisor.machine import tsc
 from trivisor.machine.clock import Clock
 from trivisor.machine.cpuid import GuestCpuid
@@ -146,6 +145,8 @@ def _assemble_xen(
     try:
         network = plan.hardware.network
         if network is not None:
+            from trivisor.devices.user_network import UserNetwork  # sockets are slow to import
+
             xen.attach_network(lambda deliver: UserNetwork(deliver, network.forwards))
         for disk in plan.hardware.disks:
             xen.attach_disk(DiskFile(disk.path, readonly=disk.readonly))

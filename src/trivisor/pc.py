@@ -92,6 +92,7 @@ class Pc(Remembers):
     not `leaves_data`.
     `test_device` adds the device that kvm-unit-tests drives, and of the CPU
     features `absent` those count that the local APIC has to do with.  `wall_time` is the date, in seconds since 1970.
+    `crystal` is the frequency of the local APIC timer's input in Hz; 0 has the board choose.
     """
 
     remembered = ("clock", "pic", "io_apic", "local_apic", "devices")
@@ -109,6 +110,7 @@ class Pc(Remembers):
         absent: Collection[str] = (),
         wall_time: Callable[[], float] = time.time,
         leaves_data: bool = True,
+        crystal: int = 0,
     ) -> None:
         self.memory = memory
         self.clock = clock
@@ -118,7 +120,7 @@ class Pc(Remembers):
         self.mmio = Bus("memory")
         self.apic_id = 0
         self.tsc_frequency = tsc_frequency
-        self.crystal_frequency = crystal_frequency(tsc_frequency)
+        self.crystal_frequency = crystal or crystal_frequency(tsc_frequency)
         self.tsc = tsc
         self.stop_reason: object | None = None  # a StopReason
         self._on_stop = on_stop
@@ -129,7 +131,7 @@ class Pc(Remembers):
         )  # fmt: skip
         self.interrupts: InterruptController = self.local_apic
         self.virtual_apic = self.local_apic.virtual
-        self.io_apic = IoApic(self._deliver)
+        self.io_apic = IoApic(self.local_apic.message)
         self._io_apic_pin_0 = self.io_apic.line(0)
         self.pic = DualPic(self._pic_output)
         self.local_apic.pic = self.pic
@@ -254,10 +256,6 @@ class Pc(Remembers):
     def _pic_output(self, level: bool) -> None:
         self.local_apic.lint0(level)
         self._io_apic_pin_0(level)
-
-    def _deliver(self, destination: int, logical: bool, vector: int, mode: int, level: bool) -> bool:
-        """An interrupt message on the way from the I/O APIC."""
-        return self.local_apic.matches(destination, logical) and self.local_apic.deliver(vector, mode, level)
 
     def _stop(self, reason: StopReason) -> None:
         if self.stop_reason is None:  # what the guest does after its end no longer counts

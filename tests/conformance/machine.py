@@ -15,12 +15,15 @@ from tests.unit.translation.engine.guest import (
 )
 from trivisor.hardware.kvm.cpu import KvmVcpu
 from trivisor.hardware.kvm.guest_cpuid import kvm_cpuid, ring_0_is_emulated
+from trivisor.hardware.kvm.kernel_apic import KernelApicVcpu, crystal_for, why_not
 from trivisor.hardware.kvm.split import SplitVcpu
 from trivisor.hardware.kvm.system import KvmUnavailable, System
+from trivisor.machine import tsc
 from trivisor.machine.cpuid import GuestCpuid
 from trivisor.machine.exits import Exit
 from trivisor.machine.state import GPR_NAMES, CpuState
-from trivisor.machine.vcpu import Surroundings, Vcpu
+from trivisor.machine.vcpu import Vcpu
+from trivisor.pc import Pc
 from trivisor.translation.cpu import TranslationVcpu
 from trivisor.translation.ring_zero import RingZero
 from trivisor.x86.flags import AC, RF
@@ -43,13 +46,22 @@ EMULATED = False
 if "hardware" not in UNAVAILABLE:
     with System() as _system:
         EMULATED = ring_0_is_emulated(_system)
-TECHNIQUES = ("translation", "hardware", "hardware, ring 3")
-"""The last: KVM for ring 3 alone, which is how guests run where it emulates ring 0."""
+TECHNIQUES = ("translation", "hardware", "hardware, KVM's APIC", "hardware, ring 3")
+"""The last: KVM for ring 3 alone, which is how guests run where it emulates ring 0; where it does not, the one before."""
+CRYSTAL = 0
+"""Of the boards: one that every technique can have."""
+if "hardware" not in UNAVAILABLE:
+    with System() as _system:
+        CRYSTAL = crystal_for(_system, tsc.frequency())
+        if _reason := why_not(_system, CRYSTAL):
+            UNAVAILABLE["hardware, KVM's APIC"] = _reason
+else:
+    UNAVAILABLE["hardware, KVM's APIC"] = UNAVAILABLE["hardware"]
 if "hardware" in UNAVAILABLE or not EMULATED:
     UNAVAILABLE["hardware, ring 3"] = UNAVAILABLE.get("hardware", "this host's KVM does ring 0 as well")
 
 
-def _common_cpuid(board: Surroundings) -> GuestCpuid | None:
+def _common_cpuid(board: Pc) -> GuestCpuid | None:
     """The processor that every technique present can give a guest; None for the best of translation's."""
     if "hardware" in UNAVAILABLE:
         return None
@@ -57,14 +69,15 @@ def _common_cpuid(board: Surroundings) -> GuestCpuid | None:
         return kvm_cpuid(system, board)
 
 
-def make_vcpu(technique: str, board: Surroundings) -> Vcpu:
+def make_vcpu(technique: str, board: Pc) -> Vcpu:
     """A processor of the technique; all of them look the same to the guest."""
     cpuid = _common_cpuid(board)
     if technique == "translation":
         return TranslationVcpu(board, cpuid=cpuid)
     if technique == "hardware, ring 3":
         return SplitVcpu(board, cpuid=cpuid, ring_zero=lambda common: RingZero(TranslationVcpu(board, cpuid=common)))
-    return KvmVcpu(board, cpuid=cpuid, substitute=lambda common: TranslationVcpu(board, cpuid=common))
+    kind = KernelApicVcpu if technique == "hardware, KVM's APIC" else KvmVcpu
+    return kind(board, cpuid=cpuid, substitute=lambda common: TranslationVcpu(board, cpuid=common))
 
 
 class Guest(Machine):
@@ -72,7 +85,7 @@ class Guest(Machine):
 
     def __init__(self, technique: str, source: str, bits: int = 64, *, cpl: int = 0) -> None:
         self.technique = technique
-        super().__init__(source, bits, cpl=cpl, processor=lambda board: make_vcpu(technique, board))
+        super().__init__(source, bits, cpl=cpl, crystal=CRYSTAL, processor=lambda board: make_vcpu(technique, board))
         self.ports, self.device = Recorder(), Recorder()
         self.board.ports.attach(PORTS, 16, self.ports)
         self.board.mmio.attach(DEVICE, 0x3000, self.device)
@@ -165,8 +178,6 @@ def observe(guest: Guest, exit_: Exit) -> Observation:
         device=guest.device.log,
         data=guest.memory.read(DATA, OBSERVED_DATA),
     )
-
-
 
 
 def _without_resume_flag(frame: Frame) -> Frame:

@@ -13,7 +13,7 @@ def why_not(technique: str, program: Program) -> str:
     """Why it cannot be tried here."""
     if technique in UNAVAILABLE:
         return f"{technique}: {UNAVAILABLE[technique]}"
-    if technique == "hardware" and EMULATED and program.unless_emulated:
+    if technique in ("hardware", "hardware, KVM's APIC") and EMULATED and program.unless_emulated:
         return f"this host's KVM emulates ring 0: {program.unless_emulated}"
     return ""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from trivisor.machine.interrupts import Line
+from trivisor.machine.interrupts import Line, Message
 from trivisor.machine.saving import Remembers
 
 PINS = 24
@@ -25,17 +25,16 @@ _HIGH_WRITABLE = 0xFF000000
 _SELECT, _WINDOW, _EOI = 0x00, 0x10, 0x40
 _ID_REGISTER, _VERSION_REGISTER, _ARBITRATION_REGISTER, _REDIRECTION = 0, 1, 2, 0x10
 
-Deliver = Callable[[int, bool, int, int, bool], bool]
-"""Send (destination, logical, vector, delivery mode, level triggered); True when a local APIC accepted it."""
-
 
 class IoApic(Remembers):
     """Turns pin levels into interrupt messages.  As a `Device` it is the index and data window."""
 
     remembered = ("_select", "_id", "_entries", "_levels")
 
-    def __init__(self, deliver: Deliver) -> None:
+    def __init__(self, deliver: Message) -> None:
         self._deliver = deliver
+        self.on_routed: Callable[[], None] = lambda: None
+        """Called when an entry was written to: `level_triggered` may have changed."""
         self._select = 0
         self._id = 0
         self._entries = [MASKED] * PINS
@@ -46,6 +45,14 @@ class IoApic(Remembers):
         if not 0 <= pin < PINS:
             raise ValueError(f"the I/O APIC has no pin {pin}")
         return partial(self._set_level, pin)
+
+    def level_triggered(self) -> list[tuple[int, int, bool, int, int]]:
+        """The pins whose interrupts wait for an EOI, each as (pin, destination, logical, vector, delivery mode)."""
+        return [
+            (pin, entry >> 56, bool(entry & _LOGICAL), entry & 0xFF, entry >> 8 & 7)
+            for pin, entry in enumerate(self._entries)
+            if entry & LEVEL_TRIGGERED
+        ]
 
     def end_of_interrupt(self, vector: int) -> None:
         """The EOI message of a local APIC: level-triggered pins with this vector may interrupt again."""
@@ -94,6 +101,7 @@ class IoApic(Remembers):
                     # Linux ends an interrupt on an APIC without EOI register by a turn as edge-triggered.
                     entry &= ~REMOTE_IRR
             self._entries[pin] = entry
+            self.on_routed()
             self._service_level(pin)
 
     def _set_level(self, pin: int, level: bool) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from trivisor.devices.apic_timer import ApicTimer
 from trivisor.machine.clock import Clock
-from trivisor.machine.interrupts import InterruptSource
+from trivisor.machine.interrupts import InterruptSource, Message
 from trivisor.machine.memory import PHYSICAL_ADDRESS_BITS
 from trivisor.machine.saving import Remembers, Saved
 from trivisor.machine.vcpu import GeneralProtection
@@ -35,6 +35,8 @@ INITIAL_COUNT, CURRENT_COUNT, DIVIDE, SELF_IPI = 0x38, 0x39, 0x3E, 0x3F
 
 MASKED = 1 << 16
 SOFTWARE_ENABLE = 1 << 8
+_EVERYBODY = 0xFF
+"""The destination of a broadcast, but for the ICR in x2APIC mode."""
 _VERSION_VALUE = 0x14 | (LVT_ERROR - LVT_TIMER) << 16
 
 # Error status (10.5.3).
@@ -117,6 +119,7 @@ class LocalApic(Remembers):
         """Called with the window's new physical address; returns whether it can be seen there."""
         self.on_end_of_interrupt: Callable[[int], None] = _ignore_vector
         """The EOI message for a level-triggered vector, for the I/O APICs."""
+        self._elsewhere: Message | None = None
         self.timer = ApicTimer(clock, tsc, tsc_frequency, crystal_frequency, self._timer_expired)
         self.virtual = VirtualApic()
         """The task priority is kept there, and some EOIs arrive there."""
@@ -208,10 +211,20 @@ class LocalApic(Remembers):
         return super().save()
 
     def loaded(self) -> None:
+        self._elsewhere = None
         self.virtual.take_end()
         self._visible = self.on_moved(self._base & self._address_mask)
         self._place()
         self._update()
+
+    def retire(self, elsewhere: Message) -> None:
+        """Leave the work to another local APIC, which has this one's state, until `load` gives it back.
+
+        Meanwhile messages go to `elsewhere`, and the 8259's INTR goes past this one to the processor.
+        """
+        self._base &= ~(GLOBAL_ENABLE | X2APIC_ENABLE)
+        self._reset()
+        self._elsewhere = elsewhere
 
     def enter_virtual_wire_mode(self) -> None:
         """Put the APIC in the state firmware leaves it in: 8259 through LINT0, NMI on LINT1."""
@@ -252,6 +265,8 @@ class LocalApic(Remembers):
 
     def deliver(self, vector: int, mode: int, level_triggered: bool) -> bool:
         """Take an interrupt message; return whether it was accepted.  `matches` tells whom it is for."""
+        if self._elsewhere is not None:
+            return self._elsewhere(_EVERYBODY, False, vector, mode, level_triggered)
         if not self._base & GLOBAL_ENABLE:
             return False
         if mode in (FIXED, LOWEST_PRIORITY):
@@ -264,9 +279,15 @@ class LocalApic(Remembers):
             self._extint_raised()
         return True
 
+    def message(self, destination: int, logical: bool, vector: int, mode: int, level_triggered: bool) -> bool:
+        """A message on the bus, of an I/O APIC or MSI; return whether it was accepted."""
+        if self._elsewhere is not None:
+            return self._elsewhere(destination, logical, vector, mode, level_triggered)
+        return self.matches(destination, logical) and self.deliver(vector, mode, level_triggered)
+
     def matches(self, destination: int, logical: bool) -> bool:
         """Whether a message from an I/O APIC or MSI (8-bit `destination`) is for this processor (10.6.2)."""
-        return self._matches(destination, logical, broadcast=0xFF)
+        return self._matches(destination, logical, broadcast=_EVERYBODY)
 
     def lint0(self, level: bool) -> None:
         """The LINT0 pin, wired to the 8259's INTR."""
@@ -477,7 +498,7 @@ class LocalApic(Remembers):
         """Whether the ICR's destination names this processor."""
         if self._base & X2APIC_ENABLE:
             return self._matches(self._destination, logical, broadcast=0xFFFFFFFF)
-        return self._matches(self._destination >> 24, logical, broadcast=0xFF)
+        return self._matches(self._destination >> 24, logical, broadcast=_EVERYBODY)
 
     def _matches(self, destination: int, logical: bool, broadcast: int) -> bool:
         if destination == broadcast:

@@ -8,6 +8,9 @@ from typing import Protocol
 Line = Callable[[bool], None]
 """One interrupt wire: called with True to assert it and False to release it.  Setting it twice is harmless."""
 
+Message = Callable[[int, bool, int, int, bool], bool]
+"""Send (destination, logical, vector, delivery mode, level triggered); True when a local APIC accepted it."""
+
 
 class InterruptSource(Protocol):
     """A line that asks for an interrupt, and the acknowledge cycle that tells which."""

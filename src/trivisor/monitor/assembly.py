@@ -99,13 +99,15 @@ def assemble(
     if technique == "paravirt":
         return _assemble_xen(plan, memory_size, serial_output, on_stop)
     memory = GuestMemory(memory_size)
+    frequency = tsc.frequency()
     try:
         board = Pc(
             memory,
             Clock(),
             serial_output=serial_output,
             tsc=tsc.read,
-            tsc_frequency=tsc.frequency(),
+            tsc_frequency=frequency,
+            crystal=_kvm_crystal(frequency) if technique == "hardware" else 0,
             on_stop=on_stop,
             test_device="pc-testdev" in plan.hardware.devices,
             absent=plan.hardware.cpu.removed,
@@ -196,9 +198,7 @@ def _load(plan: BootPlan, machine: Assembly, board: Pc) -> CpuState:
     return state
 
 
-def make_vcpu(
-    technique: str, board: Surroundings, hardware: Hardware, cpuid: GuestCpuid | None = None, *, keep: bool
-) -> Vcpu:
+def make_vcpu(technique: str, board: Pc, hardware: Hardware, cpuid: GuestCpuid | None = None, *, keep: bool) -> Vcpu:
     """A processor for a board; the guest sees `cpuid`, without one the best that the technique has.
 
     `keep`: machine code may be taken from the user's cache, and left there.
@@ -217,10 +217,24 @@ def make_vcpu(
         raise TechniqueUnavailable(f"technique hardware: {reason}") from None
 
 
-def _kvm(board: Surroundings, hardware: Hardware, cpuid: GuestCpuid | None, keep_in: Path | None) -> Vcpu:
-    """All of the guest under KVM; where that emulates ring 0, ring 3 alone."""
+def _kvm_crystal(tsc_frequency: int) -> int:
+    """Hz of a local APIC timer's input that suits KVM's own; 0 if there is no KVM, or it emulates ring 0."""
+    from trivisor.hardware.kvm.guest_cpuid import ring_0_is_emulated
+    from trivisor.hardware.kvm.kernel_apic import crystal_for
+    from trivisor.hardware.kvm.system import KvmUnavailable, System
+
+    try:
+        with System() as system:
+            return 0 if ring_0_is_emulated(system) else crystal_for(system, tsc_frequency)
+    except KvmUnavailable:
+        return 0  # `make_vcpu` says it
+
+
+def _kvm(board: Pc, hardware: Hardware, cpuid: GuestCpuid | None, keep_in: Path | None) -> Vcpu:
+    """All of the guest under KVM, with KVM's local APIC where that can be; where KVM emulates ring 0, ring 3 alone."""
     from trivisor.hardware.kvm.cpu import KvmVcpu
     from trivisor.hardware.kvm.guest_cpuid import ring_0_is_emulated
+    from trivisor.hardware.kvm.kernel_apic import KernelApicVcpu, why_not
     from trivisor.hardware.kvm.split import SplitVcpu
     from trivisor.hardware.kvm.system import System
     from trivisor.translation.cpu import TranslationVcpu
@@ -230,10 +244,14 @@ def _kvm(board: Surroundings, hardware: Hardware, cpuid: GuestCpuid | None, keep
         return TranslationVcpu(board, cpuid=own, keep_in=keep_in)
 
     with System() as system:
-        split = ring_0_is_emulated(system)
+        split, reason = ring_0_is_emulated(system), why_not(system, board.crystal_frequency)
     if split:
         return SplitVcpu(board, hardware.cpu, cpuid, ring_zero=lambda own: RingZero(other(own)))
-    return KvmVcpu(board, hardware.cpu, cpuid, substitute=other)
+    if not reason:
+        return KernelApicVcpu(board, hardware.cpu, cpuid, substitute=other)
+    vcpu = KvmVcpu(board, hardware.cpu, cpuid, substitute=other)
+    vcpu.engine += f" ({reason})"
+    return vcpu
 
 
 def _guest_digest(kernel: Path, flavour: bytes = b"") -> bytes:

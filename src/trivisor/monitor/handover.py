@@ -6,6 +6,7 @@ from trivisor.machine.vcpu import Vcpu
 from trivisor.monitor.assembly import Assembly, keeper_for, make_vcpu
 from trivisor.monitor.plan import Hardware
 from trivisor.monitor.techniques import TechniqueUnavailable
+from trivisor.pc import Pc
 from trivisor.x86.msr import IA32_TIME_STAMP_COUNTER
 
 EXCHANGEABLE = ("translation", "hardware")
@@ -20,9 +21,10 @@ def change_technique(machine: Assembly, technique: str, hardware: Hardware) -> N
     cannot go on so.
     """
     old = machine.vcpu
-    if {old.technique, technique} - {*EXCHANGEABLE}:
+    board = machine.board
+    if {old.technique, technique} - {*EXCHANGEABLE} or not isinstance(board, Pc):
         raise TechniqueUnavailable(f"a guest of technique {old.technique} cannot go on under {technique}")
-    new = _successor(old, machine, technique, hardware)
+    new = _successor(old, board, technique, hardware, keep=bool(machine.kept_as))
     if machine.keeper is not None:
         machine.keeper.save()
     old.close()
@@ -32,12 +34,12 @@ def change_technique(machine: Assembly, technique: str, hardware: Hardware) -> N
     machine.keeper = keeper_for(new, machine.kept_as, machine.booted_as)
 
 
-def _successor(old: Vcpu, machine: Assembly, technique: str, hardware: Hardware) -> Vcpu:
+def _successor(old: Vcpu, board: Pc, technique: str, hardware: Hardware, *, keep: bool) -> Vcpu:
     """The new processor, in the old one's state and with the board's wires."""
     state = old.state
     del state.msrs[IA32_TIME_STAMP_COUNTER]  # it goes on: the offset to the host's says how, to the cycle
     try:
-        new = make_vcpu(technique, machine.board, hardware, old.guest_cpuid, keep=bool(machine.kept_as))
+        new = make_vcpu(technique, board, hardware, old.guest_cpuid, keep=keep)
         try:
             new.observed.update(old.observed)
             new.tsc_offset = old.tsc_offset

@@ -30,6 +30,7 @@ from trivisor.x86.msr import IA32_TIME_STAMP_COUNTER
 
 _FREQUENCY_TOLERANCE: Final = 100
 """The TSC's frequency may differ by one part in so many; more would have the guest's time run wrong."""
+_SLOWEST_CRYSTAL: Final = 1_000_000
 _DIGEST = 32
 _MARKER = 64
 
@@ -164,8 +165,18 @@ def _board(
         on_stop=on_stop,
         test_device="pc-testdev" in saved["devices"],
         absent=frozenset(FEATURES) - cpuid.features,
+        crystal=_crystal(cpuid),
         leaves_data=False,  # it is in the snapshot, if the guest has left it
     )
+
+
+def _crystal(cpuid: GuestCpuid) -> int:
+    """Hz of the local APIC timer's input, as the guest was told; 0 if it was not."""
+    told = cpuid.table.get((0x15, 0))
+    crystal = told[2] if told else 0
+    if 0 < crystal < _SLOWEST_CRYSTAL:
+        raise ValueError(f"its local APIC counts at {crystal} Hz")
+    return crystal
 
 
 def _frequency(saved: Saved) -> int:

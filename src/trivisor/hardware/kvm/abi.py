@@ -8,7 +8,7 @@ x86-64.
 
 from __future__ import annotations
 
-from ctypes import Structure, Union, c_char, c_int64, c_uint8, c_uint16, c_uint32, c_uint64, sizeof
+from ctypes import Structure, Union, c_uint8, c_uint16, c_uint32, c_uint64, sizeof
 from typing import Any, ClassVar, Final
 
 API_VERSION: Final = 12
@@ -230,37 +230,39 @@ class MpState(_Kernel):
     _fields_: ClassVar[Any] = [("mp_state", c_uint32)]
 
 
-class IrqLevel(_Kernel):
-    c_name = "kvm_irq_level"
-    _fields_: ClassVar[Any] = [("irq", c_uint32), ("level", c_uint32)]
+class Msi(_Kernel):
+    """An interrupt message (Intel SDM 3A 10.11)."""
 
-
-class PicState(_Kernel):
-    c_name = "kvm_pic_state"
+    c_name = "kvm_msi"
     _fields_: ClassVar[Any] = [
-        (name, c_uint8)
-        for name in (
-            "last_irr", "irr", "imr", "isr", "priority_add", "irq_base", "read_reg_select", "poll", "special_mask",
-            "init_state", "auto_eoi", "rotate_on_auto_eoi", "special_fully_nested_mode", "init4", "elcr", "elcr_mask",
-        )
+        ("address_lo", c_uint32), ("address_hi", c_uint32), ("data", c_uint32), ("flags", c_uint32),
+        ("devid", c_uint32), ("pad", c_uint8 * 12),
     ]  # fmt: skip
 
 
-class IoapicState(_Kernel):
-    c_name = "kvm_ioapic_state"
+class RoutingMsi(_Kernel):
+    c_name = "kvm_irq_routing_msi"
     _fields_: ClassVar[Any] = [
-        ("base_address", c_uint64), ("ioregsel", c_uint32), ("id", c_uint32), ("irr", c_uint32), ("pad", c_uint32),
-        ("redirtbl", c_uint64 * 24),
+        ("address_lo", c_uint32), ("address_hi", c_uint32), ("data", c_uint32), ("devid", c_uint32),
     ]  # fmt: skip
 
 
-class _ChipState(Union):
-    _fields_: ClassVar[Any] = [("dummy", c_char * 512), ("pic", PicState), ("ioapic", IoapicState)]
+class _Route(Union):
+    _fields_: ClassVar[Any] = [("msi", RoutingMsi), ("pad", c_uint32 * 8)]
 
 
-class Irqchip(_Kernel):
-    c_name = "kvm_irqchip"
-    _fields_: ClassVar[Any] = [("chip_id", c_uint32), ("pad", c_uint32), ("chip", _ChipState)]
+class RoutingEntry(_Kernel):
+    c_name = "kvm_irq_routing_entry"
+    _fields_: ClassVar[Any] = [
+        ("gsi", c_uint32), ("type", c_uint32), ("flags", c_uint32), ("pad", c_uint32), ("u", _Route),
+    ]  # fmt: skip
+
+
+class RoutingHeader(_Kernel):
+    """Followed by `nr` of `RoutingEntry`."""
+
+    c_name = "kvm_irq_routing"
+    _fields_: ClassVar[Any] = [("nr", c_uint32), ("flags", c_uint32)]
 
 
 class LapicState(_Kernel):
@@ -268,31 +270,6 @@ class LapicState(_Kernel):
 
     c_name = "kvm_lapic_state"
     _fields_: ClassVar[Any] = [("regs", c_uint8 * 1024)]
-
-
-class PitConfig(_Kernel):
-    c_name = "kvm_pit_config"
-    _fields_: ClassVar[Any] = [("flags", c_uint32), ("pad", c_uint32 * 15)]
-
-
-class PitChannelState(_Kernel):
-    c_name = "kvm_pit_channel_state"
-    _fields_: ClassVar[Any] = [
-        ("count", c_uint32), ("latched_count", c_uint16),
-        *(
-            (name, c_uint8)
-            for name in (
-                "count_latched", "status_latched", "status", "read_state", "write_state", "write_latch", "rw_mode",
-                "mode", "bcd", "gate",
-            )
-        ),
-        ("count_load_time", c_int64),
-    ]  # fmt: skip
-
-
-class PitState(_Kernel):
-    c_name = "kvm_pit_state2"
-    _fields_: ClassVar[Any] = [("channels", PitChannelState * 3), ("flags", c_uint32), ("reserved", c_uint32 * 9)]
 
 
 # -- the run structure --------------------------------------------------------------------------------------
@@ -406,11 +383,7 @@ GET_DIRTY_LOG: Final = _ioctl("KVM_GET_DIRTY_LOG", 0x42, _WRITE, DirtyLog)
 SET_USER_MEMORY_REGION: Final = _ioctl("KVM_SET_USER_MEMORY_REGION", 0x46, _WRITE, UserspaceMemoryRegion)
 SET_TSS_ADDR: Final = _ioctl("KVM_SET_TSS_ADDR", 0x47)
 SET_IDENTITY_MAP_ADDR: Final = _ioctl("KVM_SET_IDENTITY_MAP_ADDR", 0x48, _WRITE, c_uint64)
-CREATE_IRQCHIP: Final = _ioctl("KVM_CREATE_IRQCHIP", 0x60)
-IRQ_LINE: Final = _ioctl("KVM_IRQ_LINE", 0x61, _WRITE, IrqLevel)
-GET_IRQCHIP: Final = _ioctl("KVM_GET_IRQCHIP", 0x62, _READ | _WRITE, Irqchip)
-SET_IRQCHIP: Final = _ioctl("KVM_SET_IRQCHIP", 0x63, _READ, Irqchip)
-CREATE_PIT2: Final = _ioctl("KVM_CREATE_PIT2", 0x77, _WRITE, PitConfig)
+SET_GSI_ROUTING: Final = _ioctl("KVM_SET_GSI_ROUTING", 0x6A, _WRITE, RoutingHeader)
 RUN: Final = _ioctl("KVM_RUN", 0x80)
 GET_REGS: Final = _ioctl("KVM_GET_REGS", 0x81, _READ, Regs)
 SET_REGS: Final = _ioctl("KVM_SET_REGS", 0x82, _WRITE, Regs)
@@ -429,8 +402,6 @@ NMI: Final = _ioctl("KVM_NMI", 0x9A)
 SET_GUEST_DEBUG: Final = _ioctl("KVM_SET_GUEST_DEBUG", 0x9B, _WRITE, GuestDebug)
 GET_VCPU_EVENTS: Final = _ioctl("KVM_GET_VCPU_EVENTS", 0x9F, _READ, VcpuEvents)
 SET_VCPU_EVENTS: Final = _ioctl("KVM_SET_VCPU_EVENTS", 0xA0, _WRITE, VcpuEvents)
-GET_PIT2: Final = _ioctl("KVM_GET_PIT2", 0x9F, _READ, PitState)
-SET_PIT2: Final = _ioctl("KVM_SET_PIT2", 0xA0, _WRITE, PitState)
 GET_DEBUGREGS: Final = _ioctl("KVM_GET_DEBUGREGS", 0xA1, _READ, DebugRegs)
 SET_DEBUGREGS: Final = _ioctl("KVM_SET_DEBUGREGS", 0xA2, _WRITE, DebugRegs)
 ENABLE_CAP: Final = _ioctl("KVM_ENABLE_CAP", 0xA3, _WRITE, EnableCap)
@@ -439,6 +410,7 @@ GET_XSAVE: Final = _ioctl("KVM_GET_XSAVE", 0xA4, _READ, Xsave)
 SET_XSAVE: Final = _ioctl("KVM_SET_XSAVE", 0xA5, _WRITE, Xsave)
 GET_XCRS: Final = _ioctl("KVM_GET_XCRS", 0xA6, _READ, Xcrs)
 SET_XCRS: Final = _ioctl("KVM_SET_XCRS", 0xA7, _WRITE, Xcrs)
+SIGNAL_MSI: Final = _ioctl("KVM_SIGNAL_MSI", 0xA5, _WRITE, Msi)
 X86_SET_MSR_FILTER: Final = _ioctl("KVM_X86_SET_MSR_FILTER", 0xC6, _WRITE, MsrFilter)
 SET_DEVICE_ATTR: Final = _ioctl("KVM_SET_DEVICE_ATTR", 0xE1, _WRITE, DeviceAttr)
 GET_DEVICE_ATTR: Final = _ioctl("KVM_GET_DEVICE_ATTR", 0xE2, _WRITE, DeviceAttr)
@@ -455,6 +427,7 @@ CAPABILITIES: Final = {
     "COALESCED_MMIO": 15,
     "USER_NMI": 22,
     "SET_GUEST_DEBUG": 23,
+    "IRQ_ROUTING": 25,
     "PIT2": 33,
     "VCPU_EVENTS": 41,
     "DEBUGREGS": 50,
@@ -464,12 +437,14 @@ CAPABILITIES: Final = {
     "GET_TSC_KHZ": 61,
     "TSC_DEADLINE_TIMER": 72,
     "SYNC_REGS": 74,
+    "SIGNAL_MSI": 77,
     "SPLIT_IRQCHIP": 121,
     "IMMEDIATE_EXIT": 136,
     "NESTED_STATE": 157,
     "X86_USER_SPACE_MSR": 188,
     "X86_MSR_FILTER": 189,
     "EXIT_ON_EMULATION_FAILURE": 204,
+    "X86_APIC_BUS_CYCLES_NS": 237,
 }
 """Number by name (KVM_CAP_...)."""
 
@@ -486,7 +461,6 @@ MSR_EXIT_INVALID, MSR_EXIT_UNKNOWN, MSR_EXIT_FILTERED = 1 << 0, 1 << 1, 1 << 2
 MSR_FILTER_READ, MSR_FILTER_WRITE = 1 << 0, 1 << 1
 VCPU_TSC_CTRL, VCPU_TSC_OFFSET = 0, 0
 """Attribute group and attribute of a vCPU's TSC offset."""
-PIC_MASTER, PIC_SLAVE, IOAPIC = 0, 1, 2
-"""Chips of `Irqchip`."""
+IRQ_ROUTING_MSI: Final = 2
 INTERNAL_SLOTS_ADDRESS: Final = 0xFFFBD000
 """Where KVM may keep its identity map and TSS (four pages) for real mode: no RAM or device of the board is there."""

@@ -1,9 +1,10 @@
 """A processor on the host's own virtualization: its run loop over KVM_RUN and what it does about each exit.
 
 The board's own interrupt controllers and timers serve it, as they serve every
-technique.  KVM_RUN comes back early for one signal alone, which is blocked
-everywhere else, so that it needs no handler and none is ever lost: a `kick`
-sends it, and so does the host's timer at the clock's next deadline.
+technique (`kernel_apic` has one with KVM's local APIC).  KVM_RUN comes back
+early for one signal alone, which is blocked everywhere else, so that it needs
+no handler and none is ever lost: a `kick` sends it, and so does the host's
+timer at the clock's next deadline.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ class KvmVcpu:
     """
 
     technique = "hardware"
+    chip = "the board's local APIC"
+    """Which one the guest has, for people to read."""
 
     def __init__(
         self,
@@ -104,7 +107,7 @@ class KvmVcpu:
             system.require()
             self.guest_cpuid = cpuid or kvm_cpuid(system, board, choice)
             self._vm = Vm(system, board.memory)
-            self._vm.hand_over_msrs(KEPT_MSRS)
+            self._vm.hand_over_msrs(self._make_chip())
             if substitute is not None and system.capability("EXIT_ON_EMULATION_FAILURE"):
                 self._vm.enable("EXIT_ON_EMULATION_FAILURE", 1)
             self.handle = VcpuHandle(self._vm)
@@ -118,10 +121,10 @@ class KvmVcpu:
             index for index in TRANSFERRED_MSRS if self.handle.get_msrs([index])
         )
         self.reset_msrs = self.handle.get_msrs(self.transferred_msrs)
-        self.engine = "the host's KVM"
+        self.engine = f"the host's KVM with {self.chip}"
         if substitute is not None:
             self._rescue = Rescue(self, substitute)
-            self.engine += ", with translation for what it cannot emulate"
+            self.engine += ", and translation for what it cannot emulate"
         self._run_bytes, self._run_words = self.handle.run_bytes, self.handle.run_words
         self._handlers: dict[int, Callable[[], Exit | None]] = {
             abi.EXIT_IO: self._on_io,
@@ -140,6 +143,10 @@ class KvmVcpu:
         self.attach()
         self.tsc_offset = 0
         self.state = CpuState()
+
+    def _make_chip(self) -> frozenset[int]:
+        """Have KVM make what it is to do of the interrupt controllers; returns the MSRs that are KVM's."""
+        return KEPT_MSRS
 
     def attach(self) -> None:
         board = self.board
@@ -321,14 +328,21 @@ class KvmVcpu:
             self._look = True
             return Kicked()
         waits = bool(self.injected) or board.interrupts.pending()
-        if waits and run_bytes[_READY]:
-            vector = self.injected.pop(0) if self.injected else board.interrupts.acknowledge()
-            self.handle.control(abi.INTERRUPT, abi.Interrupt(vector))
+        if waits and self._may_inject():
+            self._inject(self.injected.pop(0) if self.injected else board.interrupts.acknowledge())
             self._count("interrupt")
             run_bytes[_READY] = 0
             waits = bool(self.injected) or board.interrupts.pending()
         run_bytes[_WINDOW] = waits
         return None
+
+    def _may_inject(self) -> bool:
+        """Whether the guest would take the interrupt that waits."""
+        return bool(self._run_bytes[_READY])
+
+    def _inject(self, vector: int) -> None:
+        """Have the guest take an interrupt as soon as it is entered."""
+        self.handle.control(abi.INTERRUPT, abi.Interrupt(vector))
 
     def _idle(self) -> Exit | None:
         """HLT with interrupts on: sleep until one comes.  A kick does not end it: the next run sleeps on."""

@@ -88,6 +88,7 @@ class Machine:
         origin: int = CODE,
         cpl: int = 0,
         memory: int = 64 << 20,
+        crystal: int = 0,
         processor: Callable[[Pc], Any] = TranslationVcpu,
     ) -> None:
         self.bits = bits
@@ -100,6 +101,7 @@ class Machine:
             tsc=tsc.read,
             tsc_frequency=tsc.frequency(),
             on_stop=lambda: None,
+            crystal=crystal,
         )
         self._tables = TABLE_POOL
         self._deadline = math.inf

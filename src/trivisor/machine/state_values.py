@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from trivisor.machine.cpuid import COPIED, EMULATED, LINEAR_BITS, OPTIONAL, GuestCpuid
 from trivisor.machine.memory import PHYSICAL_ADDRESS_BITS
+from trivisor.machine.saved_values import MOST, data, flag, number, number_list, numbers, pair, pairs
 from trivisor.machine.saving import Saved
 from trivisor.machine.state import SEGMENT_NAMES, CpuState, Segment, Table
 from trivisor.x86 import flags
@@ -31,8 +32,6 @@ _ATTRIBUTES = 0x1F0FF
 """With bit 16, which marks what a null selector has left unusable, as VT-x does (SDM 3C 25.4.1)."""
 _EFER_KNOWN = 0xD01
 """SCE, LME, LMA, NXE."""
-_MOST = 1024
-"""Of entries in a list, all of which are far shorter."""
 _LEGACY_AREA, _HEADER_END, _MXCSR = 512, 576, 24
 _MXCSR_KNOWN = 0xFFFF
 
@@ -62,25 +61,25 @@ def load_state(saved: Any, cpuid: GuestCpuid) -> CpuState:
     if not isinstance(saved, dict):
         raise ValueError("the processor's state is missing")
     state = CpuState(
-        gpr=_numbers(saved, "gpr", [64] * 16),
-        dr=_numbers(saved, "dr", [64] * 8),
-        msrs=dict(_pairs(saved, "msrs")),
-        xsave=_bytes(saved, "xsave"),
-        interrupts_pending=_list(saved, "interrupts_pending", 8),
+        gpr=numbers(saved, "gpr", [64] * 16),
+        dr=numbers(saved, "dr", [64] * 8),
+        msrs=dict(pairs(saved, "msrs")),
+        xsave=data(saved, "xsave"),
+        interrupts_pending=number_list(saved, "interrupts_pending", 8),
     )
     for name, bits in _NUMBERS.items():
-        setattr(state, name, _number(saved.get(name), name, bits))
+        setattr(state, name, number(saved.get(name), name, bits))
     for name in _FLAGS:
-        setattr(state, name, _flag(saved, name))
+        setattr(state, name, flag(saved, name))
     for name in (*SEGMENT_NAMES, *_SYSTEM_SEGMENTS):
-        selector, base, limit, attributes = _numbers(saved, name, [16, 64, 32, 17])
+        selector, base, limit, attributes = numbers(saved, name, [16, 64, 32, 17])
         setattr(state, name, Segment(selector, base, limit, attributes & _ATTRIBUTES))
     for name in _TABLES:
-        setattr(state, name, Table(*_numbers(saved, name, [64, 16])))
+        setattr(state, name, Table(*numbers(saved, name, [64, 16])))
     if saved.get("exception_pending") is not None:
-        vector, error = _pair(saved["exception_pending"], "exception_pending")
+        vector, error = pair(saved["exception_pending"], "exception_pending")
         state.exception_pending = (
-            _number(vector, "vector", 5), None if error is None else _number(error, "error code", 32)
+            number(vector, "vector", 5), None if error is None else number(error, "error code", 32)
         )  # fmt: skip
     _check(state, cpuid)
     return state
@@ -146,65 +145,17 @@ def load_cpuid(saved: Any, host: Query, host_xcr0: int) -> GuestCpuid:
     if missing := (chosen & COPIED) - features(host):
         raise ValueError(f"this host's processor lacks {', '.join(sorted(missing))}, which the guest was told of")
     table = saved.get("table")
-    if not isinstance(table, list) or len(table) > _MOST:
+    if not isinstance(table, list) or len(table) > MOST:
         raise ValueError("no CPUID table")
-    rows = [_numbers({"row": row}, "row", [32] * 6) for row in table]
+    rows = [numbers({"row": row}, "row", [32] * 6) for row in table]
     if saved.get("vendor") not in VENDORS:
         raise ValueError("no such vendor")
     cpuid = GuestCpuid(
         chosen,
         {(leaf, subleaf): (a, b, c, d) for leaf, subleaf, a, b, c, d in rows},
         vendor=saved["vendor"],
-        hidden_xcr0=_number(saved.get("hidden_xcr0"), "hidden_xcr0", 64),
+        hidden_xcr0=number(saved.get("hidden_xcr0"), "hidden_xcr0", 64),
     )
     if cpuid.xcr0_supported & ~(host_xcr0 | XCR0_PKRU):  # PKRU is kept apart, and emulated
         raise ValueError("this host's processor lacks registers that the guest was told of")
     return cpuid
-
-
-def _number(value: Any, name: str, bits: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0 or value >> bits:
-        raise ValueError(f"{name} is no number of {bits} bits")
-    return value
-
-
-def _flag(saved: Saved, name: str) -> bool:
-    value = saved.get(name)
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is neither true nor false")
-    return value
-
-
-def _list(saved: Saved, name: str, bits: int) -> list[int]:
-    values = saved.get(name)
-    if not isinstance(values, list) or len(values) > _MOST:
-        raise ValueError(f"{name} is no list")
-    return [_number(value, name, bits) for value in values]
-
-
-def _numbers(saved: Saved, name: str, widths: list[int]) -> list[int]:
-    values = saved.get(name)
-    if not isinstance(values, list) or len(values) != len(widths):
-        raise ValueError(f"{name} is no list of {len(widths)}")
-    return [_number(value, name, bits) for value, bits in zip(values, widths, strict=True)]
-
-
-def _pair(value: Any, name: str) -> tuple[Any, Any]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise ValueError(f"{name} is no pair")
-    return value[0], value[1]
-
-
-def _pairs(saved: Saved, name: str) -> list[tuple[int, int]]:
-    values = saved.get(name)
-    if not isinstance(values, list) or len(values) > _MOST:
-        raise ValueError(f"{name} is no list")
-    pairs = [_pair(value, name) for value in values]
-    return [(_number(index, name, 32), _number(value, name, 64)) for index, value in pairs]
-
-
-def _bytes(saved: Saved, name: str) -> bytes:
-    value = saved.get(name)
-    if not isinstance(value, str) or len(value) > 1 << 16:
-        raise ValueError(f"{name} is missing")
-    return bytes.fromhex(value)

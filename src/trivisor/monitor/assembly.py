@@ -23,6 +23,7 @@ from trivisor.pc import Pc
 from trivisor.x86 import mtrr
 
 if TYPE_CHECKING:
+    from trivisor.paravirt.xen.machine import XenMachine
     from trivisor.translation.keeper import Keeper
 
 
@@ -50,8 +51,7 @@ class Assembly:
         board: Board,
         vcpu: Vcpu,
         keeper: Keeper | None = None,
-        more_statistics: Callable[[], dict[str, Any]] = dict,
-        close_devices: Callable[[], None] = lambda: None,
+        domain: XenMachine | None = None,
     ) -> None:
         self.memory = memory
         self.board = board
@@ -64,20 +64,20 @@ class Assembly:
         """The digest that they are kept by; empty when they are not."""
         self.booted_as = b""
         """Of a restored guest: the one by which those of its boot are."""
-        self._more_statistics = more_statistics
-        self._close_devices = close_devices
-        """Ends the devices' threads, which use memory and call the vCPU."""
+        self.domain = domain
+        """The Xen guest that it all is for, if it is for one."""
         self._closed = False
 
     def statistics(self) -> dict[str, Any]:
         """The processor's counters, and those of a hypervisor of ours."""
-        return {**self.vcpu.statistics(), **self._more_statistics()}
+        return {**self.vcpu.statistics(), **({} if self.domain is None else self.domain.statistics())}
 
     def close(self) -> None:
         """Give all host resources back; harmless the second time."""
         if not self._closed:
             self._closed = True
-            self._close_devices()
+            if self.domain is not None:
+                self.domain.close_devices()  # their threads use memory and call the vCPU
             self.vcpu.close()
             if self.keeper is not None:
                 self.keeper.close()
@@ -132,18 +132,7 @@ def _assemble_xen(
     plan: BootPlan, memory_size: int, console_output: Callable[[bytes], None], on_stop: Callable[[], None]
 ) -> Assembly:
     """A PV domain whose ring 3 is run by the translation engine, or by the host's processor."""
-    from trivisor.paravirt.xen.machine import XenMachine
-
-    clock = Clock()
-    clock.on_posted = on_stop  # for an engine that has no shorter way to look at what was posted
-    xen = XenMachine(
-        memory_size,
-        clock,
-        console_output=console_output,
-        tsc=tsc.read,
-        tsc_frequency=tsc.frequency(),
-        on_stop=on_stop,
-    )
+    xen = make_xen_machine(memory_size, tsc.frequency(), console_output, on_stop)
     try:
         network = plan.hardware.network
         if network is not None:
@@ -156,7 +145,7 @@ def _assemble_xen(
     except BaseException:
         xen.close()
         raise
-    machine = Assembly(xen.memory, xen.platform, vcpu, more_statistics=xen.statistics, close_devices=xen.close_devices)
+    machine = Assembly(xen.memory, xen.platform, vcpu, domain=xen)
     try:
         if plan.keep:
             machine.kept_as = _guest_digest(plan.kernel, b"xen")
@@ -171,6 +160,24 @@ def _assemble_xen(
         machine.close()
         raise
     return machine
+
+
+def make_xen_machine(
+    memory_size: int, tsc_frequency: int, console_output: Callable[[bytes], None], on_stop: Callable[[], None]
+) -> XenMachine:
+    """A PV domain without processor or content."""
+    from trivisor.paravirt.xen.machine import XenMachine
+
+    clock = Clock()
+    clock.on_posted = on_stop  # for an engine that has no shorter way to look at what was posted
+    return XenMachine(
+        memory_size,
+        clock,
+        console_output=console_output,
+        tsc=tsc.read,
+        tsc_frequency=tsc_frequency,
+        on_stop=on_stop,
+    )
 
 
 def _load(plan: BootPlan, machine: Assembly, board: Pc) -> CpuState:

@@ -16,14 +16,16 @@ from trivisor.boot import firmware
 from trivisor.machine import tsc
 from trivisor.machine.clock import Clock
 from trivisor.machine.cpuid import GuestCpuid
-from trivisor.machine.memory import GuestMemory
-from trivisor.machine.saving import Saved
+from trivisor.machine.memory import MAXIMUM_RAM, GuestMemory
+from trivisor.machine.saved_values import part, text
+from trivisor.machine.saving import Remembers, Saved
 from trivisor.machine.state_values import load_cpuid, load_state, save_cpuid, save_state
-from trivisor.monitor.assembly import Assembly, keeper_for, make_vcpu
+from trivisor.monitor.assembly import Assembly, keeper_for, kept_directory, make_vcpu, make_xen_machine
 from trivisor.monitor.handover import EXCHANGEABLE
 from trivisor.monitor.plan import DEVICES, Hardware
 from trivisor.monitor.snapshot_file import SnapshotFile
 from trivisor.monitor.techniques import TechniqueUnavailable
+from trivisor.monitor.xen_processor import xen_processor
 from trivisor.pc import Pc
 from trivisor.x86.cpuid import FEATURES, host_cpuid, host_xgetbv
 from trivisor.x86.msr import IA32_TIME_STAMP_COUNTER
@@ -46,17 +48,34 @@ class Extra:
     """The word of the guest that waits for what to run (`guests.waiting`); empty for any other."""
 
 
+PARAVIRT: Final = "paravirt"
+
+
+def check_savable(hardware: Hardware, engine: str) -> None:
+    """Raise `TechniqueUnavailable` for a Xen guest that no snapshot can be made of; `engine` is one of `plan.ENGINES`."""
+    if hardware.xen_device:
+        raise TechniqueUnavailable(f"a paravirt guest with {hardware.xen_device} cannot be put into a snapshot")
+    if engine == "direct":
+        raise TechniqueUnavailable(
+            "a paravirt guest under direct execution cannot be put into a snapshot; take --engine translation"
+        )
+
+
 def remember(machine: Assembly, hardware: Hardware, waits_as: bytes) -> Saved:
-    """All that a machine remembers beside its RAM; raises `TechniqueUnavailable` for a PV domain."""
-    vcpu, board = machine.vcpu, machine.board
-    if not isinstance(board, Pc):
-        raise TechniqueUnavailable(f"a guest of technique {vcpu.technique} cannot be put into a snapshot")
+    """All that a machine remembers beside its RAM; raises `TechniqueUnavailable` (`check_savable`)."""
+    from trivisor.translation.cpu import TranslationVcpu
+
+    vcpu, board, domain = machine.vcpu, machine.board, machine.domain
+    if domain is not None:
+        check_savable(hardware, "translation" if isinstance(vcpu, TranslationVcpu) else "direct")
+    whole: Remembers | None = board if isinstance(board, Pc) else domain
+    assert whole is not None
     state = vcpu.state
     del state.msrs[IA32_TIME_STAMP_COUNTER]
     counter, now = tsc.read() + vcpu.tsc_offset & (1 << 64) - 1, board.clock.now()
     return {
         "technique": vcpu.technique,
-        "memory": machine.memory.size,
+        "memory": machine.memory.size if domain is None else domain.size,
         "devices": sorted(hardware.devices),
         "firmware": machine.firmware.hex(),
         "tsc": counter,
@@ -64,7 +83,7 @@ def remember(machine: Assembly, hardware: Hardware, waits_as: bytes) -> Saved:
         "now": now,
         "cpuid": save_cpuid(vcpu.guest_cpuid),
         "processor": save_state(state),
-        "board": board.save(),
+        "board": whole.save(),
         "kept_as": (machine.booted_as or machine.kept_as).hex(),
         "waits_as": waits_as.decode(),
     }
@@ -77,10 +96,10 @@ def extra(file: SnapshotFile) -> Extra:
         devices = saved.get("devices")
         if not isinstance(devices, list) or not all(device in DEVICES for device in devices):
             raise ValueError("it has devices that are not known")
-        technique = _text(saved, "technique", 16)
-        if technique not in EXCHANGEABLE:
+        technique = text(saved, "technique", 16)
+        if technique not in (*EXCHANGEABLE, PARAVIRT):
             raise ValueError(f"there is no technique {technique!r}")
-        word = _text(saved, "waits_as", _MARKER)
+        word = text(saved, "waits_as", _MARKER)
         if word and not (word.isascii() and word.isalnum()):
             raise ValueError("waits_as is no word")
         return Extra(Hardware(frozenset(devices)), technique, word.encode())
@@ -98,6 +117,8 @@ def restore(
 ) -> Assembly:
     """The machine of a snapshot, ready to go on; raises `SnapshotError`, and ValueError or OSError of the host's."""
     try:
+        if technique == PARAVIRT:
+            return _restore_xen(file, file.remembered, serial_output, on_stop, keep)
         return _restore(file, file.remembered, technique, serial_output, on_stop, keep)
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         if type(error).__name__ == "SnapshotError":
@@ -120,7 +141,7 @@ def _restore(
     loading = file.begin_loading(memory)  # goes on beside what Python has to do
     try:
         board = _board(memory, saved, cpuid, frequency, serial_output, on_stop)
-        rom = bytes.fromhex(_text(saved, "firmware", 2 * firmware.MAXIMUM_SIZE))
+        rom = bytes.fromhex(text(saved, "firmware", 2 * firmware.MAXIMUM_SIZE))
         if rom:
             firmware.attach(board.mmio, rom)
         vcpu = make_vcpu(technique, board, extra(file).hardware, cpuid, keep=keep)
@@ -131,12 +152,9 @@ def _restore(
     machine = Assembly(memory, board, vcpu)
     try:
         machine.firmware = rom
-        machine.booted_as = bytes.fromhex(_text(saved, "kept_as", 2 * _DIGEST)) if keep else b""
-        if machine.booted_as:
-            machine.kept_as = hashlib.sha256(machine.booted_as + b"restored").digest()
-        machine.keeper = keeper_for(vcpu, machine.kept_as, machine.booted_as)
+        _keep(machine, saved, keep)
         loading.finish()
-        board.load(_part(saved, "board"))
+        board.load(part(saved, "board"))
         vcpu.state = state
         # Both at once, and last: from here on guest time runs.
         vcpu.tsc_offset = _integer(saved, "tsc") - tsc.read()
@@ -146,6 +164,54 @@ def _restore(
         machine.close()
         raise
     return machine
+
+
+def _restore_xen(
+    file: SnapshotFile,
+    saved: Saved,
+    console_output: Callable[[bytes], None],
+    on_stop: Callable[[], None],
+    keep: bool,
+) -> Assembly:
+    cpuid = load_cpuid(saved.get("cpuid"), host_cpuid, host_xgetbv())
+    given = load_state(saved.get("processor"), cpuid)
+    frequency, size, domain = _frequency(saved), _integer(saved, "memory"), part(saved, "board")
+    if size > MAXIMUM_RAM:
+        raise ValueError("memory is too much")
+    xen = make_xen_machine(size, frequency, console_output, on_stop)
+    try:
+        xen.clear()
+        loading = file.begin_loading(xen.memory)
+        try:
+            vcpu, cpu = xen_processor(xen, "translation", kept_directory() if keep else None, cpuid)
+        finally:
+            loading.finish()
+    except BaseException:
+        xen.close()
+        raise
+    machine = Assembly(xen.memory, xen.platform, vcpu, domain=xen)
+    try:
+        _keep(machine, saved, keep)
+        xen.domain.observers = lambda kind: vcpu.observed.get(kind, [])
+        xen.domain.cpu = cpu
+        xen.load(domain)
+        vcpu.state = xen.processor(given)
+        # Guest time runs from here on; the domain's timers hang on it.
+        vcpu.tsc_offset = _integer(saved, "tsc") - tsc.read()
+        xen.platform.clock.elapsed = _integer(saved, "now")
+        xen.go_on(domain, given.dr)
+    except BaseException:
+        machine.close()
+        raise
+    return machine
+
+
+def _keep(machine: Assembly, saved: Saved, keep: bool) -> None:
+    """Translations as they were kept, by the digest of the kernel that was booted."""
+    machine.booted_as = bytes.fromhex(text(saved, "kept_as", 2 * _DIGEST)) if keep else b""
+    if machine.booted_as:
+        machine.kept_as = hashlib.sha256(machine.booted_as + b"restored").digest()
+    machine.keeper = keeper_for(machine.vcpu, machine.kept_as, machine.booted_as)
 
 
 def _board(
@@ -194,18 +260,4 @@ def _integer(saved: Saved, name: str) -> int:
     value: Any = saved.get(name)
     if type(value) is not int or value < 0 or value >> 64:
         raise ValueError(f"{name} is no number")
-    return value
-
-
-def _part(saved: Saved, name: str) -> Saved:
-    value: Any = saved.get(name)
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is missing")
-    return value
-
-
-def _text(saved: Saved, name: str, longest: int) -> str:
-    value: Any = saved.get(name)
-    if not isinstance(value, str) or len(value) > longest:
-        raise ValueError(f"{name} is no text")
     return value

@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -23,14 +24,14 @@ from trivisor.monitor.assembly import Assembly, assemble
 from trivisor.monitor.attachments import DiskName, Network
 from trivisor.monitor.console import Console, Deadline, Pattern, compile_pattern
 from trivisor.monitor.endings import by_device, by_processor, with_command
-from trivisor.monitor.handover import EXCHANGEABLE, change_technique
+from trivisor.monitor.handover import change_technique
 from trivisor.monitor.linear import read_linear
 from trivisor.monitor.outcome import Outcome, StopReason
 from trivisor.monitor.plan import Hardware, Progress, Wish, checked_engine, make_hardware, make_plan
 from trivisor.monitor.signals import attention
 from trivisor.monitor.sizes import parse_memory
 from trivisor.monitor.snapshot_file import SnapshotFile, write_snapshot
-from trivisor.monitor.snapshots import extra, remember, restore
+from trivisor.monitor.snapshots import PARAVIRT, check_savable, extra, remember, restore
 from trivisor.monitor.statistics import add_counters
 from trivisor.monitor.techniques import Choice, Needs, TechniqueUnavailable, choose
 
@@ -109,8 +110,9 @@ class VirtualMachine:
         choice = choose(technique, Needs(hardware.cpu, perf_map is not None, hardware.xen_device))
         memory_size = parse_memory(memory)
         name = choice.technique.name
-        if waiting and name not in EXCHANGEABLE:
-            raise TechniqueUnavailable(f"a guest of technique {name} cannot be put into a snapshot")
+        if waiting and name == PARAVIRT:
+            check_savable(hardware, engine)
+            engine = "translation"
         wish = Wish(
             kernel=None if kernel is None else Path(kernel),
             initrd=None if initrd is None else Path(initrd),
@@ -168,8 +170,12 @@ class VirtualMachine:
         choice = choose(technique)
         with closing(SnapshotFile(Path(path))) as file:
             about = extra(file)
-            if choice.technique.name not in EXCHANGEABLE:
-                raise TechniqueUnavailable(f"a snapshot cannot go on under {choice.technique.name}")
+            if about.technique == PARAVIRT and technique == "auto":
+                choice = replace(choose(PARAVIRT), why="the snapshot is of a Xen guest")
+            if PARAVIRT in (about.technique, choice.technique.name) and about.technique != choice.technique.name:
+                raise TechniqueUnavailable(
+                    f"a snapshot of a guest of technique {about.technique} cannot go on under {choice.technique.name}"
+                )
             line = b""
             if about.waits_as:
                 line = waiting_guest.line(command, terminal_size)
@@ -501,7 +507,7 @@ class VirtualMachine:
         `restore` makes a machine of it that goes on from here; this one can go on
         too.  The file is there whole or not at all, and only its owner may read
         it, since it has the guest's memory.  Raises OSError when it cannot be written,
-        `TechniqueUnavailable` for a PV guest, ValueError for a machine that runs a
+        `TechniqueUnavailable` for a PV guest with a disk, a network or direct execution, ValueError for a machine that runs a
         command or has come to its end.
         """
         with self._exclusively():

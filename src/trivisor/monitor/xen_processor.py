@@ -11,15 +11,16 @@ from trivisor.monitor.techniques import TechniqueUnavailable
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from trivisor.machine.cpuid import GuestCpuid
     from trivisor.paravirt.xen.machine import XenMachine
 
 
 def xen_processor(
-    xen: XenMachine, engine: str, keep_in: Path | None = None
+    xen: XenMachine, engine: str, keep_in: Path | None = None, cpuid: GuestCpuid | None = None
 ) -> tuple[Vcpu, DeprivilegedCpu]:
     """The processor of a PV domain, and as its hypervisor sees it; `engine` is one of `plan.ENGINES`.
 
-    Translations may be kept in the directory `keep_in`.
+    Translations may be kept in the directory `keep_in`; on those the guest sees `cpuid`, without one the best there is.
     Raises `TechniqueUnavailable` for direct execution where there is none.
     """
     why = "as asked for"
@@ -37,7 +38,7 @@ def xen_processor(
     from trivisor.translation.cpu import TranslationVcpu
     from trivisor.translation.deprivileged import Deprivileged
 
-    vcpu = TranslationVcpu(xen.platform, keep_in=keep_in, supervision=xen.domain.native)
+    vcpu = TranslationVcpu(xen.platform, cpuid=cpuid, keep_in=keep_in, supervision=xen.domain.native)
     vcpu.technique, vcpu.engine = "paravirt", f"on the translation engine, {why}"
     return vcpu, Deprivileged(vcpu, xen.domain)
 

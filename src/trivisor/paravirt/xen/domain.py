@@ -34,6 +34,7 @@ from trivisor.paravirt.xen.page_tables import PageTables
 from trivisor.paravirt.xen.platform import Platform
 from trivisor.paravirt.xen.shared_table import COUNTED, COUNTS, INDEX, TICKS
 from trivisor.paravirt.xen.time import SystemTime
+from trivisor.paravirt.xen.timers import VcpuTimers
 from trivisor.paravirt.xen.vcpu_state import NO_TRAP, VcpuState
 from trivisor.x86.exceptions import (
     DEVICE_NOT_AVAILABLE,
@@ -87,6 +88,7 @@ class Domain:
         self.number = OWN_ID
         self.grant_maps = GrantMaps(self)
         self.time = clock
+        self.timers = VcpuTimers(clock, events)
         self.console_output = console_output
         self.pages = 0
         """How many pages of memory it has at most."""

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from trivisor.machine.memory import GuestMemory
+from trivisor.machine.memory import PAGE_SIZE, GuestMemory
+from trivisor.machine.saved_values import flag, number, number_list, rows
+from trivisor.machine.saving import Remembers, Saved
 from trivisor.paravirt.xen.abi import (
     EEXIST,
     EINVAL,
@@ -21,11 +24,15 @@ from trivisor.paravirt.xen.abi import (
     EVTCHNSTAT_IPI,
     EVTCHNSTAT_UNBOUND,
     EVTCHNSTAT_VIRQ,
+    NR_VIRQS,
     SHARED_EVTCHN_MASK,
     SHARED_EVTCHN_PENDING,
     VCPU_INFO_PENDING_SEL,
+    VCPU_INFO_SIZE,
 )
 from trivisor.paravirt.xen.errors import HypercallError
+
+_OPEN = (EVTCHNSTAT_UNBOUND, EVTCHNSTAT_INTERDOMAIN, EVTCHNSTAT_VIRQ, EVTCHNSTAT_IPI)
 
 
 @dataclass(slots=True)
@@ -40,7 +47,7 @@ class Port:
     """What the other end does when the guest sends."""
 
 
-class EventChannels:
+class EventChannels(Remembers):
     """The domain's ports; an interrupt line for the processor (`machine.interrupts.InterruptController`)."""
 
     def __init__(self, memory: GuestMemory, shared_info: int) -> None:
@@ -56,6 +63,53 @@ class EventChannels:
         self.on_pending: Callable[[], None] = lambda: None
         self.on_nmi: Callable[[], None] = lambda: None
         self.cr8 = 0
+
+    # -- into a snapshot and out of it ----------------------------------------------------------------------
+
+    def save(self) -> Saved:
+        return {
+            "ports": [
+                [number, port.status, port.remote_domain, port.remote_port, port.virq]
+                for number, port in self._ports.items()
+            ],
+            "vcpu_info": self.vcpu_info,
+            "polled": sorted(self._polled),
+            "poll_over": self._poll_over,
+        }
+
+    def load(self, saved: Saved) -> None:
+        """What back ends are to be told comes by `rebind_back_end`.  Pending and mask bits are in the guest's memory.
+
+        `vcpu_info` is not yet known to lie in the domain's own memory.
+        """
+        ports = {}
+        for at, status, remote_domain, remote_port, virq in rows(saved, "ports", [12, 3, 16, 12, 5], EVTCHN_2L_PORTS):
+            port = ports[at] = Port(status, remote_domain, remote_port, virq)
+            if not at or port.status not in _OPEN or port.virq >= NR_VIRQS:
+                raise ValueError(f"port {at} cannot be so")
+            if port.status == EVTCHNSTAT_VIRQ and port.virq in self._virqs:
+                raise ValueError(f"virtual interrupt {port.virq} is bound twice")
+            if port.status == EVTCHNSTAT_VIRQ:
+                self._virqs[port.virq] = at
+        for at, port in ports.items():
+            if port.status != EVTCHNSTAT_INTERDOMAIN or not port.remote_port:
+                continue
+            other = ports.get(port.remote_port)
+            if other is None or other.status != EVTCHNSTAT_INTERDOMAIN or other.remote_port != at:
+                raise ValueError(f"port {at} is bound to one that is not bound to it")
+            port.notify = partial(self.set_pending, port.remote_port)
+        self._ports = ports
+        self.vcpu_info = number(saved.get("vcpu_info"), "vcpu_info", 52)
+        if self.vcpu_info & 7 or self.vcpu_info % PAGE_SIZE > PAGE_SIZE - VCPU_INFO_SIZE:
+            raise ValueError("vcpu_info cannot be there")
+        self._polled = frozenset(number_list(saved, "polled", 12))
+        self._poll_over = flag(saved, "poll_over")
+
+    def rebind_back_end(self, port: int, notify: Callable[[], None]) -> None:
+        """After `load`: the back end at `port` is this one, unless the guest has closed the port."""
+        found = self._ports.get(port)
+        if found is not None and found.status == EVTCHNSTAT_INTERDOMAIN and not found.remote_port:
+            found.notify = notify
 
     # -- as the processor sees it ---------------------------------------------------------------------------
 
@@ -169,10 +223,10 @@ class EventChannels:
             raise HypercallError(EINVAL)
         port = self._free()
         self._ports[port] = Port(
-            EVTCHNSTAT_INTERDOMAIN, remote_port=remote_port, notify=lambda: self.set_pending(remote_port)
+            EVTCHNSTAT_INTERDOMAIN, remote_port=remote_port, notify=partial(self.set_pending, remote_port)
         )
         remote.status, remote.remote_port = EVTCHNSTAT_INTERDOMAIN, port
-        remote.notify = lambda: self.set_pending(port)
+        remote.notify = partial(self.set_pending, port)
         self.set_pending(port)  # as Xen does: either end may have missed the other's first event
         return port
 

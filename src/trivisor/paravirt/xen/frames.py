@@ -8,6 +8,7 @@ writable mapping, and the other way round.  References count every use.
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Iterable, Iterator
 
@@ -107,6 +108,50 @@ class Frames:
             self._allocated[first:end] = b"\1" * length
         self.owned += count
         return taken
+
+    # -- what a snapshot keeps: who has which frame; all uses follow from the page tables -------------------
+
+    def holdings(self, first: int) -> tuple[list[tuple[int, int]], list[int]]:
+        """Of frames from `first` on: (runs that the domain has, what of them it has given back but still uses)."""
+        found = re.finditer(bytes([DOMAIN]) + b"+", self.owner[first:])
+        owned = [(first + run.start(), run.end() - run.start()) for run in found]
+        given_back = [
+            frame
+            for start, length in owned
+            if self._allocated.count(1, start, start + length) != length
+            for frame in range(start, start + length)
+            if not self._allocated[frame]
+        ]
+        return owned, given_back
+
+    def take_over(self, held: Iterable[tuple[int, int]], given_back: list[int]) -> None:
+        """Have runs (first, length) of free frames be the domain's, and some of them given back already.
+
+        Those have no reference until something uses them: `check_held` tells.  ValueError for frames that are not free.
+        """
+        free = bytearray(self.count)
+        for frame in self._free:
+            free[frame] = 1
+        for first, length in held:
+            end = first + length
+            if not length or end > self.count or free.count(1, first, end) != length:
+                raise ValueError(f"frames {first:#x} to {end:#x} are not free")
+            free[first:end] = bytes(length)
+            self.owner[first:end] = bytes([DOMAIN]) * length
+            self.references[first:end] = array("L", [1]) * length
+            self._allocated[first:end] = b"\1" * length
+            self.owned += length
+        self._free = [frame for frame in self._free if free[frame]]
+        for frame in given_back:
+            if frame >= self.count or not self._allocated[frame]:
+                raise ValueError(f"frame {frame:#x} cannot have been given back")
+            self._allocated[frame] = 0
+            self.references[frame] = 0
+
+    def check_held(self, given_back: list[int]) -> None:
+        """ValueError unless all these are in use."""
+        if not all(self.references[frame] for frame in given_back):
+            raise ValueError("a frame that nothing uses is the domain's")
 
     def share(self, frame: int, *, writable: bool) -> None:
         """A frame of Xen's that the domain may map, read-only or writable, but never use as something else."""

@@ -11,6 +11,8 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trivisor.machine.saved_values import rows
+from trivisor.machine.saving import Remembers, Saved
 from trivisor.paravirt.xen import abi
 from trivisor.paravirt.xen.errors import HypercallError
 from trivisor.paravirt.xen.frames import L1
@@ -53,12 +55,29 @@ class Mapping:
         return PRESENT | (WRITE if self.writable else 0)
 
 
-class GrantMaps:
+class GrantMaps(Remembers):
     """The domain's mappings of grants, by handle."""
 
     def __init__(self, domain: Domain) -> None:
         self._domain = domain
         self.mappings: dict[int, Mapping] = {}
+
+    def save(self) -> Saved:
+        rows_of = [[handle, one.reference, one.frame, one.flags] for handle, one in self.mappings.items()]
+        return {"mappings": rows_of}
+
+    def load(self, saved: Saved) -> None:
+        """Mappings take their references again; ValueError for what the domain cannot have mapped."""
+        for handle, reference, frame, flags in rows(saved, "mappings", [13, 32, 40, 16], _MOST):
+            if handle in self.mappings or not flags & (abi.GNTMAP_HOST_MAP | abi.GNTMAP_DEVICE_MAP):
+                raise ValueError(f"handle {handle} is not of one mapping")
+            mapping = Mapping(reference, frame, flags)
+            try:
+                self._domain.grants.entry_address(reference)
+                self._hold(mapping)
+            except (GrantError, GrantFailure) as error:
+                raise ValueError(str(error)) from None
+            self.mappings[handle] = mapping
 
     # -- mapping --------------------------------------------------------------------------------------------
 

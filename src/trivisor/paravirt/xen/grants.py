@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from trivisor.machine.memory import PAGE_SIZE
+from trivisor.machine.saved_values import number
+from trivisor.machine.saving import Remembers, Saved
 from trivisor.paravirt.xen.abi import (
     GRANT_ENTRIES_PER_FRAME,
     GTF_PERMIT_ACCESS,
@@ -31,7 +33,7 @@ class GrantError(Exception):
     """A grant reference that does not give what it is used for."""
 
 
-class GrantTable:
+class GrantTable(Remembers):
     """The domain's grants; `shared` are the frames of the table that the guest may have, `used` how many it has."""
 
     def __init__(self, frames: Frames, shared: list[int]) -> None:
@@ -40,6 +42,12 @@ class GrantTable:
         self.used = 4
         self._users: dict[int, list[int]] = {}
         """How many read and how many write through an entry, by its address."""
+
+    remembered = ("used",)
+    """Back ends have nothing in use when a snapshot is made: there are none."""
+
+    def load(self, saved: Saved) -> None:
+        self.grow(number(saved.get("used"), "used", 32))
 
     def grow(self, count: int) -> None:
         """The guest wants at least that many frames of the table; at most all of `shared`."""

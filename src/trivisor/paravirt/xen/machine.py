@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from trivisor.boot.image import Image
@@ -11,6 +12,8 @@ from trivisor.devices.disk_file import DiskFile
 from trivisor.machine.clock import Clock
 from trivisor.machine.deprivileged import DeprivilegedCpu
 from trivisor.machine.memory import MAXIMUM_RAM, PAGE_SIZE, GuestMemory
+from trivisor.machine.saved_values import numbers, part
+from trivisor.machine.saving import Remembers, Saved
 from trivisor.machine.state import CpuState, Segment, Table
 from trivisor.paravirt.xen import abi
 from trivisor.paravirt.xen.back_ends.back_end import BackEnd, Guest
@@ -18,6 +21,7 @@ from trivisor.paravirt.xen.back_ends.block import BlockBackEnd
 from trivisor.paravirt.xen.back_ends.network import NetworkBackEnd, Plug
 from trivisor.paravirt.xen.builder import DomainBuilder
 from trivisor.paravirt.xen.console import ConsoleRing
+from trivisor.paravirt.xen.debug_registers import set_debug_register
 from trivisor.paravirt.xen.domain import OWN_ID, Domain
 from trivisor.paravirt.xen.events import EventChannels
 from trivisor.paravirt.xen.frames import Frames
@@ -25,6 +29,8 @@ from trivisor.paravirt.xen.grants import BACK_END_DOMAIN, GrantTable
 from trivisor.paravirt.xen.own_memory import GDT_ADDRESS, OwnMemory, own_size
 from trivisor.paravirt.xen.page_tables import PageTables
 from trivisor.paravirt.xen.platform import Platform
+from trivisor.paravirt.xen.saved_memory import check_memory, load_memory, save_memory
+from trivisor.paravirt.xen.saved_processor import goes_on
 from trivisor.paravirt.xen.shared_table import SharedTable
 from trivisor.paravirt.xen.time import SystemTime
 from trivisor.paravirt.xen.toolstack import DISK_NAMES, add_disk, add_network, introduce
@@ -53,7 +59,7 @@ _LIMIT = 0xFFFFFFFF
 _CR0 = CR0_PG | CR0_WP | CR0_NE | CR0_ET | CR0_MP | CR0_PE
 
 
-class XenMachine:
+class XenMachine(Remembers):
     """The memory and platform of one PV domain, before it has a processor; then, with one, the domain.
 
     `size` is the domain's memory in bytes; the machine has Xen's own part beside it.
@@ -70,6 +76,7 @@ class XenMachine:
         on_stop: Callable[[], None],
     ) -> None:
         self.memory = GuestMemory(min(size + own_size(size), MAXIMUM_RAM))
+        self.size = size
         self._output = console_output
         frames = self._frames = Frames(self.memory, SharedTable())
         own = self._own = OwnMemory(self.memory, frames)
@@ -79,6 +86,7 @@ class XenMachine:
         pages = min(size // PAGE_SIZE, len(ram))
         frames.give_free(ram)
         self.events = EventChannels(self.memory, own.shared_info * PAGE_SIZE)
+        self._private = own.private()
         self.platform = Platform(
             self.memory, clock, self.events, tsc=tsc, tsc_frequency=tsc_frequency, on_stop=on_stop
         )
@@ -144,13 +152,9 @@ class XenMachine:
         started = builder.build(initrd, command_line, store_port, console_port)
         for frame in (started.store_frame, started.console_frame):
             self._frames.hold_writable(frame)
-        console = self.platform.console = ConsoleRing(
-            self.memory, started.console_frame * PAGE_SIZE, self._output, lambda: events.set_pending(console_port)
-        )
+        self._rings = (started.console_frame, console_port, started.store_frame, store_port)
+        console, ring = self._make_rings()
         events.bind_back_end(console_port, console.guest_sent)
-        ring = StoreRing(
-            self.memory, started.store_frame * PAGE_SIZE, self.store, OWN_ID, lambda: events.set_pending(store_port)
-        )
         events.bind_back_end(store_port, ring.guest_sent)
         shared = own.shared_info * PAGE_SIZE
         self.memory.write(shared + 1, b"\1")  # events are masked at first
@@ -159,6 +163,86 @@ class XenMachine:
         domain.state.kernel_root = started.root
         domain.state.cr0, domain.state.cr4 = _CR0, CR4_PAE
         return _first_state(started.entry, started.stack, started.start_info, started.root)
+
+
+    def _make_rings(self) -> tuple[ConsoleRing, StoreRing]:
+        """The back ends of console and store, at `_rings`."""
+        console_frame, console_port, store_frame, store_port = self._rings
+        pending = self.events.set_pending
+        console = self.platform.console = ConsoleRing(
+            self.memory, console_frame * PAGE_SIZE, self._output, partial(pending, console_port)
+        )
+        self._store_ring = StoreRing(
+            self.memory, store_frame * PAGE_SIZE, self.store, OWN_ID, partial(pending, store_port)
+        )
+        return console, self._store_ring
+
+    # -- into a snapshot and out of it ----------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """The whole memory is zeros, to be given another's content."""
+        self.memory.write(0, bytes(self._own.end * PAGE_SIZE))
+
+    def save(self) -> Saved:
+        """All but the memory's content and the processor.  Not for a domain with back ends."""
+        domain = self.domain
+        return {
+            "memory": save_memory(domain),
+            "rings": [*self._rings],
+            "state": domain.state.save(),
+            "events": self.events.save(),
+            "grants": domain.grants.save(),
+            "grant_maps": domain.grant_maps.save(),
+            "time": domain.time.save(),
+            "timers": domain.timers.save(),
+            "store": self.store.save(),
+            "store_ring": self._store_ring.save(),
+        }
+
+    def load(self, saved: Saved) -> None:
+        """Instead of `start`, once the memory has its content and `domain.cpu` is set; then comes `go_on`.
+
+        ValueError for what no domain can be.
+        """
+        domain, events = self.domain, self.events
+        for address, content in self._private:
+            self.memory.write(address, content)
+        domain.state.load(part(saved, "state"))
+        domain.state.cr0 = _CR0
+        events.load(part(saved, "events"))
+        rings = numbers(saved, "rings", [40, 12, 40, 12])
+        self._rings = (rings[0], rings[1], rings[2], rings[3])
+        load_memory(domain, part(saved, "memory"), [rings[0], rings[2]])
+        domain.grants.load(part(saved, "grants"))
+        domain.grant_maps.load(part(saved, "grant_maps"))
+        check_memory(domain, part(saved, "memory"))
+        domain.vcpu_info_moved()
+        self.store.load(part(saved, "store"))
+        console, ring = self._make_rings()
+        ring.load(part(saved, "store_ring"))
+        events.rebind_back_end(self._rings[1], console.guest_sent)
+        events.rebind_back_end(self._rings[3], ring.guest_sent)
+
+    def processor(self, saved: CpuState) -> CpuState:
+        """The state with which the processor goes on after `load`; ValueError for one that it cannot be in."""
+        state = self.domain.state
+        root = state.kernel_root if state.in_kernel else state.user_root
+        return goes_on(saved, _first_state(0, 0, 0, root), self.domain.cpu.xcr0_supported)
+
+    def go_on(self, saved: Saved, debug: list[int]) -> None:
+        """The processor has its state and its time: what hangs on them; `debug` are DR0 to DR7."""
+        domain, info = self.domain, self.events.vcpu_info
+        state = domain.state
+        domain.cpu.enter_space((state.kernel_root if state.in_kernel else state.user_root) << 12, state.in_kernel)
+        domain.descriptor_tables_changed()
+        domain.io_privilege_changed()
+        for number in (0, 1, 2, 3, 6, 7):
+            if not set_debug_register(domain, number, debug[number]):
+                raise ValueError(f"DR{number} cannot be so")
+        domain.time.load(part(saved, "time"))
+        domain.time.write(info + abi.VCPU_INFO_TIME)
+        domain.time.write_wallclock((self._own.shared_info << 12) + abi.SHARED_WALLCLOCK)
+        domain.timers.load(part(saved, "timers"))
 
 
 def _first_state(entry: int, stack: int, start_info: int, root: int) -> CpuState:

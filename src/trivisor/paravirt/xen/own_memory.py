@@ -61,7 +61,7 @@ class OwnMemory:
         self.grant_frames = [self._take() for _ in range(GRANT_FRAMES)]
         for frame in (self.shared_info, *self.grant_frames):
             frames.share(frame, writable=True)
-        gdt = self._take()
+        gdt = self._gdt = self._take()
         self._map_at = self._take(-(-8 * frames.count // PAGE_SIZE)) * 512
         self.entries = frames.count
         """How many frames the machine-to-physical table tells of."""
@@ -89,6 +89,13 @@ class OwnMemory:
         self.end = self._next
         """The first frame that is not Xen's."""
         self.spare = range(self.end, own_size(memory.size) // PAGE_SIZE)
+
+    def private(self) -> list[tuple[int, bytes]]:
+        """(physical address, content) of what is Xen's alone: the guest's entries of it are as they were at first."""
+        after = self._map_at // 512 + -(-8 * self.entries // PAGE_SIZE)
+        parts = ((self._gdt, self._gdt + 1), (after, self.end))
+        places = [(first * PAGE_SIZE, (end - first) * PAGE_SIZE) for first, end in parts]
+        return [(at, self._memory.read(at, length)) for at, length in places]
 
     def give_slot(self, entry: int) -> None:
         """Have `ENGINE_SLOT` of every level-4 table be `entry`.

@@ -32,7 +32,7 @@ _EFER = EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE
 _MISC_ENABLE_FAST_STRINGS = 1
 _PAT_OF_XEN = 0x050100070406
 """The page attribute table that Xen gives its PV guests: WB, WT, UC-, UC, WC, WP."""
-_MITIGATIONS = frozenset({msr.IA32_SPEC_CTRL, msr.IA32_PRED_CMD, msr.IA32_FLUSH_CMD, msr.IA32_ARCH_CAPABILITIES})
+MITIGATIONS = frozenset({msr.IA32_SPEC_CTRL, msr.IA32_PRED_CMD, msr.IA32_FLUSH_CMD, msr.IA32_ARCH_CAPABILITIES})
 """Those that the guest looks after itself, as its CPUID tells."""
 _CR = {Register.CR0: 0, Register.CR2: 2, Register.CR3: 3, Register.CR4: 4, Register.CR8: 8}
 
@@ -229,7 +229,7 @@ def _read_msr(domain: Domain, index: int) -> int | None:
             return _MISC_ENABLE_FAST_STRINGS
         case msr.IA32_BIOS_SIGN_ID | msr.IA32_DEBUGCTL:
             return 0  # no microcode update; nothing is recorded
-    if index in _MITIGATIONS:
+    if index in MITIGATIONS:
         try:
             return cpu.read_msr(index)
         except GeneralProtection:
@@ -255,7 +255,7 @@ def _write_msr(domain: Domain, index: int, value: int) -> bool:
             cpu.set_base(GS, value)
         case msr.IA32_KERNEL_GS_BASE:
             domain.cpu.other_gs = value
-        case _ if index in _MITIGATIONS:
+        case _ if index in MITIGATIONS:
             try:
                 cpu.write_msr(index, value)
             except GeneralProtection:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from trivisor.machine.clock import Clock, Timer
 from trivisor.machine.memory import GuestMemory
+from trivisor.machine.saved_values import number
+from trivisor.machine.saving import Remembers, Saved
 from trivisor.paravirt.xen.abi import PVCLOCK_TSC_STABLE
 
 _SECOND = 1_000_000_000
@@ -26,7 +28,7 @@ def scale(frequency: int) -> tuple[int, int]:
     return (_SECOND << 32) // frequency, shift
 
 
-class SystemTime:
+class SystemTime(Remembers):
     """Nanoseconds since the domain started, by its TSC, and the timers that hang on them."""
 
     def __init__(self, memory: GuestMemory, clock: Clock, frequency: int, tsc: Callable[[], int]) -> None:
@@ -36,6 +38,13 @@ class SystemTime:
         self._multiplier, self._shift = scale(frequency)
         self._start = tsc()
         self._wallclock = time.time_ns()
+
+    remembered = ("_start",)
+
+    def load(self, saved: Saved) -> None:
+        """Once the processor's TSC goes on from where it was.  The time of day is the host's, as it is now."""
+        self._start = number(saved.get("start"), "start", 64)
+        self._wallclock = max(time.time_ns() - self.now(), 0)
 
     def now(self) -> int:
         """The system time, exactly as the guest computes it from what `write` told."""
@@ -59,5 +68,6 @@ class SystemTime:
     def write_wallclock(self, address: int) -> None:
         """Tell the time of day at system time 0 at the physical `address` of wc_version (xen.h, struct shared_info)."""
         seconds, nanoseconds = divmod(self._wallclock, _SECOND)
-        data = struct.pack("<4I", 2, seconds & 0xFFFFFFFF, nanoseconds, seconds >> 32)
+        version = self._memory.read_u32(address) + 2 & ~1 & 0xFFFFFFFF
+        data = struct.pack("<4I", version, seconds & 0xFFFFFFFF, nanoseconds, seconds >> 32)
         self._memory.write(address, data)

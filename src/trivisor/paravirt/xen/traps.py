@@ -18,7 +18,7 @@ RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 R11 = 11
 _CLEARED = AC | VM | RF | NT | TF
 """Flags that entering the kernel clears."""
-_LOADED = STATUS | TF | DF | NT | RF | AC | 1 << 21
+LOADED = STATUS | TF | DF | NT | RF | AC | 1 << 21
 """Flags that the iret hypercall loads; IF goes into the upcall mask."""
 _FRAME = struct.Struct("<7Q")
 _FRAME_WITH_ERROR = struct.Struct("<8Q")
@@ -88,9 +88,9 @@ def iret(domain: Domain) -> int:
         domain.io_privilege_changed()
     registers[RSP] = rsp
     cpu.rip = rip
-    cpu.rflags = rflags & _LOADED | IF | FIXED
+    cpu.rflags = rflags & LOADED | IF | FIXED
     if flags & VGCF_IN_SYSCALL:
-        registers[RCX], registers[R11] = rip, rflags & _LOADED | IF | FIXED
+        registers[RCX], registers[R11] = rip, rflags & LOADED | IF | FIXED
         cpu.set_flat(FLAT_RING3_CS64, FLAT_RING3_SS)
     else:
         registers[RCX], registers[R11] = rcx, r11

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trivisor.paravirt.xen.abi import VMASST_ARCHITECTURAL_IOPL
+from trivisor.machine.saved_values import flag, number, number_list, rows
+from trivisor.machine.saving import Remembers, Saved
+from trivisor.paravirt.xen.abi import VMASST_ARCHITECTURAL_IOPL, VMASST_TYPES
 from trivisor.paravirt.xen.shared_table import INDEX, SharedFlag, SharedTable, SharedWord
 from trivisor.x86.exceptions import PAGE_FAULT
 
@@ -33,7 +35,14 @@ class Callback:
 NO_CALLBACK = Callback()
 
 
-class VcpuState:
+_CALLBACKS = ("event", "failsafe", "syscall", "syscall32", "sysenter", "nmi")
+_NUMBERS = {
+    "kernel_stack": 64, "kernel_stack_selector": 16, "iopl": 2, "cr2": 64, "cr4": 64, "runstate_area": 64,
+}  # fmt: skip
+"""Their widths in bits."""
+
+
+class VcpuState(Remembers):
     """The virtual processor beside its registers; a part of it is in a table that native code shares.
 
     Who changes `traps`, `event`, `syscall` or `assists` calls `entries_changed`.
@@ -65,6 +74,42 @@ class VcpuState:
         """Types of vm_assist that are on."""
         self.runstate_area = 0
         """Linear address, 0 for none."""
+
+    def save(self) -> Saved:
+        """All but what page tables and descriptors are used: those are the frames' (`saved_memory.py`)."""
+        return {
+            "traps": [
+                [vector, trap.address, trap.selector, trap.dpl, int(trap.clears_events)]
+                for vector, trap in self.traps.items()
+            ],
+            "callbacks": [[getattr(self, name).address, int(getattr(self, name).masks_events)] for name in _CALLBACKS],
+            "assists": sorted(self.assists),
+            "in_kernel": self.in_kernel,
+            **{name: getattr(self, name) for name in _NUMBERS},
+        }
+
+    def load(self, saved: Saved) -> None:
+        """ValueError for what no hypercall could have set."""
+        traps = rows(saved, "traps", [8, 64, 16, 2, 1], 256)
+        callbacks = rows(saved, "callbacks", [64, 1], len(_CALLBACKS))
+        if len(callbacks) != len(_CALLBACKS):
+            raise ValueError("callbacks are missing")
+        entries = [*(row[1] for row in traps), *(row[0] for row in callbacks)]
+        if not all(address >> 47 in (0, 0x1FFFF) for address in entries):
+            raise ValueError("the guest's kernel cannot be entered at what is no address")
+        self.traps = {
+            vector: Trap(address, selector | 3, dpl, bool(clears)) for vector, address, selector, dpl, clears in traps
+        }
+        for name, (address, masks) in zip(_CALLBACKS, callbacks, strict=True):
+            setattr(self, name, Callback(address, bool(masks)))
+        self.assists = set(number_list(saved, "assists", 6))
+        if not self.assists <= VMASST_TYPES:
+            raise ValueError("there are no such assists")
+        self.in_kernel = flag(saved, "in_kernel")
+        for name, bits in _NUMBERS.items():
+            setattr(self, name, number(saved.get(name), name, bits))
+        self.kernel_stack_selector |= 3
+        self.entries_changed()
 
     def entries_changed(self) -> None:
         """Tell the native code where the guest's kernel is entered now."""

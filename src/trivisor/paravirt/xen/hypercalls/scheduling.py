@@ -5,18 +5,17 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from trivisor.machine.clock import Timer
 from trivisor.machine.stop import Crash, PowerOff, Reset
 from trivisor.paravirt.xen import abi
-from trivisor.paravirt.xen.abi import EINVAL, ENOENT, ENOSYS, EPERM, ETIME, HYPERCALL_NUMBERS, VIRQ_TIMER
+from trivisor.paravirt.xen.abi import EINVAL, ENOENT, ENOSYS, EPERM, ETIME, HYPERCALL_NUMBERS
 from trivisor.paravirt.xen.errors import HypercallError
+from trivisor.paravirt.xen.timers import LONGEST_PERIOD, SHORTEST_PERIOD
 
 if TYPE_CHECKING:
     from trivisor.paravirt.xen.domain import Domain
     from trivisor.paravirt.xen.hypercalls import Handler
 
 _MOST_POLLED = 128
-_SHORTEST_PERIOD = 1_000_000
 
 
 def handlers(domain: Domain) -> dict[int, Handler]:
@@ -34,10 +33,7 @@ def handlers(domain: Domain) -> dict[int, Handler]:
 class _Scheduling:
     def __init__(self, domain: Domain) -> None:
         self._domain = domain
-        self._single: Timer | None = None
-        self._periodic: Timer | None = None
-        self._period = 0
-        self._poll: Timer | None = None
+        self._timers = domain.timers
         self._operations = {
             abi.VCPUOP_IS_UP: lambda _: 1,
             abi.VCPUOP_UP: lambda _: 0,
@@ -105,26 +101,21 @@ class _Scheduling:
         ports = frozenset(struct.unpack(f"<{count}I", domain.cpu.load(ports_at, 4 * count)))
         if any(port >= abi.EVTCHN_2L_PORTS for port in ports):
             raise HypercallError(EINVAL)
-        if self._poll is not None:
-            self._poll.cancel()
-            self._poll = None
+        self._timers.poll.stop()
         if not domain.events.poll(ports):
             return 0
         if timeout:
-            self._poll = domain.time.at(timeout, domain.events.end_poll)
+            self._timers.poll.set(timeout)
         domain.block()
         return 0
 
     # -- timers ---------------------------------------------------------------------------------------------
 
-    def _tick(self) -> None:
-        self._domain.events.raise_virq(VIRQ_TIMER)
-
     def set_timer_op(self, deadline: int, *_: int) -> int:
         """One tick of VIRQ_TIMER at a system time; 0 stops the timer."""
-        self._stop_single(0)
+        self._timers.single.stop()
         if deadline:
-            self._single = self._domain.time.at(deadline, self._tick)
+            self._timers.single.set(deadline)
         return 0
 
     def _set_single(self, argument: int) -> int:
@@ -132,36 +123,22 @@ class _Scheduling:
         deadline, flags = struct.unpack("<QI", domain.cpu.load(argument, 12))
         if flags & abi.VCPU_SSHOTTMR_FUTURE and deadline < domain.time.now():
             raise HypercallError(ETIME)
-        self._stop_single(0)
-        self._single = domain.time.at(deadline, self._tick)
+        self._timers.single.set(deadline)
         return 0
 
     def _stop_single(self, _argument: int) -> int:
-        if self._single is not None:
-            self._single.cancel()
-            self._single = None
+        self._timers.single.stop()
         return 0
 
     def _set_periodic(self, argument: int) -> int:
         (period,) = struct.unpack("<Q", self._domain.cpu.load(argument, 8))
-        if period < _SHORTEST_PERIOD or period >= 1 << 62:
+        if not SHORTEST_PERIOD <= period <= LONGEST_PERIOD:
             raise HypercallError(EINVAL)
-        self._stop_periodic(0)
-        self._period = period
-        self._next_period()
+        self._timers.start_periodic(period)
         return 0
 
-    def _next_period(self) -> None:
-        self._periodic = self._domain.time.at(self._domain.time.now() + self._period, self._period_over)
-
-    def _period_over(self) -> None:
-        self._tick()
-        self._next_period()
-
     def _stop_periodic(self, _argument: int) -> int:
-        if self._periodic is not None:
-            self._periodic.cancel()
-            self._periodic = None
+        self._timers.stop_periodic()
         return 0
 
     # -- vcpu_op --------------------------------------------------------------------------------------------

@@ -5,8 +5,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
+from trivisor.machine.saved_values import number_list
+from trivisor.machine.saving import Remembers, Saved
 from trivisor.paravirt.xen.xenstore.store import Store, Watch
-from trivisor.paravirt.xen.xenstore.tree import Permissions, StoreError, split
+from trivisor.paravirt.xen.xenstore.tree import RIGHTS, Permissions, StoreError, split
 
 HEADER = struct.Struct("<4I")
 """Type, request id, transaction id, length of what follows."""
@@ -21,7 +23,7 @@ _LONGEST_TOKEN = 256
 ) = range(23)  # fmt: skip
 
 
-class Connection:
+class Connection(Remembers):
     """One domain's connection: requests in, replies and watch events out through `send(message)`."""
 
     def __init__(self, store: Store, domain: int, send: Callable[[bytes], None]) -> None:
@@ -53,6 +55,25 @@ class Connection:
             SET_TARGET: _forbidden,
             CONTROL: _forbidden,
         }
+
+    def save(self) -> Saved:
+        return {"watches": [[*watch] for watch in self._watches], "transactions": sorted(self._own_transactions)}
+
+    def load(self, saved: Saved) -> None:
+        """Once the store has its nodes and transactions; ValueError for what the domain could not have asked for."""
+        watches = saved.get("watches")
+        if not isinstance(watches, list) or len(watches) > MOST_WATCHES:
+            raise ValueError("there are no watches")
+        try:
+            for words in watches:
+                if not isinstance(words, list) or len(words) != 2 or not all(isinstance(word, str) for word in words):
+                    raise ValueError("there is no such watch")
+                self._watch(0, "".join(f"{word}\0" for word in words).encode())
+        except StoreError as error:
+            raise ValueError(f"there is no such watch: {error}") from None
+        self._own_transactions = {*number_list(saved, "transactions", 32)}
+        if not self._own_transactions <= self._store.transactions:
+            raise ValueError("there are no such transactions")
 
     def request(self, kind: int, number: int, transaction: int, payload: bytes) -> None:
         """Serve one request."""
@@ -228,7 +249,7 @@ def _strings(payload: bytes, count: int | None) -> list[str]:
 def _permissions(words: list[str]) -> Permissions:
     found = []
     for word in words:
-        if word[:1] not in ("n", "r", "w", "b") or not word[1:].isdigit() or int(word[1:]) > 0x7FFF:
+        if word[:1] not in RIGHTS or not word[1:].isdigit() or int(word[1:]) > 0x7FFF:
             raise StoreError("EINVAL")
         found.append((int(word[1:]), word[0]))
     return tuple(found)

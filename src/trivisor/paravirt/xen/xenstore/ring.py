@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from trivisor.machine.memory import GuestMemory
+from trivisor.machine.saved_values import data, flag, part
+from trivisor.machine.saving import Remembers, Saved
 from trivisor.paravirt.xen.xenstore.protocol import HEADER, LONGEST_PAYLOAD, Connection
 from trivisor.paravirt.xen.xenstore.store import Store
 
@@ -18,7 +20,12 @@ _MOST_WAITING = 256 * 1024
 """Bytes of replies that wait for the guest to take them; a guest that lets more pile up is not served until it does."""
 
 
-class StoreRing:
+_MOST_RECEIVED = HEADER.size + LONGEST_PAYLOAD + _SIZE
+_MOST_SAVED = 16 << 20
+"""Events of watches are not held up, so more can wait."""
+
+
+class StoreRing(Remembers):
     """The domain's way to the store; `notify()` sends it an event."""
 
     def __init__(
@@ -31,6 +38,14 @@ class StoreRing:
         self._waiting = bytearray()
         self._broken = False
         self._connection = Connection(store, domain, self._send)
+
+    remembered = ("_received", "_waiting", "_broken", "_connection")
+
+    def load(self, saved: Saved) -> None:
+        self._received[:] = data(saved, "received", _MOST_RECEIVED)
+        self._waiting[:] = data(saved, "waiting", _MOST_SAVED)
+        self._broken = flag(saved, "broken")
+        self._connection.load(part(saved, "connection"))
 
     def guest_sent(self) -> None:
         """The guest has sent an event: take requests, and go on with replies that it has made room for."""

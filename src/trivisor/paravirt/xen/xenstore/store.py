@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from trivisor.machine.saved_values import number
+from trivisor.machine.saving import Remembers, Saved
 from trivisor.paravirt.xen.xenstore.tree import (
     LONGEST_VALUE,
     Node,
@@ -12,8 +15,10 @@ from trivisor.paravirt.xen.xenstore.tree import (
     StoreError,
     find,
     inherited,
+    load_tree,
     put,
     remove,
+    save_tree,
     split,
 )
 
@@ -42,7 +47,7 @@ class Watch:
     callback: WatchCallback
 
 
-class Store:
+class Store(Remembers):
     """Paths are absolute; a domain may do what the nodes' rights allow.  Methods raise StoreError."""
 
     def __init__(self) -> None:
@@ -50,6 +55,42 @@ class Store:
         self._transactions: dict[int, Transaction] = {}
         self._last_transaction = 0
         self._watches: list[Watch] = []
+
+    @property
+    def transactions(self) -> set[int]:
+        """The numbers of those that are running."""
+        return {*self._transactions}
+
+    def save(self) -> Saved:
+        """Nodes and transactions; watches are those of `Connection`."""
+        return {
+            "nodes": save_tree(self._root),
+            "last_transaction": self._last_transaction,
+            "transactions": [
+                [number, one.base is self._root, one.changed, save_tree(one.root)]
+                for number, one in self._transactions.items()
+            ],
+        }
+
+    def load(self, saved: Saved) -> None:
+        self._root = load_tree(saved.get("nodes"))
+        self._last_transaction = number(saved.get("last_transaction"), "last_transaction", 32)
+        running = saved.get("transactions")
+        if not isinstance(running, list) or len(running) > MOST_TRANSACTIONS:
+            raise ValueError("there are no transactions")
+        self._transactions = dict(self._load_transaction(row) for row in running)
+
+    def _load_transaction(self, row: Any) -> tuple[int, Transaction]:
+        if not isinstance(row, list) or len(row) != 4 or not isinstance(row[2], list):
+            raise ValueError("a transaction is none")
+        at, is_current, changed, nodes = row
+        try:
+            for path in changed:
+                split(path)
+        except (StoreError, AttributeError):
+            raise ValueError("a transaction has changed what is no path") from None
+        base = self._root if is_current is True else Node()
+        return number(at, "transaction", 32), Transaction(base, load_tree(nodes), changed)
 
     # -- reading --------------------------------------------------------------------------------------------
 

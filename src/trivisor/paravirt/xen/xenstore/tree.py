@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+from trivisor.machine.saved_values import number
 
 Permissions = tuple[tuple[int, str], ...]
 """(domain, one of n, r, w, b): the first is the owner and what everybody else may; then single domains."""
 
+RIGHTS = ("n", "r", "w", "b")
+_RIGHT = re.compile("[nrwb][0-9]{1,5}")
 LONGEST_VALUE = 2048
 LONGEST_PATH = 3072
 _CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-/_@+:.,")
@@ -44,6 +50,54 @@ class Node:
             found += node.owner == owner
             rest += node.children.values()
         return found
+
+
+def save_tree(root: Node) -> list[list[Any]]:
+    """As rows of [row of the parent, name, value, rights]; the root is the first, and its own parent."""
+    rows: list[list[Any]] = []
+    waiting = [(0, "", root)]
+    while waiting:
+        parent, name, node = waiting.pop()
+        rights = [f"{mode}{domain}" for domain, mode in node.permissions]
+        waiting += [(len(rows), below, child) for below, child in reversed([*node.children.items()])]
+        rows.append([parent, name, node.value.hex(), rights])
+    return rows
+
+
+def load_tree(rows: Any) -> Node:
+    """The root of the tree that `save_tree` gave; ValueError for what is none."""
+    if not isinstance(rows, list) or not rows:
+        raise ValueError("the store is missing")
+    made: list[tuple[dict[str, Node], int]] = []
+    root = Node()
+    for at, row in enumerate(rows):
+        if not isinstance(row, list) or len(row) != 4:
+            raise ValueError("a node of the store is none")
+        parent, name, value, rights = row
+        if not (isinstance(name, str) and isinstance(value, str) and isinstance(rights, list) and rights):
+            raise ValueError("a node of the store is none")
+        children: dict[str, Node] = {}
+        node = Node(bytes.fromhex(value), tuple(_right(word) for word in rights), children)
+        if len(node.value) > LONGEST_VALUE:
+            raise ValueError("a value in the store is too long")
+        if not at:
+            root, length = node, 0
+        else:
+            if number(parent, "parent", 32) >= at:
+                raise ValueError("a node of the store is below one that is not there")
+            above, length = made[parent]
+            length += 1 + len(name)
+            if name in above or not name or "/" in name or not _CHARACTERS.issuperset(name) or length > LONGEST_PATH:
+                raise ValueError("a node of the store has no name that it can have")
+            above[name] = node
+        made.append((children, length))
+    return root
+
+
+def _right(word: Any) -> tuple[int, str]:
+    if not isinstance(word, str) or not _RIGHT.fullmatch(word):
+        raise ValueError("a node of the store has rights that are none")
+    return number(int(word[1:]), "a domain", 15), word[0]
 
 
 def split(path: str) -> list[str]:

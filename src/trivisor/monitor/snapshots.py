@@ -52,7 +52,7 @@ PARAVIRT: Final = "paravirt"
 
 
 def check_savable(hardware: Hardware, engine: str) -> None:
-    """Raise `TechniqueUnavailable` for a Xen guest that no snapshot can be made of; `engine` is one of `plan.ENGINES`."""
+    """Raise `TechniqueUnavailable` for a Xen guest that is in no snapshot; `engine` is one of `plan.ENGINES`."""
     if hardware.xen_device:
         raise TechniqueUnavailable(f"a paravirt guest with {hardware.xen_device} cannot be put into a snapshot")
     if engine == "direct":
@@ -179,14 +179,12 @@ def _restore_xen(
     if size > MAXIMUM_RAM:
         raise ValueError("memory is too much")
     xen = make_xen_machine(size, frequency, console_output, on_stop)
+    xen.clear()
+    loading = file.begin_loading(xen.memory)
     try:
-        xen.clear()
-        loading = file.begin_loading(xen.memory)
-        try:
-            vcpu, cpu = xen_processor(xen, "translation", kept_directory() if keep else None, cpuid)
-        finally:
-            loading.finish()
+        vcpu, cpu = xen_processor(xen, "translation", kept_directory() if keep else None, cpuid)
     except BaseException:
+        loading.cancel()
         xen.close()
         raise
     machine = Assembly(xen.memory, xen.platform, vcpu, domain=xen)
@@ -194,6 +192,7 @@ def _restore_xen(
         _keep(machine, saved, keep)
         xen.domain.observers = lambda kind: vcpu.observed.get(kind, [])
         xen.domain.cpu = cpu
+        loading.finish()
         xen.load(domain)
         vcpu.state = xen.processor(given)
         # Guest time runs from here on; the domain's timers hang on it.
@@ -201,6 +200,7 @@ def _restore_xen(
         xen.platform.clock.elapsed = _integer(saved, "now")
         xen.go_on(domain, given.dr)
     except BaseException:
+        loading.cancel()
         machine.close()
         raise
     return machine

@@ -507,8 +507,8 @@ class VirtualMachine:
         `restore` makes a machine of it that goes on from here; this one can go on
         too.  The file is there whole or not at all, and only its owner may read
         it, since it has the guest's memory.  Raises OSError when it cannot be written,
-        `TechniqueUnavailable` for a PV guest with a disk, a network or direct execution, ValueError for a machine that runs a
-        command or has come to its end.
+        `TechniqueUnavailable` for a PV guest with a disk, a network or direct
+        execution, ValueError for a machine that runs a command or has come to its end.
         """
         with self._exclusively():
             if self._ended is not None:

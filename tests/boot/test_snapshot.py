@@ -147,5 +147,7 @@ def test_what_the_command_refuses(booted: Path, tmp_path: Path) -> None:
         run = subprocess.run(command(*arguments), capture_output=True, stdin=subprocess.DEVNULL, timeout=60)
         assert run.returncode == 2 and says in run.stderr, (arguments, run)
         assert run.stderr.count(b"\n") == 1 and run.stdout == b"", run
-    run = subprocess.run(command("--technique", "paravirt", "--snapshot", tmp_path / "x"), capture_output=True, timeout=60)
-    assert run.returncode == 3 and run.stderr.count(b"\n") == 1 and b"paravirt" in run.stderr
+    for more in (("--disk", booted), ("--engine", "direct")):
+        arguments = ("--technique", "paravirt", "--snapshot", tmp_path / "x", *more)
+        run = subprocess.run(command(*arguments), capture_output=True, timeout=60)
+        assert run.returncode == 3 and run.stderr.count(b"\n") == 1 and b"cannot be put into a snapshot" in run.stderr

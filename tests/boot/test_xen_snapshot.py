@@ -52,11 +52,11 @@ def test_a_shell_put_into_a_snapshot_and_taken_out(booted: Path, tmp_path: Path)
         machine.read_until("17 91\r\n", 30)
         machine.read_until(PROMPT, 30)
         machine.snapshot(tmp_path / "shell")
-        frames = machine._machine.domain.domain.frames  # type: ignore[union-attr]
+        frames = machine._machine.xen.domain.frames  # type: ignore[union-attr]
         before = [bytes(column) for column in (frames.owner, frames.kind, frames.kind_count, frames.references)]
     for _ in range(2):
         with VirtualMachine.restore(tmp_path / "shell") as machine:
-            frames = machine._machine.domain.domain.frames  # type: ignore[union-attr]
+            frames = machine._machine.xen.domain.frames  # type: ignore[union-attr]
             after = [bytes(column) for column in (frames.owner, frames.kind, frames.kind_count, frames.references)]
             assert before == after, "Linux's page tables are validated to the same counts"
             machine.write("echo $word $(cat /tmp/file)\n")

@@ -22,6 +22,7 @@ from trivisor.monitor import VirtualMachine
 from trivisor.monitor.outcome import Outcome, StopReason
 from trivisor.monitor.plan import is_multiboot
 from trivisor.monitor.sizes import format_memory
+from trivisor.monitor.techniques import TechniqueUnavailable
 
 STATUS_CANNOT_WRITE = 1
 _SETTLE_SECONDS = 0.5
@@ -130,6 +131,8 @@ def _run_on(request: Request, machine: VirtualMachine, interruption: Interruptio
             _write_snapshot(request.snapshot, machine)
         except OSError as error:  # no reason to lose the guest
             _say(f"no snapshot: {request.snapshot}: {error.strerror}")
+        except TechniqueUnavailable as error:
+            _say(f"no snapshot: {error}")
 
 
 def _check_place(path: Path) -> None:

@@ -51,7 +51,7 @@ class Assembly:
         board: Board,
         vcpu: Vcpu,
         keeper: Keeper | None = None,
-        domain: XenMachine | None = None,
+        xen: XenMachine | None = None,
     ) -> None:
         self.memory = memory
         self.board = board
@@ -64,20 +64,20 @@ class Assembly:
         """The digest that they are kept by; empty when they are not."""
         self.booted_as = b""
         """Of a restored guest: the one by which those of its boot are."""
-        self.domain = domain
+        self.xen = xen
         """The Xen guest that it all is for, if it is for one."""
         self._closed = False
 
     def statistics(self) -> dict[str, Any]:
         """The processor's counters, and those of a hypervisor of ours."""
-        return {**self.vcpu.statistics(), **({} if self.domain is None else self.domain.statistics())}
+        return {**self.vcpu.statistics(), **({} if self.xen is None else self.xen.statistics())}
 
     def close(self) -> None:
         """Give all host resources back; harmless the second time."""
         if not self._closed:
             self._closed = True
-            if self.domain is not None:
-                self.domain.close_devices()  # their threads use memory and call the vCPU
+            if self.xen is not None:
+                self.xen.close_devices()  # their threads use memory and call the vCPU
             self.vcpu.close()
             if self.keeper is not None:
                 self.keeper.close()
@@ -145,7 +145,7 @@ def _assemble_xen(
     except BaseException:
         xen.close()
         raise
-    machine = Assembly(xen.memory, xen.platform, vcpu, domain=xen)
+    machine = Assembly(xen.memory, xen.platform, vcpu, xen=xen)
     try:
         if plan.keep:
             machine.kept_as = _guest_digest(plan.kernel, b"xen")

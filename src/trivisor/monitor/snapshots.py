@@ -65,17 +65,17 @@ def remember(machine: Assembly, hardware: Hardware, waits_as: bytes) -> Saved:
     """All that a machine remembers beside its RAM; raises `TechniqueUnavailable` (`check_savable`)."""
     from trivisor.translation.cpu import TranslationVcpu
 
-    vcpu, board, domain = machine.vcpu, machine.board, machine.domain
-    if domain is not None:
+    vcpu, board, xen = machine.vcpu, machine.board, machine.xen
+    if xen is not None:
         check_savable(hardware, "translation" if isinstance(vcpu, TranslationVcpu) else "direct")
-    whole: Remembers | None = board if isinstance(board, Pc) else domain
+    whole: Remembers | None = board if isinstance(board, Pc) else xen
     assert whole is not None
     state = vcpu.state
     del state.msrs[IA32_TIME_STAMP_COUNTER]
     counter, now = tsc.read() + vcpu.tsc_offset & (1 << 64) - 1, board.clock.now()
     return {
         "technique": vcpu.technique,
-        "memory": machine.memory.size if domain is None else domain.size,
+        "memory": machine.memory.size if xen is None else xen.size,
         "devices": sorted(hardware.devices),
         "firmware": machine.firmware.hex(),
         "tsc": counter,
@@ -187,7 +187,7 @@ def _restore_xen(
         loading.cancel()
         xen.close()
         raise
-    machine = Assembly(xen.memory, xen.platform, vcpu, domain=xen)
+    machine = Assembly(xen.memory, xen.platform, vcpu, xen=xen)
     try:
         _keep(machine, saved, keep)
         xen.domain.observers = lambda kind: vcpu.observed.get(kind, [])

@@ -50,7 +50,7 @@ class SystemTime(Remembers):
         """The system time, exactly as the guest computes it from what `write` told."""
         delta = (self._tsc() - self._start) & ((1 << 64) - 1)
         delta = delta << self._shift if self._shift >= 0 else delta >> -self._shift
-        return delta * self._multiplier >> 32
+        return delta * self._multiplier >> 32 & (1 << 64) - 1
 
     def at(self, deadline: int, callback: Callable[[], None]) -> Timer:
         """Have `callback()` called once the system time reaches `deadline` (ns)."""

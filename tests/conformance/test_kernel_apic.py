@@ -19,6 +19,7 @@ from trivisor.hardware.kvm import kernel_apic
 from trivisor.hardware.kvm.kernel_apic import KernelApicVcpu, crystal_for, why_not
 from trivisor.hardware.kvm.system import System
 from trivisor.machine import tsc
+from trivisor.machine.cpuid import tsc_ratio
 from trivisor.machine.exits import Halt, Kicked, Unsupported
 from trivisor.machine.state import GPR_NAMES
 from trivisor.monitor import assembly
@@ -308,6 +309,8 @@ def test_when_kvms_apic_serves() -> None:
     assert "24 MHz" in why_not(new, 24_000_000)
     assert why_not(new, 500_000) and "SPLIT_IRQCHIP" in why_not(_Kvm("SIGNAL_MSI"), 10**9)
     assert crystal_for(old, 2_400_000_000) == 10**9
-    for frequency in (2_400_000_000, 2_096_064_000, 3_293_787_000, 4_700_001_000):
+    for frequency in (2_400_000_000, 2_096_064_000, 3_293_787_123, 4_700_001_000, 1_000_300_007):
         crystal = crystal_for(new, frequency)
-        assert 10**9 % crystal == 0 and not why_not(new, crystal)
+        denominator, numerator = tsc_ratio(frequency, crystal)
+        assert 10**9 % crystal == 0 and 10**6 <= crystal < 10**8 and not why_not(new, crystal)
+        assert abs(crystal * numerator / denominator / frequency - 1) < 1.1e-6

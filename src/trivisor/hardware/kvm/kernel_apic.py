@@ -85,12 +85,12 @@ class ApicBoard(Surroundings, Protocol):
 
 
 def crystal_for(system: System, tsc_frequency: int) -> int:
-    """The Hz of a local APIC timer's input that KVM can have, of which CPUID can tell the TSC best."""
+    """The Hz of a local APIC timer's input that KVM can have, the fastest of which CPUID can tell the TSC to 1 ppm."""
     if system.capability("X86_APIC_BUS_CYCLES_NS"):
         for nanoseconds in _SLOWER:
             crystal = _SECOND // nanoseconds
             denominator, numerator = tsc_ratio(tsc_frequency, crystal)
-            if crystal * numerator // 1000 // denominator == tsc_frequency // 1000:
+            if abs(crystal * numerator // denominator - tsc_frequency) * 1_000_000 <= tsc_frequency:
                 return crystal
     return _KVM_CRYSTAL
 

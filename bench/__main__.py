@@ -1,4 +1,4 @@
-"""`python -m bench`: compute kernels, system kernels and boots against QEMU's TCG; see README.md."""
+"""`python -m bench`: compute kernels, system kernels, boots and Xen guests against QEMU's TCG; see README.md."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import kernel_report, report, system
+from bench import kernel_report, paravirt, paravirt_report, report, system
 from bench.boot import run_boots
 from bench.compute import run_compute
 from bench.exits import print_exits, run_exits
@@ -107,7 +107,12 @@ def _exits(arguments: argparse.Namespace, said: Said) -> Shown:
     return lambda console: print_exits(console, found), found.as_json()
 
 
-_PARTS = {"compute": _compute, "system": _system, "exits": _exits, "boot": _boot}
+def _paravirt(arguments: argparse.Namespace, said: Said) -> Shown:
+    found = paravirt.run_paravirt(arguments.runs, said, qemu=not arguments.skip_qemu)
+    return lambda console: paravirt_report.print_paravirt(console, found), paravirt_report.as_json(found)
+
+
+_PARTS = {"compute": _compute, "system": _system, "exits": _exits, "boot": _boot, "paravirt": _paravirt}
 
 
 def time_starts(count: int) -> list[float]:

@@ -77,7 +77,7 @@ def run_boots(
         initrd.write_bytes(default_initramfs(guest.busybox.read_bytes()))
         statistics = Path(directory, "statistics.json")
         keeping = [
-            "env", f"XDG_CACHE_HOME={_cache_of_its_own(Path(directory, 'cache'))}",
+            "env", f"XDG_CACHE_HOME={cache_of_its_own(Path(directory, 'cache'))}",
             sys.executable, "-m", "trivisor", "run", "--technique", technique,
             "--memory", f"{MEMORY_MIB}M", "--stats-json", str(statistics),
         ]  # fmt: skip
@@ -121,7 +121,7 @@ def _restoring(keeping: list[str], snapshot: Path, said: Callable[[str], None]) 
     return restoring
 
 
-def _cache_of_its_own(directory: Path) -> Path:
+def cache_of_its_own(directory: Path) -> Path:
     """A cache directory with the default guest in it and nothing else."""
     (directory / "trivisor").mkdir(parents=True)
     (directory / "trivisor" / "debian").symlink_to(user_cache() / "debian")

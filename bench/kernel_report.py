@@ -29,17 +29,17 @@ def print_compute(console: Console, found: Comparison) -> None:
         native, warm_up = found.cycles(NATIVE, name), found.warm_up(TRIVISOR, name)
         table.add_row(
             name,
-            _number(native and native / megahertz, 0),
-            *(_number(found.ratio(machine, NATIVE, name), 2) for machine in (TRIVISOR, *peers)),
-            _number(_inverse(found.ratio(TRIVISOR, TCG, name)), 2),
-            _number(warm_up and warm_up / megahertz, 0),
+            number(native and native / megahertz, 0),
+            *(number(found.ratio(machine, NATIVE, name), 2) for machine in (TRIVISOR, *peers)),
+            number(_inverse(found.ratio(TRIVISOR, TCG, name)), 2),
+            number(warm_up and warm_up / megahertz, 0),
         )
     table.add_section()
     table.add_row(
         "geometric mean",
         "",
-        *(_number(_mean(found, machine, NATIVE), 2) for machine in (TRIVISOR, *peers)),
-        _number(_inverse(_mean(found, TRIVISOR, TCG)), 2),
+        *(number(_mean(found, machine, NATIVE), 2) for machine in (TRIVISOR, *peers)),
+        number(_inverse(_mean(found, TRIVISOR, TCG)), 2),
         "",
     )
     console.print(table)
@@ -57,7 +57,7 @@ def print_system(console: Console, found: Comparison, operations: dict[str, int]
     for name in found.names:
         each = [cycles and cycles / operations[name] for cycles in (found.cycles(m, name) for m in machines)]
         speed = _inverse(found.ratio(TRIVISOR, TCG, name))
-        table.add_row(name, *(_number(cycles, 0) for cycles in each), _number(speed, 2))
+        table.add_row(name, *(number(cycles, 0) for cycles in each), number(speed, 2))
     console.print(table)
     _print_verdicts(console, found, each=SYSTEM_EACH_MUST)
     print_memory(console, found.statistics)
@@ -89,5 +89,6 @@ def _inverse(ratio: float | None) -> float | None:
     return None if ratio is None else 1 / ratio
 
 
-def _number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int) -> str:
+    """For a table."""
     return "-" if value is None else f"{value:,.{digits}f}"

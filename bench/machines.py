@@ -15,8 +15,16 @@ from bench.process import Failed
 from trivisor.guests.test_kernel import STATUS
 
 TRIVISOR, TCG, NATIVE, UNICORN = "trivisor", "TCG", "native", "Unicorn"
-PARAVIRTUAL = {"paravirt": ("--technique", "paravirt")}
+PARAVIRTUAL = {"paravirt": ("--technique", "paravirt", "--engine", "translation")}
 """Ways of trivisor's to run a Linux that knows Xen, with their options."""
+DIRECT = "direct"
+"""A Xen guest whose ring 3 the host's processor runs in a KVM machine."""
+LINUX = {
+    "translation": ("--technique", "translation"),
+    **PARAVIRTUAL,
+    DIRECT: ("--technique", "paravirt", "--engine", "direct"),
+}
+"""All ways of trivisor's to run Debian's kernel that are compared with each other, with their options."""
 QEMU = "qemu-system-x86_64"
 _MEMORY_MIB = 64
 _LIMIT_SECONDS = 240

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class Failed(Exception):
@@ -37,15 +38,38 @@ def output_to_line(command: Sequence[str], line: bytes, *, limit: float, end_wit
     return _run(command, line, limit, end_with)[2]
 
 
-def _run(command: Sequence[str], line: bytes, limit: float, end_with: int) -> tuple[float, float, bytes]:
-    """Run it to the line: seconds by the clock, seconds of processor time, and the output."""
+def time_and_output(
+    command: Sequence[str], first: bytes, last: bytes, *, limit: float, end_with: int = signal.SIGKILL
+) -> tuple[Timing, bytes]:
+    """The times up to the line `first`, and what was printed up to the line `last`; otherwise like `time_to_line`."""
+    marks: list[Timing] = []
+    output = _run(command, last, limit, end_with, first, marks)[2]
+    return marks[0], output
+
+
+def _run(
+    command: Sequence[str],
+    line: bytes,
+    limit: float,
+    end_with: int,
+    first: bytes = b"",
+    marks: list[Timing] | None = None,
+) -> tuple[float, float, bytes]:
+    """Run it to the line: seconds by the clock, seconds of processor time, and the output.
+
+    With `marks` the times at the line `first`, which comes before, are added to them.
+    """
     started = time.perf_counter()
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
     assert process.stdout is not None
     try:
-        output = _read_until(process.stdout.fileno(), line, started + limit)
+        output = bytearray()
+        if marks is not None:
+            _read_until(process.stdout.fileno(), first, started + limit, output)
+            marks.append(Timing(time.perf_counter() - started, _processor_time(process.pid)))
+        _read_until(process.stdout.fileno(), line, started + limit, output)
         wall = time.perf_counter() - started
         os.kill(process.pid, end_with)  # not send_signal, which may reap it
         cpu = _reap(process)
@@ -60,9 +84,14 @@ def _run(command: Sequence[str], line: bytes, limit: float, end_with: int) -> tu
     return wall, cpu, bytes(output)
 
 
-def _read_until(descriptor: int, line: bytes, deadline: float) -> bytearray:
-    """What was printed up to the line, the end of the output or the deadline."""
-    output = bytearray()
+def _processor_time(pid: int) -> float:
+    """Seconds of user and system time that a process has taken, in steps of clock ticks (proc(5), /proc/pid/stat)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _read_until(descriptor: int, line: bytes, deadline: float, output: bytearray) -> None:
+    """Add to `output` what is printed up to the line, the end of the output or the deadline."""
     while line not in output[-4096 - len(line) :]:
         remaining = deadline - time.perf_counter()
         if remaining <= 0 or not select.select([descriptor], [], [], remaining)[0]:
@@ -71,7 +100,6 @@ def _read_until(descriptor: int, line: bytes, deadline: float) -> bytearray:
         if not piece:
             break
         output += piece
-    return output
 
 
 def _reap(process: subprocess.Popen[bytes]) -> float:

@@ -135,19 +135,28 @@ def fork_program() -> bytes:
     """A static ELF executable."""
     symbols = {"FORKS": FORKS, "REPETITIONS": _REPETITIONS, "MEMORY": _MEMORY}
     program = assemble(_SOURCE, origin=_ORIGIN, symbols=symbols)
+    return static_elf(program.code, _ORIGIN, program.labels["start"], len(program.code) + _MEMORY)
+
+
+def static_elf(code: bytes, origin: int, entry: int, size: int) -> bytes:
+    """An executable for Linux of one segment, to read, write and run: `size` bytes, `code` and then zeroes."""
     identity = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9)
-    header = identity + struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, program.labels["start"], 64, 0, 0, 64, 56, 1, 0, 0, 0)
-    length = len(program.code)
-    header += struct.pack("<IIQQQQQQ", 1, 7, 4096, _ORIGIN, _ORIGIN, length, length + _MEMORY, 4096)
-    return header.ljust(4096, b"\0") + program.code
+    header = identity + struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, entry, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    header += struct.pack("<IIQQQQQQ", 1, 7, 4096, origin, origin, len(code), size, 4096)
+    return header.ljust(4096, b"\0") + code
 
 
 def fork_initramfs() -> bytes:
     """The program as /init, and the console that it writes to."""
+    return initramfs_of(fork_program())
+
+
+def initramfs_of(init: bytes) -> bytes:
+    """An archive of this /init, and the console that it writes to."""
     return cpio.archive(
         [
             cpio.directory("dev"),
             cpio.character_device("dev/console", 5, 1),
-            cpio.regular("init", fork_program(), 0o755),
+            cpio.regular("init", init, 0o755),
         ]
     )

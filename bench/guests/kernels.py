@@ -21,7 +21,8 @@ RESULTS = 0x10000
 """Where the records are, from `USER` on."""
 _DATA = 0x20000
 STACK_TOP = 0x1F000
-_RECORD = 2 + REPETITIONS
+RECORD = 2 + REPETITIONS
+"""Words of one of them."""
 
 NAMES = (
     "sieve", "quicksort", "crc", "hash", "fibonacci", "indirect", "interpreter", "chase", "strings", "matrix",
@@ -170,12 +171,14 @@ class Program:
     """The function's offset."""
     exit: int
     """Offset of the code that ends the program in the guest."""
+    start: int | None = None
+    """Offset of `start`, for programs that have one of their own."""
 
     def image(self) -> bytes:
         """A multiboot kernel that runs the program in ring 3 and prints the records, one a line."""
         symbols = {
             "RESULTS": RESULTS,
-            "RECORD": _RECORD,
+            "RECORD": RECORD,
             "KERNELS": len(self.names),
             "STACK_TOP": STACK_TOP,
             "USER_MAIN": self.main,
@@ -185,22 +188,23 @@ class Program:
 
     def records(self, memory: memoryview) -> str:
         """What the image prints, from the memory at `USER`."""
-        words = memory[RESULTS : RESULTS + len(self.names) * _RECORD * 8].cast("Q").tolist()
-        lines = (words[at : at + _RECORD] for at in range(0, len(words), _RECORD))
+        words = memory[RESULTS : RESULTS + len(self.names) * RECORD * 8].cast("Q").tolist()
+        lines = (words[at : at + RECORD] for at in range(0, len(words), RECORD))
         return "".join(" ".join(f"{word:016x}" for word in line) + " \n" for line in lines)
 
 
-def program(names: Sequence[str] = NAMES) -> Program:
-    """Assemble the program with these kernels."""
+def program(names: Sequence[str] = NAMES, more: str = "") -> Program:
+    """Assemble the program with these kernels; `more` is source that has those which are not of `NAMES`."""
     rows = [f"dq {name}_prepare, {name}_run, {int(name in _NEEDS_AVX)}" for name in names]
-    families = [integer.SOURCE, control_flow.SOURCE, memory.SOURCE, floating_point.SOURCE]
+    families = [integer.SOURCE, control_flow.SOURCE, memory.SOURCE, floating_point.SOURCE, more]
     source = "\n".join([_MAIN, *rows, "dq 0", "exit: syscall", *families])
     symbols = {
-        "USER": USER, "RESULTS": RESULTS, "DATA": _DATA, "RECORD": _RECORD, "REPETITIONS": REPETITIONS,
-        "OK": OK, "ABSENT": ABSENT, "UNSTEADY": UNSTEADY,
+        "USER": USER, "RESULTS": RESULTS, "DATA": _DATA, "RECORD": RECORD, "REPETITIONS": REPETITIONS,
+        "OK": OK, "ABSENT": ABSENT, "UNSTEADY": UNSTEADY, "KERNELS": len(names),
     }  # fmt: skip
     assembled = assemble(source, bits=64, origin=USER, symbols=symbols)
     if len(assembled.code) > RESULTS:
         raise ValueError(f"the kernels are {len(assembled.code)} bytes and run into their results")
     labels = assembled.labels
-    return Program(tuple(names), assembled.code, labels["main"] - USER, labels["exit"] - USER)
+    start = labels["start"] - USER if "start" in labels else None
+    return Program(tuple(names), assembled.code, labels["main"] - USER, labels["exit"] - USER, start)

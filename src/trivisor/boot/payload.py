@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 
 from trivisor.boot.image import Image
+from trivisor.boot.pieces import Pieces
 
 _SETUP_SECTORS = 0x1F1
 _VERSION = 0x206
@@ -21,7 +22,7 @@ _LZ4_BLOCK = 8 << 20
 _LARGEST = 1 << 30
 
 
-def kernel_payload(image: Image) -> bytes:
+def kernel_payload(image: Image) -> Pieces:
     """The ELF file that a bzImage unpacks when it boots; raises ImageError."""
     head = image.head
     (version,) = struct.unpack_from("<H", head, _VERSION)
@@ -36,7 +37,9 @@ def kernel_payload(image: Image) -> bytes:
     if size > _LARGEST:
         raise image.fail(f"is damaged: its kernel would be {size >> 20} MiB; get a whole copy")
     try:
-        return _unpack(image, payload[:-4], size)
+        if payload.startswith(_LZ4_LEGACY):
+            return Pieces(_unpack_lz4(memoryview(payload)[:-4], size))
+        return Pieces([_unpack(image, payload[:-4], size)])
     except (OSError, ValueError, RuntimeError, EOFError, struct.error) as error:
         raise image.fail(f"is damaged: its kernel cannot be unpacked ({error}); get a whole copy") from error
 
@@ -62,8 +65,6 @@ def _unpack(image: Image, data: bytes, size: int) -> bytes:
         import bz2
 
         return bz2.BZ2Decompressor().decompress(data, size)
-    if data.startswith(_LZ4_LEGACY):
-        return _unpack_lz4(data, size)
     if data.startswith(b"\x28\xb5\x2f\xfd"):
         import zstandard
 
@@ -74,7 +75,7 @@ def _unpack(image: Image, data: bytes, size: int) -> bytes:
     raise image.fail(f"has a kernel packed in a way that is not known here (it begins with {data[:4].hex(' ')})")
 
 
-def _unpack_lz4(data: bytes, size: int) -> bytes:
+def _unpack_lz4(data: memoryview, size: int) -> list[bytes]:
     import lz4.block
 
     pieces: list[bytes] = []
@@ -90,4 +91,4 @@ def _unpack_lz4(data: bytes, size: int) -> bytes:
         pieces.append(block)
         at += length
         done += len(block)
-    return b"".join(pieces)
+    return pieces

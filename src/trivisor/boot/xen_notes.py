@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from trivisor.boot.image import Image, ImageKind
 from trivisor.boot.payload import kernel_payload
+from trivisor.boot.pieces import Pieces
 
 # Types of notes whose owner is "Xen".
 _ENTRY, _HYPERCALL_PAGE, _VIRT_BASE, _PADDR_OFFSET, _XEN_VERSION = 1, 2, 3, 4, 5
 _GUEST_OS, _FEATURES = 6, 10
 _INIT_P2M, _MOD_START_PFN = 15, 16
+_ELF_HEADER, _SEGMENT, _SECTION = map(struct.Struct, ("<16sHHIQQQIHHHHHH", "<IIQQQQQQ", "<IIQQQQIIQQ"))
+_ELF64_LITTLE = b"\x7fELF\2\1"
+_X86_64 = 62
+_PT_LOAD, _PT_NOTE, _SHT_NOTE = 1, 4, 7
 _NUMBERS = frozenset({_ENTRY, _HYPERCALL_PAGE, _VIRT_BASE, _PADDR_OFFSET, _INIT_P2M, _MOD_START_PFN})
 
 
@@ -21,8 +25,8 @@ _NUMBERS = frozenset({_ENTRY, _HYPERCALL_PAGE, _VIRT_BASE, _PADDR_OFFSET, _INIT_
 class XenKernel:
     """What a domain builder needs of a kernel; addresses without "linear" are the domain's own physical ones."""
 
-    segments: tuple[tuple[int, bytes], ...]
-    """(address, content) of each loaded part; what follows up to `end` is zero."""
+    segments: tuple[tuple[int, memoryview], ...]
+    """(address, content) of each loaded part; what lies between them and follows up to `end` is zero."""
     start: int
     end: int
     entry: int
@@ -50,10 +54,10 @@ def read_xen_kernel(image: Image) -> XenKernel:
         data = kernel_payload(image)
     else:
         with image.stream() as stream:
-            data = stream.read()
+            data = Pieces([stream.read()])
     try:
         entry, loads, notes = _parse(data)
-    except Exception as error:  # pyelftools raises much besides ELFError on damaged files
+    except ValueError as error:
         raise image.fail("has a damaged or truncated ELF header; get a whole copy") from error
     if not notes:
         raise image.fail("has no Xen notes: it is no kernel for Xen (Linux: CONFIG_XEN_PV=y)")
@@ -65,12 +69,13 @@ def read_xen_kernel(image: Image) -> XenKernel:
         raise image.fail(f'is for Xen\'s interface "{version}", not "xen-3.0"')
     base = numbers.get(_VIRT_BASE, 0)
     offset = numbers.get(_PADDR_OFFSET, base)
-    segments = tuple((address - offset, content) for address, content, _ in loads)
-    start, end = min(a for a, _ in segments), max(address - offset + size for address, _, size in loads)
-    if not segments or start < 0 or end > 1 << 40:
+    if not loads:
+        raise image.fail("has no loadable segment (PT_LOAD): it is an object file, not a linked kernel")
+    start, end = min(one.address for one in loads) - offset, max(one.address + one.size for one in loads) - offset
+    if start < 0 or end > 1 << 40:
         raise image.fail("is damaged: its segments lie outside of what its notes tell of")
     return XenKernel(
-        segments=segments,
+        segments=tuple(_placed(loads, offset)),
         start=start,
         end=end,
         entry=numbers.get(_ENTRY, entry),
@@ -83,30 +88,51 @@ def read_xen_kernel(image: Image) -> XenKernel:
     )
 
 
-def _parse(data: bytes) -> tuple[int, list[tuple[int, bytes, int]], dict[int, bytes]]:
-    """(entry, (physical address, content, size in memory) of each PT_LOAD, Xen's notes by type)."""
-    from elftools.elf.elffile import ELFFile
-    from elftools.elf.sections import NoteSection
+def _placed(loads: list[_Load], offset: int) -> Iterator[tuple[int, memoryview]]:
+    """Each part of the segments, and where in the domain's memory it goes."""
+    for load in loads:
+        address = load.address - offset
+        for part in load.content:
+            yield address, part
+            address += len(part)
 
-    elf = ELFFile(io.BytesIO(data))
-    if elf.elfclass != 64 or elf.header["e_machine"] != "EM_X86_64":
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """A PT_LOAD segment: its physical address, what the file has of it, its size in memory."""
+
+    address: int
+    content: list[memoryview]
+    size: int
+
+
+def _parse(data: Pieces) -> tuple[int, list[_Load], dict[int, bytes]]:
+    """(entry, what is loaded, Xen's notes by type); raises ValueError (System V gABI, chapters 4 and 5)."""
+    header = _ELF_HEADER.unpack(data.read(0, _ELF_HEADER.size))
+    identity, _, machine, _, entry, segments, sections = header[:7]
+    segment_size, count, section_size, section_count = header[9:13]
+    if not identity.startswith(_ELF64_LITTLE) or machine != _X86_64 or (count and segment_size != _SEGMENT.size):
         raise ValueError("not an x86-64 file")
-    loads: list[tuple[int, bytes, int]] = []
+    loads: list[_Load] = []
     notes: dict[int, bytes] = {}
-    for segment in elf.iter_segments():
-        header: Any = segment.header
-        if header["p_type"] == "PT_LOAD" and header["p_memsz"]:
-            content = data[header["p_offset"] : header["p_offset"] + header["p_filesz"]]
-            if len(content) != header["p_filesz"] or header["p_filesz"] > header["p_memsz"]:
-                raise ValueError("truncated")
-            loads.append((header["p_paddr"], content, header["p_memsz"]))
-        elif header["p_type"] == "PT_NOTE":
-            notes |= _notes(data[header["p_offset"] : header["p_offset"] + header["p_filesz"]])
-    if not notes:  # older kernels and small ones have them in a section alone
-        for section in elf.iter_sections():
-            if isinstance(section, NoteSection):
-                notes |= _notes(section.data())
-    return elf.header["e_entry"], loads, notes
+    for kind, _, offset, _, physical, in_file, in_memory, _ in _SEGMENT.iter_unpack(
+        data.read(segments, count * _SEGMENT.size)
+    ):
+        if kind == _PT_LOAD and in_memory:
+            if in_file > in_memory:
+                raise ValueError("a segment is larger in the file than in memory")
+            loads.append(_Load(physical, data.views(offset, in_file), in_memory))
+        elif kind == _PT_NOTE:
+            notes |= _notes(data.read(offset, in_file))
+    if not notes and section_count:  # older kernels and small ones have them in a section alone
+        if section_size != _SECTION.size:
+            raise ValueError("not an x86-64 file")
+        for _, kind, _, _, offset, size, *_ in _SECTION.iter_unpack(
+            data.read(sections, section_count * _SECTION.size)
+        ):
+            if kind == _SHT_NOTE:
+                notes |= _notes(data.read(offset, size))
+    return entry, loads, notes
 
 
 def _notes(data: bytes) -> dict[int, bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import random
 import struct
 from collections.abc import Callable
 
@@ -97,3 +98,32 @@ def test_a_damaged_payload(write_image, bzimage) -> None:
         struct.pack_into("<II", image, 0x248, 0, len(payload))
         with pytest.raises(ImageError):
             read(write_image, bytes(image))
+
+
+def test_segments_and_notes_in_several_blocks(write_image, bzimage) -> None:
+    """LZ4's blocks are 8 MiB: what crosses them is loaded whole."""
+    code, raw = random.Random(1).randbytes((8 << 20) + 5000), kernel(NOTES)[64 + 2 * 56 + 300 :]
+    header = kernel(NOTES)[:64]
+    load = struct.pack("<IIQQQQQQ", 1, 7, 176, BASE + 0x1000000, 0x1000000, len(code), len(code) + 9, 1)
+    note = struct.pack("<IIQQQQQQ", 4, 4, 176 + len(code), 0, 0, len(raw), len(raw), 4)
+    elf = header + load + note + code + raw
+    payload = lz4_legacy(elf) + struct.pack("<I", len(elf))
+    image = bytearray(bzimage(payload))
+    struct.pack_into("<II", image, 0x248, 0, len(payload))
+    found = read(write_image, bytes(image))
+    assert [address for address, _ in found.segments] == [0x1000000, 0x1000000 + (8 << 20) - 176]
+    assert b"".join(content for _, content in found.segments) == code
+    assert (found.start, found.end) == (0x1000000, 0x1000000 + len(code) + 9)
+    assert found.guest_os == "linux"
+
+
+def test_damaged_headers_are_told_in_one_line(write_image) -> None:
+    good, chance = kernel(NOTES), random.Random(2)
+    for _ in range(300):
+        data = bytearray(good[: chance.randrange(64, len(good) + 1)])
+        for _ in range(chance.randrange(4)):
+            data[chance.randrange(16, min(len(data), 176))] = chance.choice((0, 1, 7, 0x80, 0xFF))
+        try:
+            read(write_image, bytes(data))
+        except ImageError as error:
+            assert "\n" not in str(error)

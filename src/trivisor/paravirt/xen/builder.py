@@ -125,7 +125,7 @@ class DomainBuilder:
             console_frame=self._frames_of[console],
         )
 
-    def _write(self, address: int, data: bytes) -> None:
+    def _write(self, address: int, data: bytes | memoryview) -> None:
         """Put `data` at an address in the domain's own memory, page by page where its frames lie."""
         memory, at = self._frames.memory, 0
         view = memoryview(data)

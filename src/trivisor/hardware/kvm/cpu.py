@@ -314,11 +314,11 @@ class KvmVcpu:
             pass
         self._look = True
 
-    def _serve(self) -> Exit | None:
-        """Timers, kicks and interrupts."""
-        run_bytes, board = self._run_bytes, self.board
+    def _look_around(self) -> Kicked | None:
+        """Timers and kicks."""
+        board = self.board
         self._look = False
-        run_bytes[_IMMEDIATE_EXIT] = 0  # a kick from now on either is seen below or sets it again
+        self._run_bytes[_IMMEDIATE_EXIT] = 0  # a kick from now on either is seen below or sets it again
         board.clock.run_due()
         deadline = board.clock.next_deadline()
         if deadline is not None:
@@ -327,6 +327,13 @@ class KvmVcpu:
             self._kicked = False
             self._look = True
             return Kicked()
+        return None
+
+    def _serve(self) -> Exit | None:
+        """Timers, kicks and interrupts."""
+        if (kicked := self._look_around()) is not None:
+            return kicked
+        run_bytes, board = self._run_bytes, self.board
         waits = bool(self.injected) or board.interrupts.pending()
         if waits and self._may_inject():
             self._inject(self.injected.pop(0) if self.injected else board.interrupts.acknowledge())

@@ -250,18 +250,9 @@ class DirectVcpu(KvmVcpu):
 
     def _serve(self) -> Exit | None:
         """Timers, kicks and interrupts."""
-        run_bytes, board = self._run_bytes, self.board
-        self._look = False
-        run_bytes[_IMMEDIATE_EXIT] = 0  # a kick from now on either is seen below or sets it again
-        board.clock.run_due()
-        deadline = board.clock.next_deadline()
-        if deadline is not None:
-            self._on_earlier(deadline)
-        if self._kicked or board.stop_reason is not None:
-            self._kicked = False
-            self._look = True
-            return Kicked()
-        return self._after(self.supervisor.interrupt()) if board.interrupts.pending() else None
+        if (kicked := self._look_around()) is not None:
+            return kicked
+        return self._after(self.supervisor.interrupt()) if self.board.interrupts.pending() else None
 
     def _after(self, exit_: Exit | None) -> Exit | None:
         """What comes of a call of the supervisor's."""

@@ -34,6 +34,7 @@ cd /
 umount /disk
 """
 READ = """
+dmesg | grep -o "Grant tables using version .*"
 mkdir /disk
 mount -t ext4 -o ro /dev/xvda /disk
 cd /disk
@@ -56,8 +57,8 @@ done
 """
 
 
-def run(disk: str, script: str) -> tuple[list[str], dict[str, int]]:
-    with VirtualMachine(disks=[disk], command=["sh", "-c", script]) as machine:
+def run(disk: str, script: str, append: str | None = None) -> tuple[list[str], dict[str, int]]:
+    with VirtualMachine(disks=[disk], command=["sh", "-c", script], append=append) as machine:
         assert machine.technique == "paravirt", "a disk is for Xen guests"
         outcome = machine.run(timeout=300)
         assert outcome.status == 0, (outcome, machine.output)
@@ -73,7 +74,8 @@ def test_files_are_there_in_the_next_run(debian: DefaultGuest, tmp_path: Path) -
     assert counts["writes"] > 0 and counts["flushes"] > 0 and counts["bytes written"] > 4 * MIB
     assert "failed" not in counts and "refused" not in counts
     whole = hashlib.sha256(image.read_bytes()).hexdigest()
-    read, counts = run(f"{image},readonly", READ)
+    (version, *read), counts = run(f"{image},readonly", READ, append="grant_table.version=2")
+    assert version == "Grant tables using version 2 layout"
     assert read[:2] == ["random: OK", "busybox: OK"]
     assert read[2:4] == written[3:5]
     assert read[3].split()[0] == hashlib.sha256(debian.busybox.read_bytes()).hexdigest()

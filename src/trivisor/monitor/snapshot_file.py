@@ -30,7 +30,7 @@ import zstandard
 from trivisor.machine.memory import PAGE_SIZE, GuestMemory
 from trivisor.machine.saving import Saved
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Grows with every change that an older version would misread."""
 MAGIC: Final = b"trivisor machine"
 _HEADER = Struct("<16sIIQQ32s")

@@ -139,8 +139,8 @@ def test_only_a_guest_that_waits_takes_a_command(spinning: Path) -> None:
         (b"\x7fELF" + bytes(1000), "no snapshot"),
         (MAGIC, "damaged"),
         (MAGIC + bytes(100), "format 0"),
-        (MAGIC + (2).to_bytes(4, "little") + bytes(100), "format 2; this version reads format 1"),
-        (MAGIC + (1).to_bytes(4, "little") + b"\xff" * 100, "damaged"),
+        (MAGIC + (1).to_bytes(4, "little") + bytes(100), "format 1; this version reads format 2"),
+        (MAGIC + (2).to_bytes(4, "little") + b"\xff" * 100, "damaged"),
     ],
 )
 def test_foreign_and_other_formats(tmp_path: Path, content: bytes, says: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from trivisor.machine.memory import PAGE_SIZE, GuestMemory
 from trivisor.paravirt.xen.abi import EBUSY, EINVAL, ENOMEM, EPERM
@@ -160,10 +160,33 @@ class Frames:
         self.kind[frame] = WRITABLE if writable else NONE
         self.kind_count[frame] = 1
 
-    def hold_writable(self, frame: int) -> None:
-        """Xen itself writes to this frame of the domain's from now on: it stays writable memory."""
+    def unshare(self, frames: Sequence[int]) -> None:
+        """What `share` shared is Xen's alone again; EBUSY, and nothing has changed, while the domain uses any of it."""
+        if any(self.references[frame] != 1 for frame in frames):
+            raise HypercallError(EBUSY, "a shared frame is in use")
+        for frame in frames:
+            self.owner[frame] = XEN
+            self.references[frame] = self.kind_count[frame] = 0
+            self.kind[frame] = NONE
+
+    def hold(self, frame: int, *, writable: bool) -> None:
+        """Use a frame of the domain's, which stays its, and writable memory if `writable`, until `let_go`.
+
+        EPERM if it is not the domain's, EINVAL while it is a page table or descriptors; then nothing has changed.
+        """
         self.get(frame)
-        self.get_writable(frame)
+        if writable:
+            try:
+                self.get_writable(frame)
+            except HypercallError:
+                self.put(frame)
+                raise
+
+    def let_go(self, frame: int, *, writable: bool) -> None:
+        """What `hold` held is used no more."""
+        if writable:
+            self.put_writable(frame)
+        self.put(frame)
 
     def owns(self, frame: int) -> bool:
         """Whether the domain owns a frame, or Xen shares it with the domain."""

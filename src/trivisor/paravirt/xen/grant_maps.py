@@ -7,16 +7,16 @@ it has made: what the guest does to the entry changes nothing of the mapping.
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trivisor.machine.memory import PAGE_SIZE
 from trivisor.machine.saved_values import rows
 from trivisor.machine.saving import Remembers, Saved
 from trivisor.paravirt.xen import abi
 from trivisor.paravirt.xen.errors import HypercallError
 from trivisor.paravirt.xen.frames import L1
-from trivisor.paravirt.xen.grants import BACK_END_DOMAIN, GrantError
+from trivisor.paravirt.xen.grants import BACK_END_DOMAIN, ActiveGrant, GrantError
 from trivisor.paravirt.xen.page_tables import ACCESSED, DIRTY, PRESENT, USER, WRITE, entry_frame
 from trivisor.paravirt.xen.walk import entry_address
 
@@ -25,16 +25,12 @@ if TYPE_CHECKING:
 
 _MOST = 8192
 """Mappings at a time."""
-_ENTRY = struct.Struct("<HHI")
 _COMPARED = PRESENT | WRITE
-
-
-class GrantFailure(Exception):
-    """An operation on a grant fails with `status`, one of abi.GNTST_*."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(f"grant status {status}")
-        self.status = status
+_AVAILABLE, _AVAILABLE_SHIFT = 7, 9
+"""The bits of a page-table entry that are the guest's own."""
+_KEPT = 31
+"""Of the flags of a mapping: what it is, without the bits that the guest wants in the entry."""
+_WAYS = (abi.GNTMAP_HOST_MAP, abi.GNTMAP_DEVICE_MAP)
 
 
 @dataclass(slots=True)
@@ -68,86 +64,80 @@ class GrantMaps(Remembers):
 
     def load(self, saved: Saved) -> None:
         """Mappings take their references again; ValueError for what the domain cannot have mapped."""
-        for handle, reference, frame, flags in rows(saved, "mappings", [13, 32, 40, 16], _MOST):
+        grants = self._domain.grants
+        for handle, reference, frame, flags in rows(saved, "mappings", [13, 32, 40, 5], _MOST):
             if handle in self.mappings or not flags & (abi.GNTMAP_HOST_MAP | abi.GNTMAP_DEVICE_MAP):
                 raise ValueError(f"handle {handle} is not of one mapping")
             mapping = Mapping(reference, frame, flags)
+            new = ActiveGrant(self._domain.number, frame, 0, PAGE_SIZE, False)
+            active = grants.active.get(reference, new)
+            if active.frame != frame:
+                raise ValueError(f"grant {reference} is of two frames")
             try:
-                self._domain.grants.entry_address(reference)
+                grants.entry_address(reference)
                 self._hold(mapping)
-            except (GrantError, GrantFailure) as error:
+            except GrantError as error:
                 raise ValueError(str(error)) from None
+            grants.enter(reference, active, write=mapping.writable)
             self.mappings[handle] = mapping
 
     # -- mapping --------------------------------------------------------------------------------------------
 
-    def map(self, host_address: int, flags: int, reference: int, granter: int, own_id: int) -> tuple[int, int]:
-        """(handle, frame) of a new mapping of a grant of `granter`'s; raises GrantFailure."""
+    def map(self, host_address: int, flags: int, reference: int, granter: int) -> tuple[int, int]:
+        """(handle, frame) of a new mapping of a grant of `granter`'s; raises GrantError."""
         if not flags & (abi.GNTMAP_HOST_MAP | abi.GNTMAP_DEVICE_MAP):
-            raise GrantFailure(abi.GNTST_BAD_GNTREF)
-        if granter not in (BACK_END_DOMAIN, own_id, abi.DOMID_SELF):
-            raise GrantFailure(abi.GNTST_BAD_DOMAIN)
+            raise GrantError("it is to be mapped nowhere", abi.GNTST_BAD_GNTREF)
+        domain = self._domain
+        if granter not in (BACK_END_DOMAIN, domain.number, abi.DOMID_SELF):
+            raise GrantError("there is no such domain", abi.GNTST_BAD_DOMAIN)
         handle = next((number for number in range(_MOST) if number not in self.mappings), None)
         if handle is None:
-            raise GrantFailure(abi.GNTST_NO_SPACE)
-        try:
-            at = self._domain.grants.entry_address(reference)
-        except GrantError:
-            raise GrantFailure(abi.GNTST_BAD_GNTREF) from None
+            raise GrantError("too many mappings", abi.GNTST_NO_SPACE)
+        domain.grants.entry_address(reference)
         if granter == BACK_END_DOMAIN:
-            raise GrantFailure(abi.GNTST_GENERAL_ERROR)  # it has granted nothing
-        frame = self._granted(at, own_id, write=not flags & abi.GNTMAP_READONLY)
-        mapping = Mapping(reference, frame, flags)
-        self._hold(mapping)
-        if flags & abi.GNTMAP_HOST_MAP:
-            try:
-                place = self._entry(host_address, flags)
-                user = USER if flags & abi.GNTMAP_APPLICATION_MAP else 0
-                self._domain.tables.change(*place, frame << 12 | mapping.rights | user | ACCESSED | DIRTY)
-            except (HypercallError, GrantFailure):
-                self._release(mapping, flags)
-                raise GrantFailure(abi.GNTST_GENERAL_ERROR) from None
+            raise GrantError("it has granted nothing")
+        write = not flags & abi.GNTMAP_READONLY
+        mapping = Mapping(reference, domain.grants.acquire(reference, domain.number, write=write).frame, flags & _KEPT)
+        try:
+            self._hold(mapping)
+            if flags & abi.GNTMAP_HOST_MAP:
+                self._make_entry(mapping, host_address, flags)
+        except GrantError:
+            domain.grants.release(reference, write=write)
+            raise
         self.mappings[handle] = mapping
-        self._mark(mapping)
-        return handle, frame
-
-    def _granted(self, at: int, own_id: int, *, write: bool) -> int:
-        """The frame that the entry at physical `at` grants to this domain."""
-        flags, grantee, frame = _ENTRY.unpack(self._domain.view[at : at + _ENTRY.size])
-        if flags & abi.GTF_TYPE_MASK != abi.GTF_PERMIT_ACCESS or grantee != own_id:
-            raise GrantFailure(abi.GNTST_GENERAL_ERROR)
-        if write and flags & abi.GTF_READONLY:
-            raise GrantFailure(abi.GNTST_GENERAL_ERROR)
-        return int(frame)
+        return handle, mapping.frame
 
     def _hold(self, mapping: Mapping) -> None:
         """References for each way in which it is mapped; GNTST_bad_page or general_error."""
-        frames = self._domain.frames
+        if not self._domain.frames.owns(mapping.frame):
+            raise GrantError("the frame is not the domain's", abi.GNTST_BAD_PAGE)
         held = 0
-        for way in (abi.GNTMAP_HOST_MAP, abi.GNTMAP_DEVICE_MAP):
-            if not mapping.flags & way:
-                continue
-            try:
-                frames.get(mapping.frame)
-            except HypercallError:
-                self._release(mapping, held)
-                raise GrantFailure(abi.GNTST_BAD_PAGE) from None
-            if mapping.writable:
+        for way in _WAYS:
+            if mapping.flags & way:
                 try:
-                    frames.get_writable(mapping.frame)
-                except HypercallError:
-                    frames.put(mapping.frame)
-                    self._release(mapping, held)
-                    raise GrantFailure(abi.GNTST_GENERAL_ERROR) from None
-            held |= way
+                    self._domain.frames.hold(mapping.frame, writable=mapping.writable)
+                except HypercallError as error:
+                    self._let_go(mapping, held)
+                    raise GrantError(str(error)) from None
+                held |= way
 
-    def _release(self, mapping: Mapping, ways: int) -> None:
-        frames = self._domain.frames
-        for way in (abi.GNTMAP_HOST_MAP, abi.GNTMAP_DEVICE_MAP):
+    def _let_go(self, mapping: Mapping, ways: int) -> None:
+        for way in _WAYS:
             if ways & way:
-                if mapping.writable:
-                    frames.put_writable(mapping.frame)
-                frames.put(mapping.frame)
+                self._domain.frames.let_go(mapping.frame, writable=mapping.writable)
+
+    def _make_entry(self, mapping: Mapping, host_address: int, flags: int) -> None:
+        """The page-table entry of a mapping that is held; without one it is held no more."""
+        bits = (flags >> abi.GNTMAP_GUEST_AVAIL_SHIFT & _AVAILABLE) << _AVAILABLE_SHIFT | ACCESSED | DIRTY
+        if flags & abi.GNTMAP_APPLICATION_MAP:
+            bits |= USER
+        try:
+            place = self._entry(host_address, flags)
+            self._domain.tables.change(*place, mapping.frame << 12 | mapping.rights | bits)
+        except (HypercallError, GrantError) as error:
+            self._let_go(mapping, mapping.flags)
+            raise GrantError(str(error)) from None
 
     def _entry(self, host_address: int, flags: int) -> tuple[int, int]:
         """(table, index) of the level-1 entry that an operation means: by linear address, or by its own."""
@@ -155,34 +145,23 @@ class GrantMaps(Remembers):
         if flags & abi.GNTMAP_CONTAINS_PTE:
             table = host_address >> 12
             if host_address & 7 or not domain.frames.owns(table):
-                raise GrantFailure(abi.GNTST_GENERAL_ERROR)
+                raise GrantError("there is no page-table entry at that address")
             found: tuple[int, int] | None = (table, host_address >> 3 & 511)
         else:
             found = entry_address(domain, host_address)
         if found is None or domain.frames.kind[found[0]] != L1 or not domain.frames.kind_count[found[0]]:
-            raise GrantFailure(abi.GNTST_GENERAL_ERROR)
+            raise GrantError("there is no entry of a level-1 table")
         return found
-
-    def _mark(self, mapping: Mapping) -> None:
-        """Show in the grant's entry whether it is in use, as all its mappings together have it."""
-        used = 0
-        for other in self.mappings.values():
-            if other.reference == mapping.reference:
-                used |= abi.GTF_READING | (abi.GTF_WRITING if other.writable else 0)
-        at = self._domain.grants.entry_address(mapping.reference)
-        view = self._domain.view
-        flags = int.from_bytes(view[at : at + 2], "little") & ~(abi.GTF_READING | abi.GTF_WRITING)
-        view[at : at + 2] = (flags | used).to_bytes(2, "little")
 
     # -- unmapping ------------------------------------------------------------------------------------------
 
     def unmap(self, host_address: int, bus_address: int, handle: int) -> None:
-        """Undo the mapping at `host_address`, at `bus_address`, or both (0: neither); raises GrantFailure."""
+        """Undo the mapping at `host_address`, at `bus_address`, or both (0: neither); raises GrantError."""
         mapping = self._get(handle)
         ways = 0
         if bus_address and mapping.flags & abi.GNTMAP_DEVICE_MAP:
             if bus_address != mapping.frame << 12:
-                raise GrantFailure(abi.GNTST_GENERAL_ERROR)
+                raise GrantError("it is not at that bus address", abi.GNTST_BAD_DEV_ADDR)
             ways |= abi.GNTMAP_DEVICE_MAP
         if host_address and mapping.flags & abi.GNTMAP_HOST_MAP:
             self._domain.tables.change(*self._mapped(mapping, host_address), 0)
@@ -193,7 +172,7 @@ class GrantMaps(Remembers):
         """Undo a mapping, and have the entry at `new_address` take its place."""
         mapping = self._get(handle)
         if mapping.flags & abi.GNTMAP_CONTAINS_PTE or not mapping.flags & abi.GNTMAP_HOST_MAP:
-            raise GrantFailure(abi.GNTST_GENERAL_ERROR)
+            raise GrantError("it has no linear address")
         tables, words = self._domain.tables, self._domain.frames.words
         place = self._mapped(mapping, host_address)
         if not new_address:
@@ -209,7 +188,7 @@ class GrantMaps(Remembers):
     def _get(self, handle: int) -> Mapping:
         mapping = self.mappings.get(handle)
         if mapping is None:
-            raise GrantFailure(abi.GNTST_BAD_HANDLE)
+            raise GrantError("no such handle", abi.GNTST_BAD_HANDLE)
         return mapping
 
     def _mapped(self, mapping: Mapping, host_address: int) -> tuple[int, int]:
@@ -217,14 +196,14 @@ class GrantMaps(Remembers):
         place = self._entry(host_address, mapping.flags)
         entry = self._domain.frames.words[place[0] * 512 + place[1]]
         if entry_frame(entry) != mapping.frame or (entry ^ mapping.rights) & _COMPARED:
-            raise GrantFailure(abi.GNTST_GENERAL_ERROR)
+            raise GrantError("the entry is not the mapping's any more")
         return place
 
     def _end(self, handle: int, mapping: Mapping, ways: int) -> None:
         mapping.flags &= ~ways
         if not mapping.flags & (abi.GNTMAP_HOST_MAP | abi.GNTMAP_DEVICE_MAP):
             del self.mappings[handle]
-            self._mark(mapping)
-        self._release(mapping, ways)
+            self._domain.grants.release(mapping.reference, write=mapping.writable)
+        self._let_go(mapping, ways)
         if ways & abi.GNTMAP_HOST_MAP:
             self._domain.flush()

@@ -96,7 +96,7 @@ class XenMachine(Remembers):
             lambda frame: self.domain.cpu.memory_written(frame * PAGE_SIZE, PAGE_SIZE),
             lambda *changed: self.domain.cpu.entry_changed(*changed),
         )  # fmt: skip
-        grants = GrantTable(frames, own.grant_frames)
+        grants = GrantTable(frames, own.grant_frames, own.status_frames)
         self.domain = Domain(self.platform, frames, own, tables, self.events, grants, time, console_output)
         self.domain.pages = pages
         self.store = Store()
@@ -151,7 +151,7 @@ class XenMachine(Remembers):
         builder = DomainBuilder(kernel, image, self._frames, own, self._tables, frames_of)
         started = builder.build(initrd, command_line, store_port, console_port)
         for frame in (started.store_frame, started.console_frame):
-            self._frames.hold_writable(frame)
+            self._frames.hold(frame, writable=True)
         self._rings = (started.console_frame, console_port, started.store_frame, store_port)
         console, ring = self._make_rings()
         events.bind_back_end(console_port, console.guest_sent)
@@ -212,8 +212,8 @@ class XenMachine(Remembers):
         events.load(part(saved, "events"))
         rings = numbers(saved, "rings", [40, 12, 40, 12])
         self._rings = (rings[0], rings[1], rings[2], rings[3])
+        domain.grants.load(part(saved, "grants"))  # first: the guest may have mapped its status frames
         load_memory(domain, part(saved, "memory"), [rings[0], rings[2]])
-        domain.grants.load(part(saved, "grants"))
         domain.grant_maps.load(part(saved, "grant_maps"))
         check_memory(domain, part(saved, "memory"))
         domain.vcpu_info_moved()

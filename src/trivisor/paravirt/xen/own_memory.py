@@ -1,9 +1,10 @@
 """Xen's own part of the machine's memory: what the guest sees of it, and the page tables that show it.
 
 It lies at the bottom of the machine: the page shared with the domain, the
-grant table's frames, the machine-to-physical table, Xen's page of the GDT, and
-the page tables for Xen's entries of every level-4 table: the
-machine-to-physical table, read-only, and the domain's descriptor tables.
+grant table's frames and those of its status, Xen's page of the GDT, the
+machine-to-physical table, and the page tables for Xen's entries of every
+level-4 table: the machine-to-physical table, read-only, and the domain's
+descriptor tables.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from trivisor.paravirt.xen.abi import (
     MACH2PHYS_VIRT_START,
 )
 from trivisor.paravirt.xen.frames import XEN, Frames
+from trivisor.paravirt.xen.grants import status_frames
 
 GRANT_FRAMES = 64
-"""Of the grant table, at most."""
+"""Of the grant table, at most: Xen's own default."""
+STATUS_FRAMES = status_frames(GRANT_FRAMES)
+"""Of the grant table's status, in its version 2."""
 NO_FRAME = (1 << 64) - 1
 """What the machine-to-physical table has for frames that are not the domain's memory."""
 
@@ -47,7 +51,7 @@ def own_size(domain_size: int) -> int:
     """Bytes of memory that Xen needs beside a domain of that size: a whole number of pages."""
     span = domain_size + (1 << 30 if domain_size + (64 << 20) > LOW_RAM_LIMIT else 0)
     table = span // PAGE_SIZE * 8
-    return (GRANT_FRAMES + 16 + 2 * (table // PAGE_SIZE) + table // (PAGE_SIZE * 512)) * PAGE_SIZE
+    return (GRANT_FRAMES + STATUS_FRAMES + 16 + 2 * (table // PAGE_SIZE) + table // (PAGE_SIZE * 512)) * PAGE_SIZE
 
 
 class OwnMemory:
@@ -61,6 +65,8 @@ class OwnMemory:
         self.grant_frames = [self._take() for _ in range(GRANT_FRAMES)]
         for frame in (self.shared_info, *self.grant_frames):
             frames.share(frame, writable=True)
+        self.status_frames = [self._take() for _ in range(STATUS_FRAMES)]
+        """Shared only while the grant table is of version 2."""
         gdt = self._gdt = self._take()
         self._map_at = self._take(-(-8 * frames.count // PAGE_SIZE)) * 512
         self.entries = frames.count

@@ -59,7 +59,7 @@ def load_memory(domain: Domain, saved: Saved, written: list[int]) -> None:
         raise ValueError("it runs in user mode without page tables for that")
     try:
         for frame in written:
-            frames.hold_writable(frame)
+            frames.hold(frame, writable=True)
         for frame, level in rows(saved, "pinned", [_FRAME, 3], frames.count):
             if not L1 <= level <= L4:
                 raise ValueError(f"there are no page tables of level {level}")
@@ -70,7 +70,7 @@ def load_memory(domain: Domain, saved: Saved, written: list[int]) -> None:
         for frame in gdt:
             tables.get_kind(frame, DESCRIPTORS)
         if domain.events.vcpu_info // PAGE_SIZE != own.shared_info:
-            frames.hold_writable(domain.events.vcpu_info // PAGE_SIZE)
+            frames.hold(domain.events.vcpu_info // PAGE_SIZE, writable=True)
     except HypercallError as error:
         raise ValueError(f"no domain can use its memory so: {error}") from None
     state.kernel_root, state.user_root, state.gdt_frames = kernel_root, user_root, gdt

@@ -12,6 +12,16 @@ from trivisor.paravirt.xen import abi
 from trivisor.paravirt.xen.domain import OWN_ID
 
 
+def write_grant(
+    guest: Guest, reference: int, flags: int, domain: int, frame: int, start: int = 0, length: int = 0
+) -> None:
+    """Write an entry of the grant table, in the layout that is in effect."""
+    grants = guest.domain.grants
+    first = struct.pack("<HH", flags, domain)
+    rest = struct.pack("<HHQ", start, length, frame) if grants.version == 2 else struct.pack("<I", frame)
+    guest.domain.memory.write(grants.entry_address(reference), first + rest)
+
+
 class FrontEnd:
     """The device `kind`/`number` of a `guest`."""
 
@@ -34,14 +44,12 @@ class FrontEnd:
     def grant(self, frame: int, flags: int = abi.GTF_PERMIT_ACCESS, domain: int = 0) -> int:
         """Grant a frame; the grant's reference."""
         self.last_grant += 1
-        self.memory.write(self.entry(self.last_grant), struct.pack("<HHI", flags, domain, frame))
+        write_grant(self.guest, self.last_grant, flags, domain, frame)
         return self.last_grant
 
-    def entry(self, reference: int) -> int:
-        return self.guest.domain.grants.entry_address(reference)
-
     def in_use(self, reference: int) -> int:
-        return self.memory.read_u16(self.entry(reference)) & (abi.GTF_READING | abi.GTF_WRITING)
+        status = self.guest.domain.grants.status_address(reference)
+        return self.memory.read_u16(status) & (abi.GTF_READING | abi.GTF_WRITING)
 
     def open_port(self) -> int:
         self.port = self.guest.events.allocate_unbound(0)

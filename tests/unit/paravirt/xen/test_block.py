@@ -84,8 +84,9 @@ def path(tmp_path: Path) -> Path:
     return made
 
 
-@pytest.fixture
-def disk(guest: Guest, path: Path) -> Disk:
+@pytest.fixture(params=[1, 2], ids="grants{}".format)
+def disk(guest: Guest, path: Path, request: pytest.FixtureRequest) -> Disk:
+    guest.domain.grants.set_version(request.param)
     guest.machine.attach_disk(DiskFile(path))
     return Disk(guest)
 

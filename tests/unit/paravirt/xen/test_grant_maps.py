@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-import struct
 
 import pytest
 
+from tests.unit.paravirt.xen.front_end import write_grant
 from trivisor.paravirt.xen import abi
 from trivisor.paravirt.xen.frames import L1, WRITABLE
 
@@ -29,12 +29,12 @@ class Maps:
         self.data = [guest.frame() for _ in range(4)]
 
     def grant(self, reference: int, frame: int, flags: int = abi.GTF_PERMIT_ACCESS, domain: int = OWN) -> None:
-        at = self.guest.domain.grants.entry_address(reference)
-        self.guest.domain.view[at : at + 8] = struct.pack("<HHI", flags, domain, frame)
+        write_grant(self.guest, reference, flags, domain, frame)
 
     def flags(self, reference: int) -> int:
-        at = self.guest.domain.grants.entry_address(reference)
-        return struct.unpack("<H", self.guest.domain.view[at : at + 2])[0]
+        """The entry's, and those of its status."""
+        grants, memory = self.guest.domain.grants, self.guest.domain.memory
+        return memory.read_u16(grants.entry_address(reference)) | memory.read_u16(grants.status_address(reference))
 
     def map(self, address: int, flags: int, reference: int, domain: int = OWN) -> tuple[int, int]:
         """(status, handle)"""
@@ -61,8 +61,9 @@ class Maps:
         return frames.references[frame], frames.kind[frame], frames.kind_count[frame]
 
 
-@pytest.fixture
-def maps(guest) -> Maps:
+@pytest.fixture(params=[1, 2], ids="grants{}".format)
+def maps(guest, request) -> Maps:
+    guest.domain.grants.set_version(request.param)
     return Maps(guest)
 
 
@@ -75,7 +76,7 @@ def test_a_page_is_mapped_and_unmapped(maps: Maps) -> None:
     assert maps.uses(frame) == (4, WRITABLE, 3)
     assert maps.unmap(0x1000, 0, handle) == abi.GNTST_OKAY and maps.entry(1) == 0
     assert maps.uses(frame) == (2, WRITABLE, 1)
-    assert maps.unmap(0, 0x5000, handle) == abi.GNTST_GENERAL_ERROR
+    assert maps.unmap(0, 0x5000, handle) == abi.GNTST_BAD_DEV_ADDR
     assert maps.unmap(0, frame << 12, handle) == abi.GNTST_OKAY
     assert maps.uses(frame) == (1, 0, 0) and maps.flags(8) == abi.GTF_PERMIT_ACCESS
     assert maps.unmap(0, frame << 12, handle) == abi.GNTST_BAD_HANDLE
@@ -89,6 +90,13 @@ def test_read_only_and_by_the_entrys_address(maps: Maps) -> None:
     assert maps.flags(9) & abi.GTF_READING and not maps.flags(9) & abi.GTF_WRITING
     assert maps.unmap(maps.table << 12 | 24, 0, handle) == abi.GNTST_GENERAL_ERROR
     assert maps.unmap(maps.table << 12 | 16, 0, handle) == 0 and maps.uses(maps.data[1]) == (1, 0, 0)
+
+
+def test_the_guests_own_bits_of_the_entry(maps: Maps) -> None:
+    maps.grant(8, maps.data[0])
+    status, handle = maps.map(0x1000, HOST | 0xFFFF << abi.GNTMAP_GUEST_AVAIL_SHIFT, 8)
+    assert status == 0 and maps.entry(1) == maps.data[0] << 12 | 0xE67
+    assert maps.unmap(0x1000, 0, handle) == 0
 
 
 def test_what_is_wrong_has_its_status_and_changes_nothing(maps: Maps) -> None:

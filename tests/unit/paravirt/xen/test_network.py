@@ -95,8 +95,9 @@ def wire() -> Wire:
     return Wire()
 
 
-@pytest.fixture
-def card(guest: Guest, wire: Wire) -> Card:
+@pytest.fixture(params=[1, 2], ids="grants{}".format)
+def card(guest: Guest, wire: Wire, request: pytest.FixtureRequest) -> Card:
+    guest.domain.grants.set_version(request.param)
     guest.machine.attach_network(wire.plug)
     return Card(guest, wire)
 

@@ -191,7 +191,7 @@ def test_frames_that_xen_writes_to_stay_what_they_are(guest) -> None:
     """Else a guest could have Xen itself write into a page table of its."""
     own = guest.domain.own
     ring = guest.frame()
-    guest.frames.hold_writable(ring)
+    guest.frames.hold(ring, writable=True)
     for frame in (own.shared_info, own.grant_frames[0], ring):
         assert guest.extended(abi.MMUEXT_PIN_L1_TABLE, frame) == -abi.EINVAL
     free = guest.frames.free

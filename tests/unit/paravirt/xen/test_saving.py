@@ -55,7 +55,7 @@ def busy(guest: Guest) -> Guest:
     store_port, console_port = (events.allocate_unbound(BACK_END_DOMAIN) for _ in range(2))
     console_frame, store_frame = guest.frame(), guest.frame()
     for frame in (console_frame, store_frame):
-        frames.hold_writable(frame)
+        frames.hold(frame, writable=True)
     machine._rings = (console_frame, console_port, store_frame, store_port)
     console, ring = machine._make_rings()
     events.bind_back_end(console_port, console.guest_sent)
@@ -78,10 +78,13 @@ def busy(guest: Guest) -> Guest:
     gdt = guest.frame()
     guest.put("<Q", gdt)
     assert guest.call("set_gdt", A, 100) == 0
-    domain.grants.grow(7)
+    domain.grants.set_version(2)
+    domain.grants.grow(9)
+    status = domain.grants.status_shared()[1]
+    assert guest.update(table, 4, status << 12 | 7) == 0
     at = domain.grants.entry_address(9)
-    domain.view[at : at + 8] = struct.pack("<HHI", abi.GTF_PERMIT_ACCESS, 1, data)
-    domain.grant_maps.map(0, abi.GNTMAP_DEVICE_MAP, 9, 1, 1)
+    domain.view[at : at + 16] = struct.pack("<HHIQ", abi.GTF_PERMIT_ACCESS, 1, 0, data)
+    domain.grant_maps.map(0, abi.GNTMAP_DEVICE_MAP | 7 << abi.GNTMAP_GUEST_AVAIL_SHIFT, 9, 1)
     # the processor
     guest.put("<BBH4xQBBH4xQ16x", 14, 4, 0x33, 0xFFFFFFFF81000000, 3, 3, 0x33, 0x1234)
     assert guest.call("set_trap_table", A) == 0
@@ -149,6 +152,41 @@ def test_kinds_and_counts_of_all_frames_come_back(busy: Guest, again: XenMachine
     assert (ours.owned, sorted(ours._free)) == (theirs.owned, sorted(theirs._free))
     kinds = [kind for kind, count in zip(theirs.kind, theirs.kind_count, strict=True) if count]
     assert {NONE, L1, 2, 3, L4, DESCRIPTORS, WRITABLE} == {*kinds}, "and all kinds were there"
+
+
+def test_grants_are_in_use_as_before(busy: Guest, again: XenMachine) -> None:
+    ours, theirs = busy.domain.grants, again.domain.grants
+    assert (theirs.version, theirs.used, theirs.status_shared()) == (2, 9, ours.status_shared())
+    assert ours.active and theirs.active == ours.active
+    again.domain.grant_maps.unmap(0, ours.active[9].frame << 12, 0)
+    assert not theirs.active and not again.memory.read_u16(theirs.status_address(9))
+
+
+@pytest.mark.parametrize(
+    "grants, mappings, what",
+    [
+        ({"version": 0, "used": 9}, [], "version 0"),
+        ({"version": 3, "used": 9}, [], "version 3"),
+        ({"version": 1, "used": 9}, [], "domain can use its memory"),  # but it has mapped a status frame
+        ({"version": 2, "used": 9}, [[0, 9 * 256, 1, 1]], "beyond the table"),
+        ({"version": 2, "used": 9}, [[0, 9, 0, 1]], "not the domain's"),
+    ],
+)
+def test_grants_that_no_domain_has_are_refused(
+    busy: Guest, grants: Saved, mappings: list[list[int]], what: str
+) -> None:
+    saved, memory = taken(busy)
+    saved["grants"], saved["grant_maps"] = grants, {"mappings": mappings}
+    with pytest.raises(ValueError, match=what):
+        put(saved, memory)
+
+
+def test_one_grant_is_of_one_frame(busy: Guest) -> None:
+    saved, memory = taken(busy)
+    (row,) = saved["grant_maps"]["mappings"]
+    saved["grant_maps"]["mappings"].append([1, row[1], row[2] + 1, row[3]])
+    with pytest.raises(ValueError, match="of two frames"):
+        put(saved, memory)
 
 
 def test_the_memory_is_the_same(busy: Guest, again: XenMachine) -> None:

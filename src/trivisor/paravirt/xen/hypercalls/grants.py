@@ -7,15 +7,21 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from trivisor.paravirt.xen import abi
-from trivisor.paravirt.xen.abi import EINVAL, ENOSYS, HYPERCALL_NUMBERS
-from trivisor.paravirt.xen.errors import HypercallError
-from trivisor.paravirt.xen.grant_maps import GrantFailure
+from trivisor.paravirt.xen.abi import EINVAL, ENOSYS, EOPNOTSUPP, HYPERCALL_NUMBERS
+from trivisor.paravirt.xen.errors import HypercallError, Preempted
+from trivisor.paravirt.xen.grants import GrantError
+from trivisor.paravirt.xen.hypercalls.grant_copy import copy
+from trivisor.x86.exceptions import GuestException
 
 if TYPE_CHECKING:
     from trivisor.paravirt.xen.domain import Domain
     from trivisor.paravirt.xen.hypercalls import Handler
 
-_MOST_AT_A_TIME = 4096
+_AT_A_TIME = 256
+"""Operations that are done before the guest may be interrupted."""
+_COMMAND = (1 << 12) - 1
+_ALONE = frozenset({abi.GNTTABOP_SETUP_TABLE, abi.GNTTABOP_QUERY_SIZE, abi.GNTTABOP_GET_STATUS_FRAMES})
+"""Of these there may be one at a time."""
 
 
 def handlers(domain: Domain) -> dict[int, Handler]:
@@ -26,136 +32,125 @@ def handlers(domain: Domain) -> dict[int, Handler]:
 class _Grants:
     def __init__(self, domain: Domain) -> None:
         self._domain = domain
-        self._operations: dict[int, tuple[int, Callable[[int], int]]] = {
-            abi.GNTTABOP_SETUP_TABLE: (24, self._setup_table),
-            abi.GNTTABOP_QUERY_SIZE: (16, self._query_size),
-            abi.GNTTABOP_SET_VERSION: (4, self._set_version),
-            abi.GNTTABOP_GET_VERSION: (8, self._get_version),
-            abi.GNTTABOP_MAP_GRANT_REF: (32, self._map),
-            abi.GNTTABOP_UNMAP_GRANT_REF: (24, self._unmap),
-            abi.GNTTABOP_UNMAP_AND_REPLACE: (24, self._replace),
-            abi.GNTTABOP_COPY: (40, self._copy),
+        self._versions: dict[int, Callable[[int], None]] = {
+            abi.GNTTABOP_SET_VERSION: self._set_version,
+            abi.GNTTABOP_GET_VERSION: self._get_version,
         }
-        """Size of an operation's structure, and what does one."""
+        """Operations on one structure, whatever their number is said to be."""
+        self._operations: dict[int, tuple[int, int, Callable[[int], None]]] = {
+            abi.GNTTABOP_SETUP_TABLE: (24, 8, self._setup_table),
+            abi.GNTTABOP_QUERY_SIZE: (16, 12, self._query_size),
+            abi.GNTTABOP_GET_STATUS_FRAMES: (16, 6, self._get_status_frames),
+            abi.GNTTABOP_MAP_GRANT_REF: (32, 18, self._map),
+            abi.GNTTABOP_UNMAP_GRANT_REF: (24, 20, self._unmap),
+            abi.GNTTABOP_UNMAP_AND_REPLACE: (24, 20, self._replace),
+            abi.GNTTABOP_COPY: (40, 36, self._copy),
+            abi.GNTTABOP_SWAP_GRANT_REF: (12, 8, self._swap),
+        }
+        """Size of an operation's structure, where its status is in it, and what does one or raises GrantError."""
 
     def grant_table_op(self, command: int, operations: int, count: int, *_: int) -> int:
-        entry = self._operations.get(command)
-        if entry is None:
-            raise HypercallError(ENOSYS)
-        count &= 0xFFFFFFFF
-        if count > _MOST_AT_A_TIME:
+        command, count = command & 0xFFFFFFFF, count & 0xFFFFFFFF
+        if count >> 31 or command & ~_COMMAND:
             raise HypercallError(EINVAL)
-        size, handler = entry
-        for number in range(count):
-            result = handler(operations + size * number)
-            if result:
-                return result
+        if command in self._versions:
+            self._versions[command](operations)
+            return 0
+        if command == abi.GNTTABOP_TRANSFER:
+            raise HypercallError(EOPNOTSUPP)  # as Xen says that is told `gnttab=no-transfer`
+        if command not in self._operations:
+            raise HypercallError(ENOSYS)
+        if command in _ALONE and count != 1:
+            raise HypercallError(EINVAL)
+        size, status_at, do = self._operations[command]
+        now = min(count, _AT_A_TIME)
+        for at in range(operations, operations + size * now, size):
+            status = abi.GNTST_OKAY
+            try:
+                do(at)
+            except GrantError as error:
+                status = error.status
+            self._domain.cpu.store(at + status_at, struct.pack("<h", status))
+        if now < count:
+            raise Preempted(command, operations + size * now, count - now)
         return 0
 
-    def _status(self, address: int, status: int) -> int:
-        self._domain.cpu.store(address, struct.pack("<h", status))
-        return 0
+    # -- the table ------------------------------------------------------------------------------------------
 
-    def _setup_table(self, argument: int) -> int:
+    def _check_own(self, who: int) -> None:
+        if who not in (abi.DOMID_SELF, self._domain.number):
+            raise GrantError("another domain's table", abi.GNTST_BAD_DOMAIN)
+
+    def _tell_frames(self, address: int, frames: list[int]) -> None:
+        try:
+            self._domain.cpu.store(address, struct.pack(f"<{len(frames)}Q", *frames))
+        except GuestException:
+            raise GrantError("no memory for the frames", abi.GNTST_BAD_VIRT_ADDR) from None
+
+    def _setup_table(self, argument: int) -> None:
         """Tell the frames of the table, which grows to what is asked for."""
-        domain, grants = self._domain, self._domain.grants
-        who, count, _, frame_list = struct.unpack("<H2xIh6xQ", domain.cpu.load(argument, 24))
-        if who not in (abi.DOMID_SELF, 1):
-            return self._status(argument + 8, abi.GNTST_BAD_DOMAIN)
+        grants = self._domain.grants
+        who, count, frame_list = struct.unpack("<H2xI8xQ", self._domain.cpu.load(argument, 24))
+        self._check_own(who)
         if count > len(grants.shared):
-            return self._status(argument + 8, abi.GNTST_GENERAL_ERROR)
+            raise GrantError(f"{count} frames")
         grants.grow(count)
-        domain.cpu.store(frame_list, struct.pack(f"<{count}Q", *grants.shared[:count]))
-        return self._status(argument + 8, abi.GNTST_OKAY)
+        self._tell_frames(frame_list, grants.shared[:count])
 
-    def _query_size(self, argument: int) -> int:
+    def _get_status_frames(self, argument: int) -> None:
+        """Tell the frames of the status, of version 2; in version 1 there are none."""
+        count, who, frame_list = struct.unpack("<IH2xQ", self._domain.cpu.load(argument, 16))
+        self._check_own(who)
+        frames = self._domain.grants.status_shared()
+        if count > len(frames):
+            raise GrantError(f"{count} status frames")
+        self._tell_frames(frame_list, frames[:count])
+
+    def _query_size(self, argument: int) -> None:
         domain, grants = self._domain, self._domain.grants
         (who,) = struct.unpack("<H", domain.cpu.load(argument, 2))
-        if who not in (abi.DOMID_SELF, 1):
-            return self._status(argument + 12, abi.GNTST_BAD_DOMAIN)
-        data = struct.pack("<IIh", grants.used, len(grants.shared), abi.GNTST_OKAY)
-        domain.cpu.store(argument + 4, data)
-        return 0
+        self._check_own(who)
+        domain.cpu.store(argument + 4, struct.pack("<II", grants.used, len(grants.shared)))
 
-    def _set_version(self, argument: int) -> int:
-        """Version 1 alone."""
-        (version,) = struct.unpack("<I", self._domain.cpu.load(argument, 4))
-        if version not in (1, 2):
-            raise HypercallError(EINVAL)
-        if version == 2:
-            raise HypercallError(ENOSYS)
-        self._domain.cpu.store(argument, (1).to_bytes(4, "little"))
-        return 0
+    def _set_version(self, argument: int) -> None:
+        """The version that is in effect afterwards is told also if it could not be changed."""
+        domain, grants = self._domain, self._domain.grants
+        (version,) = struct.unpack("<I", domain.cpu.load(argument, 4))
+        before = grants.version
+        try:
+            if version not in (1, 2):
+                raise HypercallError(EINVAL)
+            grants.set_version(version)
+        finally:
+            domain.cpu.store(argument, struct.pack("<I", grants.version))
+            if grants.version != before:
+                domain.flush()  # a TLB may have status frames that went
+                for frame in (*grants.shared, *grants.status):
+                    domain.cpu.memory_written(frame << 12, abi.PAGE_SIZE)
 
-    def _get_version(self, argument: int) -> int:
+    def _get_version(self, argument: int) -> None:
         (who,) = struct.unpack("<H", self._domain.cpu.load(argument, 2))
         self._domain.check_self(who, abi.ESRCH)
-        self._domain.cpu.store(argument + 4, (1).to_bytes(4, "little"))
-        return 0
+        self._domain.cpu.store(argument + 4, struct.pack("<I", self._domain.grants.version))
 
-    def _map(self, argument: int) -> int:
+    def _swap(self, argument: int) -> None:
+        self._domain.grants.swap(*struct.unpack("<II", self._domain.cpu.load(argument, 8)))
+
+    # -- using grants ---------------------------------------------------------------------------------------
+
+    def _map(self, argument: int) -> None:
         domain = self._domain
         address, flags, reference, granter = struct.unpack("<QIIH", domain.cpu.load(argument, 18))
-        try:
-            handle, frame = domain.grant_maps.map(address, flags, reference, granter, domain.number)
-        except GrantFailure as failure:
-            return self._status(argument + 18, failure.status)
+        handle, frame = domain.grant_maps.map(address, flags, reference, granter)
         domain.cpu.store(argument + 20, struct.pack("<IQ", handle, frame << 12))
-        return self._status(argument + 18, abi.GNTST_OKAY)
 
-    def _unmap(self, argument: int) -> int:
+    def _unmap(self, argument: int) -> None:
         address, bus_address, handle = struct.unpack("<QQI", self._domain.cpu.load(argument, 20))
-        return self._undo(argument, lambda: self._domain.grant_maps.unmap(address, bus_address, handle))
+        self._domain.grant_maps.unmap(address, bus_address, handle)
 
-    def _replace(self, argument: int) -> int:
+    def _replace(self, argument: int) -> None:
         address, new_address, handle = struct.unpack("<QQI", self._domain.cpu.load(argument, 20))
-        return self._undo(argument, lambda: self._domain.grant_maps.replace(address, new_address, handle))
+        self._domain.grant_maps.replace(address, new_address, handle)
 
-    def _undo(self, argument: int, undo: Callable[[], None]) -> int:
-        try:
-            undo()
-        except GrantFailure as failure:
-            return self._status(argument + 20, failure.status)
-        except HypercallError:
-            return self._status(argument + 20, abi.GNTST_GENERAL_ERROR)
-        return self._status(argument + 20, abi.GNTST_OKAY)
-
-    def _copy(self, argument: int) -> int:
-        """Between frames of the domain's own; its grants are to others."""
-        domain = self._domain
-        source, s_who, s_offset, target, t_who, t_offset, length, flags = struct.unpack(
-            "<QHH4xQHH4xHH", domain.cpu.load(argument, 36)
-        )
-        status = self._do_copy(source, s_who, s_offset, target, t_who, t_offset, length, flags)
-        return self._status(argument + 36, status)
-
-    def _do_copy(
-        self, source: int, s_who: int, s_offset: int, target: int, t_who: int, t_offset: int, length: int, flags: int
-    ) -> int:
-        domain, frames = self._domain, self._domain.frames
-        if flags & (abi.GNTCOPY_SOURCE_GREF | abi.GNTCOPY_DEST_GREF):
-            return abi.GNTST_BAD_GNTREF
-        if {s_who, t_who} - {abi.DOMID_SELF, 1}:
-            return abi.GNTST_BAD_DOMAIN
-        if max(s_offset, t_offset) + length > 4096:
-            return abi.GNTST_BAD_COPY_ARG
-        try:
-            frames.get(source)
-        except HypercallError:
-            return abi.GNTST_BAD_PAGE
-        try:
-            frames.get(target)
-            try:
-                frames.get_writable(target)
-            except HypercallError:
-                frames.put(target)
-                raise
-        except HypercallError:
-            frames.put(source)
-            return abi.GNTST_BAD_PAGE
-        domain.memory.write((target << 12) + t_offset, domain.memory.read((source << 12) + s_offset, length))
-        domain.cpu.memory_written((target << 12) + t_offset, length)
-        frames.put_writable(target)
-        frames.put(target)
-        frames.put(source)
-        return abi.GNTST_OKAY
+    def _copy(self, argument: int) -> None:
+        copy(self._domain, self._domain.cpu.load(argument, 36))

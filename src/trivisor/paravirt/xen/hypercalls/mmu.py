@@ -210,23 +210,15 @@ class _Mmu:
         state.ldt_base, state.ldt_entries = (base, entries) if entries else (0, 0)
         self._domain.descriptor_tables_changed()
 
-    def _writable_page(self, frame: int) -> None:
-        self._frames.get(frame)
-        try:
-            self._frames.get_writable(frame)
-        except HypercallError:
-            self._frames.put(frame)
-            raise
-
     def _clear_page(self, frame: int, _second: int) -> None:
-        self._writable_page(frame)
+        self._frames.hold(frame, writable=True)
         self._domain.memory.write(frame << 12, bytes(4096))
         self._written(frame)
 
     def _copy_page(self, frame: int, source: int) -> None:
         self._frames.get(source)
         try:
-            self._writable_page(frame)
+            self._frames.hold(frame, writable=True)
             self._domain.memory.write(frame << 12, self._domain.memory.read(source << 12, 4096))
             self._written(frame)
         finally:
@@ -234,8 +226,7 @@ class _Mmu:
 
     def _written(self, frame: int) -> None:
         self._domain.cpu.memory_written(frame << 12, 4096)
-        self._frames.put_writable(frame)
-        self._frames.put(frame)
+        self._frames.let_go(frame, writable=True)
 
 
 def load_kernel_root(domain: Domain, frame: int) -> None:

@@ -174,12 +174,7 @@ class _Scheduling:
         frame, offset = struct.unpack("<QI", domain.cpu.load(argument, 12))
         if offset > 4096 - abi.VCPU_INFO_SIZE or offset & 7 or events.vcpu_info != domain.own.shared_info << 12:
             raise HypercallError(EINVAL)
-        domain.frames.get(frame)
-        try:
-            domain.frames.get_writable(frame)
-        except HypercallError:
-            domain.frames.put(frame)
-            raise
+        domain.frames.hold(frame, writable=True)
         new = frame << 12 | offset
         domain.memory.write(new, domain.memory.read(events.vcpu_info, abi.VCPU_INFO_SIZE))
         domain.cpu.memory_written(new, abi.VCPU_INFO_SIZE)

@@ -14,8 +14,8 @@ DATA, PAGE = 0xFFFFFFFF80104000, 0xFFFFFFFF8010B000
 
 TRAPS = """
 handlers:
-    dq 0xe0330000, h0, 0xe0330001, h1, 0xe0330303, h3, 0xe0330006, h6, 0xe0330007, h7, 0xe033000d, h13
-    dq 0xe033000e, h14, 0xe0330380, h128, 0, 0
+    dq 0xe0330000, h0, 0xe0330001, h1, 0xe0330303, h3, 0xe0330006, h6, 0xe0330007, h7, 0xe033000c, h12
+    dq 0xe033000d, h13, 0xe033000e, h14, 0xe0330380, h128, 0, 0
 h0: push 0
     push 0
     jmp caught
@@ -31,6 +31,9 @@ h6: push 0
 h7: push 0
     push 7
     jmp caught
+h12:
+    push 12
+    jmp caught_with_code
 h13:
     push 13
     jmp caught_with_code
@@ -146,6 +149,31 @@ a7: mov [DATA + 8], rax
     ]  # fmt: skip
     cs, flags = guest[11], guest[12]
     assert cs == 1 << 32 | 0xE030 and not flags & 0x200, "ring 3 that counts as the kernel, with events masked"
+
+
+@pytest.mark.parametrize(
+    "code, vector",
+    [
+        ("c6 03 00", 13), ("36 c6 03 00", 13), ("3e c6 03 00", 13), ("36 88 03", 13), ("36 8a 43 10", 13),
+        ("c6 44 05 00 00", 12), ("36 c6 44 05 00 00", 12), ("3e c6 44 05 00 00", 12), ("64 c6 44 05 00 00", 13),
+        ("36 a2 00 00 00 40 00 00 00 80", 13),
+    ],
+)  # fmt: skip
+def test_the_segment_of_an_address_that_is_not_canonical(boot, code: str, vector: int) -> None:
+    """#SS relative to RSP and RBP, else #GP; of prefixes FS and GS alone count."""
+    guest = boot(
+        TRAPS + "start:" + SET_TRAPS + f"""
+    mov rbx, 0x8000000040000000
+    mov rbp, after
+    mov rax, rbx
+    sub rax, rbp
+at: db {", ".join("0x" + byte for byte in code.split())}
+after:
+    jmp shutdown
+"""
+    )
+    guest.finish()
+    assert guest.words(8, 3) == [vector, 0, guest.label("at")]
 
 
 USER = SET_TRAPS + """

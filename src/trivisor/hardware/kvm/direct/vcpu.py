@@ -15,6 +15,7 @@ from trivisor.hardware.kvm.direct.deprivileged import FLAT_CODE, FLAT_DATA, Depr
 from trivisor.hardware.kvm.direct.guest_memory import RingThreeMemory
 from trivisor.hardware.kvm.direct.hidden import HIDDEN, load_hidden
 from trivisor.hardware.kvm.direct.registers import RunRegisters, segment
+from trivisor.hardware.kvm.direct.segment_faults import prefix_made_stack_fault
 from trivisor.hardware.kvm.direct.stub import AT_A_TIME, PHYSICAL, TSS_LIMIT, VECTORS, Stub
 from trivisor.hardware.kvm.guest_cpuid import ring_0_is_emulated
 from trivisor.hardware.kvm.system import cpuid_table
@@ -35,6 +36,7 @@ from trivisor.x86.exceptions import (
     INVALID_OPCODE,
     PAGE_FAULT,
     PUSHES_ERROR_CODE,
+    STACK_FAULT,
     GuestException,
 )
 from trivisor.x86.flags import AC, DF, FIXED, IF, NT, RF, STATUS, TF
@@ -360,6 +362,8 @@ class DirectVcpu(KvmVcpu):
             self.deprivileged.debug_exception()
         elif vector == GENERAL_PROTECTION and error and error & ERROR_IDT:
             return supervisor.software_interrupt(error >> 3 & 0xFF, run.rip + 2)
+        elif vector == STACK_FAULT and self.ring_0_is_emulated and prefix_made_stack_fault(run, self.ring3_memory):
+            return supervisor.exception(GENERAL_PROTECTION, 0, None)
         elif vector == INVALID_OPCODE and (number := self._software_interrupt()) is not None:
             return supervisor.software_interrupt(number, run.rip + 2)
         return supervisor.exception(vector, error, None)

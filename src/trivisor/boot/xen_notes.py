@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from mmap import ACCESS_READ, mmap
 
 from trivisor.boot.image import Image, ImageKind
 from trivisor.boot.payload import kernel_payload
@@ -86,6 +87,19 @@ def read_xen_kernel(image: Image) -> XenKernel:
         features=_required(notes),
         guest_os=_text(notes.get(_GUEST_OS, b"")),
     )
+
+
+def guest_os(image: Image) -> str:
+    """What an ELF kernel's Xen notes call the system that it is of, "linux" say; empty if nothing says so."""
+    if image.kind is not ImageKind.VMLINUX:
+        return ""
+    with image.stream() as stream:
+        data = mmap(stream.fileno(), 0, access=ACCESS_READ)
+    try:
+        _, _, notes = _parse(Pieces([data]))
+    except ValueError:
+        return ""  # whoever boots it says what is wrong
+    return _text(notes.get(_GUEST_OS, b""))
 
 
 def _placed(loads: list[_Load], offset: int) -> Iterator[tuple[int, memoryview]]:

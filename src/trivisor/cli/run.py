@@ -165,9 +165,9 @@ _FILE = click.Path(path_type=Path)
 def run(image: Path | None, kernel: Path | None, **options: Any) -> int:
     """Boot IMAGE, or the default Debian guest without one, and be its serial console.
 
-    IMAGE is a Linux bzImage or vmlinux, or a multiboot ELF kernel.  A Linux
-    kernel without --initrd gets the default user space: busybox and a shell
-    that powers the machine off when it ends.
+    IMAGE is a Linux bzImage or vmlinux, a multiboot ELF kernel or one for Xen
+    PV.  A Linux kernel without --initrd gets the default user space: busybox
+    and a shell that powers the machine off when it ends.
 
     With COMMAND, run just that in the default user space: its output is all
     that appears on stdout, and its exit status is ours.

@@ -20,7 +20,7 @@ from trivisor.cli.run import Request
 from trivisor.cli.serial import Serial, open_serial
 from trivisor.monitor import VirtualMachine
 from trivisor.monitor.outcome import Outcome, StopReason
-from trivisor.monitor.plan import is_multiboot
+from trivisor.monitor.plan import is_other_system
 from trivisor.monitor.sizes import format_memory
 from trivisor.monitor.techniques import TechniqueUnavailable
 
@@ -196,7 +196,7 @@ def _other_user_space(request: Request) -> bool:
     """Whether what is booted is not the default user space, which can wait."""
     if request.initrd is not None or request.firmware is not None or request.modules:
         return True
-    return request.kernel is not None and is_multiboot(request.kernel)
+    return request.kernel is not None and is_other_system(request.kernel)
 
 
 def _terminal_size() -> tuple[int, int]:

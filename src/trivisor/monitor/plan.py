@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trivisor.boot.image import Image, ImageKind
+from trivisor.boot.xen_notes import guest_os
 from trivisor.monitor.attachments import Disk, DiskName, Network, parse_disks, parse_network
 from trivisor.paravirt.xen.toolstack import DISK_NAMES
 from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, parse_choice
@@ -22,6 +23,8 @@ Progress = Callable[[str, float | None], None]
 class BadPlan(ValueError):
     """What was asked for does not go together; the message is one line for the user."""
 
+
+_MODULES = "modules are for multiboot kernels"
 
 ENGINES = ("auto", "translation", "direct")
 """What can run a paravirtual guest: translation, or the host's processor in ring 3 of a KVM machine."""
@@ -127,12 +130,10 @@ def _boot(wish: Wish) -> BootPlan:
         raise BadPlan("the default user space alone can wait for what to run: leave out command and initrd")
     if wish.firmware is not None:
         return _firmware_plan(wish.firmware, wish)
-    if wish.kernel is not None and is_multiboot(wish.kernel):
-        if wish.waiting:
-            raise BadPlan("a multiboot kernel cannot wait for what to run")
-        return _multiboot_plan(wish.kernel, wish)
+    if wish.kernel is not None and is_other_system(wish.kernel):
+        return _other_system_plan(wish.kernel, wish)
     if wish.modules:
-        raise BadPlan("modules are for multiboot kernels")
+        raise BadPlan(_MODULES)
     if wish.initrd is None:
         return _default_user_space(wish)
     if wish.command is not None:
@@ -152,19 +153,23 @@ def _firmware_plan(firmware: Path, wish: Wish) -> BootPlan:
     return BootPlan(firmware, None, "", (), is_firmware=True)
 
 
-def _kind(kernel: Path) -> ImageKind | None:
+def _is_multiboot(kernel: Path) -> bool:
     with Image(kernel) as image:
-        return image.kind
+        return image.kind is ImageKind.MULTIBOOT
 
 
-def is_multiboot(kernel: Path) -> bool:
-    """Whether an image is a multiboot kernel; raises ImageError or OSError."""
-    return _kind(kernel) is ImageKind.MULTIBOOT
+def is_other_system(kernel: Path) -> bool:
+    """Whether an image is of no Linux: multiboot, or Xen notes that say so; raises ImageError or OSError."""
+    with Image(kernel) as image:
+        return image.kind is ImageKind.MULTIBOOT or guest_os(image) not in ("", "linux")
 
 
-def _multiboot_plan(kernel: Path, wish: Wish) -> BootPlan:
-    if wish.command is not None:
-        raise BadPlan("a command needs a Linux guest")
+def _other_system_plan(kernel: Path, wish: Wish) -> BootPlan:
+    """It gets nothing of ours."""
+    if wish.command is not None or wish.waiting:
+        raise BadPlan("to run a command, or to wait for one, takes a Linux guest")
+    if wish.modules and not _is_multiboot(kernel):
+        raise BadPlan(_MODULES)
     return BootPlan(kernel, wish.initrd, wish.append or "", wish.modules)
 
 

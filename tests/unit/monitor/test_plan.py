@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.boot.test_xen_notes import NOTES, kernel
 from trivisor.boot import ImageError
 from trivisor.guests import debian
 from trivisor.guests.debian import DefaultGuest
@@ -110,6 +111,19 @@ def test_a_multiboot_kernel_gets_its_modules_and_nothing_of_ours(files: Path, mo
     modules = ((Path("a"), "x"),)
     plan = make_plan(Wish(kernel=files / "multiboot", modules=modules))
     assert (plan.initrd, plan.command_line, plan.modules) == (None, "", modules)
+
+
+@pytest.mark.parametrize("system", ["XTF", "Mini-OS", "linux"])
+def test_a_kernel_of_another_system_for_xen_gets_nothing_of_ours(files: Path, system: str) -> None:
+    (files / "kernel").write_bytes(kernel({**NOTES, 6: system.encode() + b"\0"}))
+    plan = make_plan(Wish(kernel=files / "kernel", append="x"))
+    if system == "linux":
+        assert plan.initrd is not None and plan.command_line.startswith("console=ttyS0")
+        return
+    assert (plan.initrd, plan.command_line) == (None, "x")
+    for more in ({"command": ["true"]}, {"modules": ((Path("a"), "x"),)}, {"waiting": True}):
+        with pytest.raises(BadPlan):
+            make_plan(Wish(kernel=files / "kernel", **more))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ HYPERVISOR_SIGNATURE: Final = "TRIVISORVMM "
 FAMILY_MODEL_STEPPING: Final = 0x000806F8
 """Family 6, model 0x8F, stepping 8."""
 LINEAR_BITS: Final = 48
+HYPERVISOR_LEAVES: Final = range(0x40000000, 0x50000000)
 
 
 def _names(text: str) -> frozenset[str]:
@@ -141,6 +142,12 @@ class GuestCpuid:
         pkru = control.XCR0_PKRU if "pku" in self.features else 0
         return control.XCR0_X87 | control.XCR0_SSE | avx | pkru | self.hidden_xcr0
 
+    @property
+    def empty_leaves(self) -> range:
+        """Hypervisors' leaves that are all zeros, whatever the subleaf: guests look at each 256th for one."""
+        known = (leaf for leaf, _ in self.table if leaf in HYPERVISOR_LEAVES)
+        return range(max(known, default=HYPERVISOR_LEAVES.start) | 0xFF, HYPERVISOR_LEAVES.stop)[1:]
+
     def query(
         self, leaf: int, subleaf: int, *, cr4: int = 0, xcr0: int = 1, apic_enabled: bool = True
     ) -> Registers:
@@ -219,7 +226,7 @@ def tsc_ratio(tsc_frequency: int, crystal_frequency: int) -> tuple[int, int]:
 
 def _in_range(leaf: int) -> int:
     """Leaves beyond the largest give the largest basic leaf, as Intel's processors do."""
-    if leaf <= _MAXIMUM_BASIC or 0x40000000 <= leaf <= 0x4FFFFFFF or 0x80000000 <= leaf <= _MAXIMUM_EXTENDED:
+    if leaf <= _MAXIMUM_BASIC or leaf in HYPERVISOR_LEAVES or 0x80000000 <= leaf <= _MAXIMUM_EXTENDED:
         return leaf
     return _MAXIMUM_BASIC
 

@@ -49,8 +49,9 @@ class NativeSupervision:
     kept), `supervised_flush` (the same), `supervised_flush_lower` (all but the
     upper half of the kernel's space; the same), `supervised_changed` (rdi:
     host address of an entry, r10: what it was, as
-    `DeprivilegedCpu.entry_changed`; rbx, rbp and r10 to r15 are kept) and
-    `gather_flags` (rax = RFLAGS).
+    `DeprivilegedCpu.entry_changed`; rbx, rbp and r10 to r15 are kept),
+    `guest_cpuid` (CPUID in the guest's registers, as `Supervisor.cpuid`; ZF set
+    if it was done) and `gather_flags` (rax = RFLAGS).
 
     `table` is the host address of memory that the two sides share, which
     the code finds in SUPERVISOR_TABLE.
@@ -181,4 +182,7 @@ class Supervisor(Protocol):
         """The surroundings' interrupt controller has something pending."""
 
     def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
-        """CPUID as the guest sees it: (eax, ebx, ecx, edx)."""
+        """CPUID as the guest sees it: (eax, ebx, ecx, edx).
+
+        The same for as long as `DeprivilegedCpu.cpuid` gives the same; leaves 0x40000100 to 0x4FFFFFFF are as there.
+        """

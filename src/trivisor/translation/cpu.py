@@ -212,7 +212,7 @@ class TranslationVcpu:
             EXITS["EXIT_INTERRUPT"]: self._on_interrupt,
         }
         self._names = {number: name.removeprefix("EXIT_").lower() for name, number in EXITS.items()}
-        self._cpuid_table = CpuidTable(self.core)
+        self._cpuid_table = CpuidTable(self.core, self.guest_cpuid.empty_leaves)
         self._words[OFFSETS["VIRTUAL_APIC"] // 8] = board.virtual_apic.address
         self._ports = PortGate(self.core, board, self.observed)
         self._next: int | None = None  # host address to go on at, instead of looking rip up
@@ -261,6 +261,7 @@ class TranslationVcpu:
     def state(self, state: CpuState) -> None:
         set_state(self, state)
         self._native.flush_everything()
+        self._cpuid_table.clear()
         self.mode_changed()
         self._next = None
         self._armed = None  # the guest's time may be another
@@ -269,9 +270,10 @@ class TranslationVcpu:
     # -- what sensitive instructions need (translation/contract.py) -----------------------------------------
 
     def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
-        if self.supervisor is not None:
-            return self.supervisor.cpuid(leaf, subleaf)
-        return self.own_cpuid(leaf, subleaf)
+        supervisor = self.supervisor
+        answer = self.own_cpuid(leaf, subleaf) if supervisor is None else supervisor.cpuid(leaf, subleaf)
+        self._cpuid_table.enter(leaf, subleaf, answer)
+        return answer
 
     def own_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
         """CPUID without a hypervisor's changes."""
@@ -279,10 +281,7 @@ class TranslationVcpu:
         enabled = True
         if IA32_APIC_BASE in self.board.msrs:
             enabled = bool(self.board.msrs[IA32_APIC_BASE][0]() & 0x800)
-        answer = self.guest_cpuid.query(leaf, subleaf, cr4=core.cr4, xcr0=core.xcr0, apic_enabled=enabled)
-        if self.supervisor is None:
-            self._cpuid_table.enter(leaf, subleaf, answer)
-        return answer
+        return self.guest_cpuid.query(leaf, subleaf, cr4=core.cr4, xcr0=core.xcr0, apic_enabled=enabled)
 
     def load(self, linear: int, size: int, *, system: bool = False) -> int:
         if self._aligned and not system:
@@ -372,7 +371,7 @@ class TranslationVcpu:
         debug = core.debug
         self.blocks.set_breakpoints(debug.code)
         words[_WATCHING] = 1 if debug.pages else 0
-        self._cpuid_table.clear()  # CR4 and XCR0 are told of
+        self._cpuid_table.depend(cr4 & (CR4_OSXSAVE | CR4_PKE), core.xcr0, self.supervisor is not None)
         native = core.efer & EFER_LMA and cr0 & CR0_PG and not cr4 & CR4_LA57
         words[OFFSETS["PAGING_NATIVE"] // 8] = 1 if native else 0
         words[OFFSETS["KEYS"] // 8] = 1 if cr4 & (CR4_PKE | CR4_PKS) and long else 0
@@ -437,9 +436,7 @@ class TranslationVcpu:
         supervisor = self.supervisor
         natively = supervisor is not None and self._may_supervise and not supervisor.watched()
         self._words[_NATIVE_SUPERVISOR] = 1 if natively and ExceptionExit not in observed else 0
-        if self._cpuid_table.closed != (CpuidExit in observed):
-            self._cpuid_table.closed = CpuidExit in observed
-            self._cpuid_table.clear()
+        self._cpuid_table.close(CpuidExit in observed)
         self._ports.look()
 
     def _claim_jumps(self, mode: Mode) -> None:

@@ -60,6 +60,14 @@ _LEAVES_KINDS = frozenset(
 )  # fmt: skip
 """Hypercalls that do not look at what frames are used as, or leave that to others."""
 
+_COUNTED_NATIVELY = {
+    "syscall": "SYSCALLS",
+    f"exception {PAGE_FAULT}": "PAGE_FAULTS",
+    f"exception {INVALID_OPCODE}": "FORCED",
+    "forced emulation": "FORCED",
+}
+"""Words of the shared table, by the names of the statistics that they add to."""
+
 
 class Domain:
     """One domain on one processor (`machine.deprivileged.Supervisor`); `cpu` is set when it has one."""
@@ -343,7 +351,7 @@ class Domain:
             "upcalls": self._upcalls + words[INDEX["UPCALLS"]],
             **self._exceptions,
         }
-        for name, field in (("syscall", "SYSCALLS"), (f"exception {PAGE_FAULT}", "PAGE_FAULTS")):
+        for name, field in _COUNTED_NATIVELY.items():
             entries[name] = entries.get(name, 0) + words[INDEX[field]]
         by_count = sorted(counts.items(), key=lambda item: -item[1][0])
         return {

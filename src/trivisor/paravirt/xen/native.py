@@ -12,6 +12,7 @@ from trivisor.paravirt.xen import abi
 from trivisor.paravirt.xen.abi import FLAT_RING3_CS64, FLAT_RING3_SS, HYPERCALL_NUMBERS, LAST_XEN_SLOT
 from trivisor.paravirt.xen.cpuid import VERSION
 from trivisor.paravirt.xen.frames import DOMAIN, L1, L4, NONE, WRITABLE
+from trivisor.paravirt.xen.native_privileged import PRIVILEGED
 from trivisor.paravirt.xen.native_traps import SET_FLAT, TRAPS
 from trivisor.paravirt.xen.page_tables import ADDRESS, FORBIDDEN, FORBIDDEN_L1
 from trivisor.paravirt.xen.shared_table import SYMBOLS, SharedTable
@@ -437,4 +438,4 @@ xen_lingers:
 
 def native_supervision(table: SharedTable) -> NativeSupervision:
     """The hypervisor's native code, over `table`."""
-    return NativeSupervision("\n".join((_equ(SYMBOLS), _CALL, _MMU, TRAPS)), table.address)
+    return NativeSupervision("\n".join((_equ(SYMBOLS), _CALL, _MMU, TRAPS, PRIVILEGED)), table.address)

@@ -199,7 +199,7 @@ xen_user_call_not:
 supervisor_exception:
     mov rbx, [rbp+SUPERVISOR_TABLE]
     cmp qword [rbp+EXIT_A], {PAGE_FAULT}
-    jne supervised_python
+    jne xen_instruction_fault
     mov rax, [rbp+EXIT_B]
     or eax, {PF_USER}
     cmp qword [rbx+X_IN_KERNEL], 0

@@ -46,6 +46,7 @@ _NAMES = (
     "UPCALLS",  # what was done natively
     "PAGE_FAULTS",
     "SYSCALLS",
+    "FORCED",  # CPUID behind the forced-emulation prefix
 )
 COUNTED = 64
 """Hypercalls with lower numbers are counted natively."""

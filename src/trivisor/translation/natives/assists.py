@@ -185,26 +185,46 @@ write_gs_base:
 
 ; CPUID: what Python has answered before.
 cpuid:
-    mov r10d, ecx
-    shl r10d, 5
-    xor r10d, eax
-    mov r11d, eax
-    shr r11d, 26
-    xor r10d, r11d
-    and r10d, CPUID_ENTRIES-1
-    shl r10d, 5
-    add r10, [rsp+8+CPUID_TABLE]
-    cmp dword [r10+24], 0
-    je assist_escape
-    cmp [r10], eax
-    jne assist_escape
-    cmp [r10+4], ecx
-    jne assist_escape
+    mov r11, [rsp+8+CPUID_TABLE]
+    call find_cpuid
+    jnz assist_escape
     inc qword [rsp+8+COUNT_CPUID]
     mov eax, [r10+8]
     mov ebx, [r10+12]
     mov ecx, [r10+16]
     mov edx, [r10+20]
+    ret
+
+; What is known of CPUID's leaf eax, subleaf ecx, in the table r11: ZF set and r10 = its entry.  Keeps all but r11.
+find_cpuid:
+    mov r10d, eax
+    push rax
+    shr eax, 26
+    xor r10d, eax
+    mov eax, ecx
+    shl eax, 5
+    xor r10d, eax
+    pop rax
+    and r10d, CPUID_ENTRIES-1
+    shl r10d, 5
+    add r10, r11
+    cmp dword [r10+24], 0
+    je find_cpuid_empty
+    cmp [r10], eax
+    jne find_cpuid_empty
+    cmp [r10+4], ecx
+    je find_cpuid_done
+find_cpuid_empty:
+    lea r10, [r11+CPUID_ENTRIES*32]
+    mov r11d, eax
+    sub r11d, [r10]
+    cmp [r10+4], r11d ; none while the table is closed
+    jbe find_cpuid_done_not
+    cmp r11d, r11d
+find_cpuid_done:
+    ret
+find_cpuid_done_not:
+    test r10, r10
     ret
 
 ; RDPKRU.

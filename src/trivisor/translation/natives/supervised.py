@@ -71,6 +71,26 @@ supervised_interrupt:
 guest_page:
     jmp kernel_host
 
+; CPUID of the guest's eax and ecx into its registers, if the answer is known: ZF set.
+guest_cpuid:
+    mov eax, [rbp+GPR_RAX]
+    mov ecx, [rbp+GPR_RCX]
+    mov r11, [rbp+CPUID_TABLE]
+    call find_cpuid
+    jnz guest_cpuid_unknown
+    inc qword [rbp+COUNT_CPUID]
+    mov eax, [r10+8]
+    mov [rbp+GPR_RAX], rax
+    mov eax, [r10+12]
+    mov [rbp+GPR_RBX], rax
+    mov eax, [r10+16]
+    mov [rbp+GPR_RCX], rax
+    mov eax, [r10+20]
+    mov [rbp+GPR_RDX], rax
+    xor eax, eax
+guest_cpuid_unknown:
+    ret
+
 ; Go on in the address space of root rdi, as the kernel if esi is 1, else as its user.
 supervised_enter:
     mov [rbp+GUEST_CR3], rdi

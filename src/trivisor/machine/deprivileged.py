@@ -140,6 +140,9 @@ class DeprivilegedCpu(Protocol):
     def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
         """The processor's own CPUID: (eax, ebx, ecx, edx)."""
 
+    def guest_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        """The same as the guest sees it, by `Supervisor.cpuid`."""
+
     def set_debug_register(self, number: int, value: int) -> None:
         """MOV to a debug register, of a value that it may have."""
 

@@ -6,7 +6,7 @@ import ctypes
 from struct import pack_into
 
 from trivisor.translation.core import Core
-from trivisor.translation.layout import CPUID_ENTRIES, OFFSETS
+from trivisor.translation.layout import CPUID_ENTRIES, CPUID_SPREAD, OFFSETS
 
 _ENTRY_SIZE = 32  # leaf, subleaf, EAX, EBX, ECX, EDX, whether there is anything
 _EMPTY = CPUID_ENTRIES * _ENTRY_SIZE
@@ -29,7 +29,7 @@ class CpuidTable:
     def enter(self, leaf: int, subleaf: int, answer: tuple[int, int, int, int]) -> None:
         """Remember what was answered, which holds until `clear`."""
         if not self._closed:
-            place = (leaf ^ leaf >> 26 ^ subleaf << 5) % CPUID_ENTRIES
+            place = (leaf ^ leaf >> 26 ^ (subleaf * CPUID_SPREAD & 0xFFFFFFFF) >> 24) % CPUID_ENTRIES
             pack_into("<7I", self._view, place * _ENTRY_SIZE, leaf, subleaf, *answer, 1)
 
     def clear(self) -> None:

@@ -200,6 +200,9 @@ class Deprivileged:
     def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
         return self._vcpu.own_cpuid(leaf, subleaf)
 
+    def guest_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        return self._vcpu.cpuid(leaf, subleaf)
+
     def set_debug_register(self, number: int, value: int) -> None:
         self._core.dr[number] = value
         load_breakpoints(self._vcpu)

@@ -38,6 +38,8 @@ LOCAL_ENTRIES = 256
 KEYED_PAGES = 16
 LARGE_PIECES = 4096
 CPUID_ENTRIES = 256
+CPUID_SPREAD = 0x1E3779B1
+"""What a subleaf's place among them is by: the product's upper byte (multiplicative hashing)."""
 KNOWN_DATA_ENTRIES = 16
 KNOWN_DATA_SIZE = 64  # selector | CPL << 16; raw descriptor; base; limit; attributes
 SITES = 128
@@ -375,6 +377,7 @@ SYMBOLS: dict[str, int] = {
     "END_READY": virtual_apic.END_READY,
     "END_DONE": virtual_apic.END_DONE,
     "CPUID_ENTRIES": CPUID_ENTRIES,
+    "CPUID_SPREAD": CPUID_SPREAD,
     "KNOWN_DATA_ENTRIES": KNOWN_DATA_ENTRIES,
     "PORT_READS": fast_ports.READS,
     "PORT_LATCHES": fast_ports.LATCHES,

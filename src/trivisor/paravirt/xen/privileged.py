@@ -88,7 +88,7 @@ def _strike_port_breakpoints(domain: Domain, instruction: Instruction) -> None:
 
 def _cpuid(domain: Domain, instruction: Instruction) -> bool:
     registers = domain.cpu.registers
-    results = domain.cpuid(registers[_RAX] & _MASK32, registers[_RCX] & _MASK32)
+    results = domain.cpu.guest_cpuid(registers[_RAX] & _MASK32, registers[_RCX] & _MASK32)
     for register, value in zip((_RAX, _RBX, _RCX, _RDX), results, strict=True):
         registers[register] = value & _MASK32
     return True

@@ -201,8 +201,8 @@ find_cpuid:
     push rax
     shr eax, 26
     xor r10d, eax
-    mov eax, ecx
-    shl eax, 5
+    imul eax, ecx, CPUID_SPREAD
+    shr eax, 24
     xor r10d, eax
     pop rax
     and r10d, CPUID_ENTRIES-1

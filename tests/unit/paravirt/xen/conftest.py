@@ -23,6 +23,8 @@ _ROOM = 0x10000
 class StillCpu:
     """A processor whose memory is one piece at ARGUMENTS."""
 
+    supervisor: Domain
+
     def __init__(self) -> None:
         self.registers = [0] * 16
         self.rip = 0x1000
@@ -99,6 +101,9 @@ class StillCpu:
     def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
         return (leaf, subleaf, 0xFFFFFFFF, 0xFFFFFFFF)
 
+    def guest_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        return self.supervisor.cpuid(leaf, subleaf)
+
     def set_debug_register(self, number: int, value: int) -> None:
         self.dr[number] = value
 
@@ -122,6 +127,7 @@ class Guest:
         self.machine = machine
         self.domain: Domain = machine.domain
         self.cpu = cpu
+        cpu.supervisor = self.domain
         self.frames = machine.domain.frames
         self.events = machine.domain.events
         self.printed = printed

@@ -215,6 +215,9 @@ class Deprivileged:
             leaf, subleaf, cr4=self._run.cr4, xcr0=self._xcr0, apic_enabled=True
         )
 
+    def guest_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        return self._vcpu.supervisor.cpuid(leaf, subleaf)
+
     def set_debug_register(self, number: int, value: int) -> None:
         self.dr[number] = value
         debug = abi.DebugRegs(dr6=self.dr[6], dr7=self.dr[7])

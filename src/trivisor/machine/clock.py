@@ -51,6 +51,8 @@ class Clock(Remembers):
         self._posted: deque[Callable[[], None]] = deque()
         self.on_posted: Callable[[], None] = lambda: None
         """Called, in any thread, when something was posted: have `run_due` called soon."""
+        self.on_look: Callable[[], None] | None = None
+        """Called before the timers are looked at: who keeps one elsewhere sets it here now."""
 
     def now(self) -> int:
         """Nanoseconds of guest time."""
@@ -65,12 +67,15 @@ class Clock(Remembers):
     def elapsed(self, nanoseconds: int) -> None:
         self._origin = self._source() - nanoseconds
 
-    def at(self, deadline: int, callback: Callable[[], None]) -> Timer:
-        """Have `callback()` called once guest time reaches `deadline` (ns)."""
+    def at(self, deadline: int, callback: Callable[[], None], *, quietly: bool = False) -> Timer:
+        """Have `callback()` called once guest time reaches `deadline` (ns).
+
+        `quietly`: from `on_look`, when whoever looks will see it.
+        """
         timer = Timer(deadline, callback, self._one_cancelled)
         earlier = not self._queue or deadline < self._queue[0][0]
         heapq.heappush(self._queue, (deadline, next(self._order), timer))
-        if earlier and self.on_earlier is not None:
+        if earlier and not quietly and self.on_earlier is not None:
             self.on_earlier(deadline)
         return timer
 
@@ -81,6 +86,8 @@ class Clock(Remembers):
 
     def next_deadline(self) -> int | None:
         """The guest time (ns) of the next live timer, or None."""
+        if self.on_look is not None:
+            self.on_look()
         queue = self._queue
         while queue and queue[0][2].callback is None:
             heapq.heappop(queue)

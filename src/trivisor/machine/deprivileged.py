@@ -35,12 +35,15 @@ class NativeSupervision:
     instruction, FLAGS, FS_BASE, GS_BASE, GUEST_CR2, RAM_BASE); to
     `supervisor_user_call` for SYSCALL by its user, and to
     `supervisor_exception` for an exception (EXIT_A: vector, EXIT_B: error code
-    or -1).  Every host register but rbp is free.  It goes on by a jump:
+    or -1); to `supervisor_instruction` for one of the kernel's instructions at
+    GUEST_RIP that Python is to do, such as IN and OUT; and to
+    `supervisor_interrupt` instead of calling `Supervisor.interrupt`.  Every host
+    register but rbp is free.  It goes on by a jump:
 
     * `supervised_python`: Python is to do it; nothing may have changed yet;
     * `supervised_following`: after the SYSCALL, whose RCX and R11 are set;
     * `supervised_resume`: at GUEST_RIP, whatever was put there;
-    * `supervised_interrupt`: the same, once the supervisor's `interrupt` was asked.
+    * `supervised_interrupt`: the same, once `Supervisor.interrupt` was called.
 
     It may call `guest_page` (r13: linear address, r12d: 0 to read or 1 to
     write; ZF set and rdi: its host address, good to the page's end; rbx, rbp,
@@ -50,8 +53,10 @@ class NativeSupervision:
     upper half of the kernel's space; the same), `supervised_changed` (rdi:
     host address of an entry, r10: what it was, as
     `DeprivilegedCpu.entry_changed`; rbx, rbp and r10 to r15 are kept),
-    `guest_cpuid` (CPUID in the guest's registers, as `Supervisor.cpuid`; ZF set
-    if it was done) and `gather_flags` (rax = RFLAGS).
+    `supervised_alarm` (rdi: have the surroundings' timers looked at in so many
+    ns at the latest; rbx, rbp and r12 to r15 are kept), `guest_cpuid` (CPUID in
+    the guest's registers, as `Supervisor.cpuid`; ZF set if it was done) and
+    `gather_flags` (rax = RFLAGS).
 
     `table` is the host address of memory that the two sides share, which
     the code finds in SUPERVISOR_TABLE.

@@ -6,7 +6,7 @@ import ctypes
 
 _SYS_GETTID = 186
 _SYS_TIMER_CREATE = 222
-_SYS_TIMER_SETTIME = 223
+SYS_TIMER_SETTIME = 223
 _SYS_TIMER_DELETE = 226
 _CLOCK_MONOTONIC = 1
 _SIGEV_THREAD_ID = 4
@@ -40,6 +40,11 @@ class HostTimer:
         self._specification = (ctypes.c_int64 * 4)()
         self._pointer = ctypes.addressof(self._specification)
 
+    @property
+    def number(self) -> int:
+        """The kernel's timer_t, for timer_settime(2) by others."""
+        return self._timer.value
+
     def arm(self, delay: int) -> None:
         """Fire once, `delay` nanoseconds from now (at least one)."""
         self._specification[0] = self._specification[1] = 0
@@ -52,7 +57,7 @@ class HostTimer:
         self._set()
 
     def _set(self) -> None:
-        _libc.syscall(_SYS_TIMER_SETTIME, self._timer.value, 0, ctypes.c_void_p(self._pointer), None)
+        _libc.syscall(SYS_TIMER_SETTIME, self._timer.value, 0, ctypes.c_void_p(self._pointer), None)
 
     def close(self) -> None:
         """Delete the host timer."""

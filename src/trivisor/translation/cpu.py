@@ -30,11 +30,11 @@ from trivisor.machine.exits import (
     Unsupported,
     UserMode,
 )
-from trivisor.machine.host_timer import HostTimer
 from trivisor.machine.msrs import MsrFile
 from trivisor.machine.state import CpuState
 from trivisor.machine.vcpu import Surroundings
 from trivisor.translation import slow_access, wild_jumps
+from trivisor.translation.alarm import Alarm
 from trivisor.translation.block_store import BlockStore
 from trivisor.translation.block_tables import Block
 from trivisor.translation.core import CS, MASK64, RCX, SS, Core
@@ -42,7 +42,6 @@ from trivisor.translation.cpuid_table import CpuidTable
 from trivisor.translation.emulator import events, system
 from trivisor.translation.emulator.contract import UnsupportedFeature, notify
 from trivisor.translation.emulator.debug_exceptions import debug_exception
-from trivisor.translation.host_signals import poll_timer
 from trivisor.translation.kept_helpers import kept_helpers
 from trivisor.translation.layout import EXITS, OFFSETS
 from trivisor.translation.mmu import Mmu
@@ -82,8 +81,6 @@ from trivisor.x86.msr import DEBUGCTL_BTF, IA32_APIC_BASE, IA32_DEBUGCTL
 
 CODE_CACHE_SIZE = 64 << 20
 
-_AT_ONCE = 3_000
-"""Nanoseconds to a timer that no host timer is worth: what is to do meanwhile takes longer."""
 _CR0_TS_EM = CR0_TS | CR0_EM
 _XCR0_SSE_AVX = XCR0_SSE | XCR0_AVX
 _INTEL = 0x756E6547
@@ -194,9 +191,7 @@ class TranslationVcpu:
         )
         self.mmu.on_code_write = self.blocks.written
         self.tuner = Tuner(self.core, self.blocks, self._by_key)
-        self._timer: HostTimer | None = None
-        self._armed: int | None = None
-        """The guest time that the host's timer was set to last."""
+        self._alarm = Alarm(self.core, board.tsc_frequency)
         self.attach()
         self._handlers: dict[int, Callable[[], Exit | None]] = {
             EXITS["EXIT_LOOKUP"]: lambda: wild_jumps.check_target(self),
@@ -243,8 +238,7 @@ class TranslationVcpu:
         self._closed = True
         if self.board.clock.on_earlier == self._arm_timer:  # else another processor has the board by now
             self.board.clock.on_earlier = None
-        if self._timer is not None:
-            self._timer.close()
+        self._alarm.close()
         self._ports.close()
         self.blocks.close()
         self._native.close()
@@ -264,7 +258,7 @@ class TranslationVcpu:
         self._cpuid_table.clear()
         self.mode_changed()
         self._next = None
-        self._armed = None  # the guest's time may be another
+        self._alarm.forget()  # the guest's time may be another
         self._words[_PENDING] = 1
 
     # -- what sensitive instructions need (translation/contract.py) -----------------------------------------
@@ -471,8 +465,7 @@ class TranslationVcpu:
 
     def run(self) -> Exit:
         self._begin()
-        if self._timer is None:
-            self._timer = poll_timer(self.core.address)
+        self._alarm.start()
         self._mind_observers()
         self.tuner.start()
         try:
@@ -607,7 +600,7 @@ class TranslationVcpu:
         board = self.board
         board.clock.run_due()
         deadline = board.clock.next_deadline()
-        if deadline is not None and deadline != self._armed:
+        if deadline is not None and not self._alarm.is_for(deadline):
             self._arm_timer(deadline)
         if self._kicked or board.stop_reason is not None:
             self._kicked = False
@@ -631,7 +624,7 @@ class TranslationVcpu:
             self.count("interrupt")
             vector = injected.pop(0) if injected else interrupts.acknowledge()
             shutdown = self._deliver(vector) if single else self._take(vector)
-            if shutdown is not None or not (injected or interrupts.pending()):
+            if self.supervisor is not None or shutdown is not None or not (injected or interrupts.pending()):
                 return shutdown
         self._waiting = True
         words[_ARMED] = words[_BAD]
@@ -646,7 +639,7 @@ class TranslationVcpu:
     def _take(self, vector: int) -> Exit | None:
         """Deliver an external interrupt, or an NMI, now."""
         words = self._words
-        if words[_NATIVE_EVENTS]:
+        if words[_NATIVE_EVENTS] or words[_NATIVE_SUPERVISOR]:
             # The next turn enters the helper that delivers it and goes on with the handler.
             words[_EXIT_A] = vector
             self._next = self._deliver_interrupt
@@ -668,16 +661,10 @@ class TranslationVcpu:
         return None
 
     def _arm_timer(self, deadline: int) -> None:
-        if self._timer is None:
-            return
-        delay = deadline - self.board.clock.now()
-        if delay <= _AT_ONCE:
+        if not self._alarm.set(deadline, deadline - self.board.clock.now()):
             words = self._words
             words[_PENDING] = 1
             words[_ARMED] = words[_POLL] = words[_BAD]
-        else:
-            self._armed = deadline
-            self._timer.arm(delay)
 
     def kick(self) -> None:
         self._kicked = True

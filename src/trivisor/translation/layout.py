@@ -40,6 +40,8 @@ LARGE_PIECES = 4096
 CPUID_ENTRIES = 256
 CPUID_SPREAD = 0x1E3779B1
 """What a subleaf's place among them is by: the product's upper byte (multiplicative hashing)."""
+AT_ONCE = 3_000
+"""Nanoseconds to a timer that no host timer is worth: what is to do meanwhile takes longer."""
 KNOWN_DATA_ENTRIES = 16
 KNOWN_DATA_SIZE = 64  # selector | CPL << 16; raw descriptor; base; limit; attributes
 SITES = 128
@@ -199,6 +201,10 @@ _FIELDS = (
     "EVENT_RIP",  # ... and the rip that its frame gets
     "VIRTUAL_APIC",  # host address of machine.virtual_apic.VirtualApic's words
     "CPUID_TABLE",  # host address of cpuid_table.CpuidTable's entries
+    "HOST_TIMER",  # the kernel's number of the timer that asks for Python, -1: none (alarm.py)
+    "ALARM",  # the host's TSC at which it fires, or what is over
+    "ALARM_FOR",  # the guest time (ns) that Python has set it to; -1: another
+    "TSC_FREQUENCY",
     "PORTS",  # host address of machine.fast_ports.FastPorts.words
     "PORT_QUEUE",  # host address of bytes written to QUEUE_PORT that its device has not got yet
     "PORT_QUEUED",  # how many they are
@@ -281,6 +287,7 @@ for _segment in SEGMENT_ORDER[:6]:
 _cursor.field("SLOT", 64, 64)  # an operand on its way
 _cursor.field("SLOT_ADDRESS")
 _cursor.field("VECTORS", 96, 32)  # data, indexes and mask of an instruction that goes by elements
+_cursor.field("ALARM_VALUE", 32)  # struct itimerspec
 _cursor.field("LOCAL", 8 * LOCAL_ENTRIES)  # their host addresses; bit 0: of a fetch TLB
 _cursor.field("MARKS", 8 * 64)  # free-running counters of inline events, by index
 _cursor.field("SAMPLES", 8 * SAMPLES)  # host addresses of code that the tuner's timer has found running
@@ -378,6 +385,7 @@ SYMBOLS: dict[str, int] = {
     "END_DONE": virtual_apic.END_DONE,
     "CPUID_ENTRIES": CPUID_ENTRIES,
     "CPUID_SPREAD": CPUID_SPREAD,
+    "AT_ONCE": AT_ONCE,
     "KNOWN_DATA_ENTRIES": KNOWN_DATA_ENTRIES,
     "PORT_READS": fast_ports.READS,
     "PORT_LATCHES": fast_ports.LATCHES,

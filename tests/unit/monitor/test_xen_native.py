@@ -30,10 +30,8 @@ NOTES = {
 }  # fmt: skip
 LOAD = (1 << 64) - 2
 END = (1 << 64) - 1
-CPUID, FORCED_CPUID = (1 << 64) - 3, (1 << 64) - 4
 
-# Each record: number, four arguments, result.  Number LOAD is a load from the first argument; CPUID's leaf and subleaf
-# are the first two, and its result is a mixture of what the registers get.
+# Each record: number, four arguments, result.  Number LOAD is a load from the first argument.
 GUEST = f"""
     mov rbx, {RECORDS:#x}
 next:
@@ -44,34 +42,9 @@ next:
     cmp rax, -2
     je load
     mov rsi, [rbx+16]
-    cmp rax, -3
-    je plain
-    cmp rax, -4
-    je forced
     mov rdx, [rbx+24]
     mov r10, [rbx+32]
     syscall
-    jmp result
-plain:
-    mov r12, rbx
-    mov rax, rdi
-    mov rcx, rsi
-    cpuid
-    jmp mix
-forced:
-    mov r12, rbx
-    mov rax, rdi
-    mov rcx, rsi
-    db 0x0f, 0x0b, 0x78, 0x65, 0x6e
-    cpuid
-mix:
-    rol rbx, 13
-    xor rax, rbx
-    rol rcx, 29
-    xor rax, rcx
-    rol rdx, 43
-    xor rax, rdx
-    mov rbx, r12
     jmp result
 load:
     mov rax, [rdi]
@@ -307,37 +280,3 @@ def test_what_the_kernel_maps_is_seen_after_a_switch(tmp_path: Path) -> None:
         assert machine.domain.statistics()["hypercalls"]["mmu_update"] == 4
     finally:
         machine.close()
-
-
-LEAVES = [
-    (0, 0), (1, 0x80000000), (1, 5), (4, 0), (4, 1), (7, 0), (0xD, 1), (0x16, 3), (0x17, 0), (1 << 32 | 1, 1 << 32 | 5),
-    (0x40000000, 0), (0x40000001, 0), (0x40000003, 0), (0x40000003, 2), (0x400000FF, 0), (0x40000100, 1),
-    (0x4FFFFFFF, 0), (0x50000000, 0), (0x80000000, 0), (0x80000008, 0), (0x80000009, 0), (0xFFFFFFFF, 0xFFFFFFFF),
-]  # fmt: skip
-
-
-def test_cpuid(tmp_path: Path) -> None:
-    path = tmp_path / "kernel"
-    path.write_bytes(image())
-    outcomes = []
-    for watched in (True, False):
-        machine = Machine(path, watched=watched)
-        try:
-            data = bytearray(0x9000)
-            struct.pack_into("<I", data, 0x8000, abi.SHUTDOWN_POWEROFF)
-            machine.put(DATA, bytes(data))
-            records = [(kind, *leaf) for leaf in LEAVES for kind in (CPUID, FORCED_CPUID) * 2]
-            results = machine.run(records)
-            assert [results[i :: 4] for i in range(4)] == [results[::4]] * 4
-            entered = machine.domain.statistics()["into the guest's kernel"]
-            assert entered["forced emulation"] == entered["exception 6"] == 2 * len(LEAVES)
-            if not watched:
-                assert machine.vcpu.statistics()["native helpers"]["cpuid"] >= 2 * len(LEAVES)
-                assert machine.vcpu.statistics()["native helpers"]["supervised"] > len(LEAVES)
-            outcomes.append(results[::4])
-        finally:
-            machine.close()
-    assert outcomes[0] == outcomes[1]
-    named = dict(zip(LEAVES, outcomes[0], strict=True))
-    assert named[0x40000100, 1] == named[0x4FFFFFFF, 0] == 0 != named[0x40000000, 0]
-    assert named[1, 5] == named[1 << 32 | 1, 1 << 32 | 5]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from trivisor.paravirt.xen.abi import HYPERVISOR_VIRT_END, HYPERVISOR_VIRT_START
+from trivisor.paravirt.xen.shared_table import INDEX
 from trivisor.x86.control import CR4_DE, DR6_FIXED, DR6_VALID, DR7_FIXED, DR7_GD
 
 if TYPE_CHECKING:
@@ -53,4 +54,5 @@ def set_debug_register(domain: Domain, number: int, value: int) -> bool:
         if not domain.state.cr4 & CR4_DE and any(kind == _PORT for _, kind, _ in _enabled(value)):
             return False
         cpu.set_debug_register(7, value & 0xFFFF27FF | DR7_FIXED)
+        domain.table.words[INDEX["BREAKPOINTS"]] = value & 0xFF
     return True

@@ -65,6 +65,8 @@ _COUNTED_NATIVELY = {
     f"exception {PAGE_FAULT}": "PAGE_FAULTS",
     f"exception {INVALID_OPCODE}": "FORCED",
     "forced emulation": "FORCED",
+    f"exception {GENERAL_PROTECTION}": "PORTS",
+    "privileged instruction": "PORTS",
 }
 """Words of the shared table, by the names of the statistics that they add to."""
 
@@ -96,7 +98,7 @@ class Domain:
         self.number = OWN_ID
         self.grant_maps = GrantMaps(self)
         self.time = clock
-        self.timers = VcpuTimers(clock, events)
+        self.timers = VcpuTimers(clock, events, frames.table)
         self.console_output = console_output
         self.pages = 0
         """How many pages of memory it has at most."""

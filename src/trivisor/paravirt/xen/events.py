@@ -119,13 +119,14 @@ class EventChannels(Remembers):
         return (self._view[at] != 0 and not self._view[at + 1]) or self._poll_over
 
     def acknowledge(self) -> int:
-        """There is one interrupt only, the upcall; it has no number."""
+        """There is one interrupt only, the upcall; it has no number.  It ends a poll."""
+        self._poll_over = False
+        self._polled = frozenset()
         return 0
 
     def upcall_wanted(self) -> bool:
         """Whether the upcall is to be made; ends a poll."""
-        self._poll_over = False
-        self._polled = frozenset()
+        self.acknowledge()
         at = self.vcpu_info
         return self._view[at] != 0 and not self._view[at + 1]
 

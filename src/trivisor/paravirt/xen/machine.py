@@ -78,7 +78,8 @@ class XenMachine(Remembers):
         self.memory = GuestMemory(min(size + own_size(size), MAXIMUM_RAM))
         self.size = size
         self._output = console_output
-        frames = self._frames = Frames(self.memory, SharedTable())
+        table = SharedTable()
+        frames = self._frames = Frames(self.memory, table)
         own = self._own = OwnMemory(self.memory, frames)
         ram: list[int] = []
         for start, length in self.memory.regions():
@@ -90,7 +91,7 @@ class XenMachine(Remembers):
         self.platform = Platform(
             self.memory, clock, self.events, tsc=tsc, tsc_frequency=tsc_frequency, on_stop=on_stop
         )
-        time = SystemTime(self.memory, clock, tsc_frequency, lambda: self.platform.tsc())
+        time = SystemTime(self.memory, clock, tsc_frequency, lambda: self.platform.tsc(), table)
         tables = self._tables = PageTables(
             frames, own.slots, lambda: self.domain.flush(),
             lambda frame: self.domain.cpu.memory_written(frame * PAGE_SIZE, PAGE_SIZE),

@@ -13,6 +13,7 @@ from trivisor.paravirt.xen.abi import FLAT_RING3_CS64, FLAT_RING3_SS, HYPERCALL_
 from trivisor.paravirt.xen.cpuid import VERSION
 from trivisor.paravirt.xen.frames import DOMAIN, L1, L4, NONE, WRITABLE
 from trivisor.paravirt.xen.native_privileged import PRIVILEGED
+from trivisor.paravirt.xen.native_timers import TIMERS
 from trivisor.paravirt.xen.native_traps import SET_FLAT, TRAPS
 from trivisor.paravirt.xen.page_tables import ADDRESS, FORBIDDEN, FORBIDDEN_L1
 from trivisor.paravirt.xen.shared_table import SYMBOLS, SharedTable
@@ -79,15 +80,6 @@ xen_event:
 xen_event_none:
     ret
 
-xen_vcpu_op:
-    cmp qword [rbp+GPR_RDI], {abi.VCPUOP_IS_UP}
-    jne supervised_python
-    mov eax, 1
-    mov rcx, -{abi.ENOENT}
-    cmp qword [rbp+GPR_RSI], 0
-    cmovne rax, rcx
-    jmp xen_done
-
 xen_xen_version:
     cmp qword [rbp+GPR_RDI], {abi.XENVER_VERSION}
     jne supervised_python
@@ -105,6 +97,8 @@ xen_stack_switch:
 
 xen_set_segment_base:
     mov rax, [rbp+GPR_RSI]
+    cmp qword [rbp+GPR_RDI], {abi.SEGBASE_GS_USER_SEL}
+    je xen_gs_user_selector
     mov rcx, rax
     sar rcx, 47
     inc rcx
@@ -127,6 +121,16 @@ xen_fs_base:
 xen_gs_user_base:
     mov [rbp+KERNEL_GS_BASE], rax
     xor eax, eax
+    jmp xen_done
+xen_gs_user_selector:
+    test eax, 0xfffc ; only the null ones
+    jnz supervised_python
+    movzx eax, ax
+    mov [rbp+GS_SELECTOR], rax
+    xor eax, eax
+    mov [rbp+GS_LIMIT], rax
+    mov [rbp+GS_ATTRIBUTES], rax
+    mov [rbp+KERNEL_GS_BASE], rax
     jmp xen_done
 """
 
@@ -438,4 +442,4 @@ xen_lingers:
 
 def native_supervision(table: SharedTable) -> NativeSupervision:
     """The hypervisor's native code, over `table`."""
-    return NativeSupervision("\n".join((_equ(SYMBOLS), _CALL, _MMU, TRAPS, PRIVILEGED)), table.address)
+    return NativeSupervision("\n".join((_equ(SYMBOLS), _CALL, _MMU, TRAPS, PRIVILEGED, TIMERS)), table.address)

@@ -33,7 +33,57 @@ xen_instruction_fault:
     jnz supervised_python
     inc qword [rbx+X_FORCED]
     add qword [rbp+GUEST_RIP], {len(_FORCED_CPUID)}
+xen_instruction_done:
     call xen_event
     jnz xen_upcall
     jmp supervised_resume
+
+; IN and OUT of a kernel that may use ports: none is there, so all of them read as ones.
+supervisor_instruction:
+    mov rbx, [rbp+SUPERVISOR_TABLE]
+    cmp qword [rbp+IGNORE_CLI], 0
+    je supervised_python
+    cmp qword [rbx+X_BREAKPOINTS], 0
+    jne supervised_python
+    mov r13, [rbp+GUEST_RIP]
+    mov eax, r13d
+    and eax, 0xfff
+    cmp eax, 4096-4
+    ja supervised_python
+    xor r12d, r12d
+    call guest_page
+    jnz supervised_python
+    mov eax, [rdi]
+    mov ecx, 1 ; the instruction's length
+    mov edx, 0xffffffff ; what EAX gets
+    cmp al, 0x66
+    jne xen_port_opcode
+    inc ecx
+    movzx edx, dx
+    shr eax, 8
+xen_port_opcode:
+    mov esi, eax
+    and esi, 0xf4
+    cmp esi, 0xe4
+    jne supervised_python
+    test al, 8
+    jnz xen_port_sized ; by DX
+    inc ecx
+xen_port_sized:
+    test al, 2
+    jnz xen_port_done ; OUT
+    test al, 1
+    jnz xen_port_in
+    movzx edx, dl
+xen_port_in:
+    mov esi, [rbp+GPR_RAX]
+    or esi, edx
+    mov [rbp+GPR_RAX], esi
+    inc edx
+    jnz xen_port_done
+    mov [rbp+GPR_RAX+4], edx ; all of RAX
+xen_port_done:
+    inc qword [rbx+X_PORTS]
+    add [rbp+GUEST_RIP], rcx
+    jmp xen_instruction_done
 """

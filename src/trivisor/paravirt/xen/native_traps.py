@@ -151,6 +151,13 @@ xen_upcall:
     inc qword [rbx+X_UPCALLS]
     jmp supervised_resume
 
+; An event, if it is still wanted.
+supervisor_interrupt:
+    mov rbx, [rbp+SUPERVISOR_TABLE]
+    call xen_event
+    je supervised_resume
+    jmp xen_upcall
+
 ; SYSCALL by the guest's user.
 supervisor_user_call:
     mov rbx, [rbp+SUPERVISOR_TABLE]

@@ -20,6 +20,7 @@ _NAMES = (
     "KERNEL_STACK_SELECTOR",
     "IOPL",
     "CR2",
+    "BREAKPOINTS",  # those that DR7 has on
     "IOPL_IN_FRAMES",  # 1: frames show the I/O privilege level (VMASST_TYPE_architectural_iopl)
     "EVENT_ADDRESS",  # where the guest's kernel is entered, and whether that masks events
     "EVENT_MASKS",
@@ -43,10 +44,17 @@ _NAMES = (
     "SAVED_R11",
     "SAVED_CS",
     "SAVED_SS",
+    "TIME_START",  # the PV clock (time.py): the TSC at its beginning; nanoseconds are counts, shifted, times / 2^32
+    "TIME_LEFT",
+    "TIME_RIGHT",
+    "TIME_MULTIPLIER",
+    "SINGLE",  # the deadline that native code has given the singleshot timer (timers.py)
+    "SINGLE_CHANGE",  # what it has done to it since Python looked last
     "UPCALLS",  # what was done natively
     "PAGE_FAULTS",
     "SYSCALLS",
     "FORCED",  # CPUID behind the forced-emulation prefix
+    "PORTS",  # IN and OUT
 )
 COUNTED = 64
 """Hypercalls with lower numbers are counted natively."""

@@ -11,6 +11,7 @@ from trivisor.machine.memory import GuestMemory
 from trivisor.machine.saved_values import number
 from trivisor.machine.saving import Remembers, Saved
 from trivisor.paravirt.xen.abi import PVCLOCK_TSC_STABLE
+from trivisor.paravirt.xen.shared_table import INDEX, SharedTable, SharedWord
 
 _SECOND = 1_000_000_000
 _FAR_FUTURE = 1 << 62
@@ -31,11 +32,19 @@ def scale(frequency: int) -> tuple[int, int]:
 class SystemTime(Remembers):
     """Nanoseconds since the domain started, by its TSC, and the timers that hang on them."""
 
-    def __init__(self, memory: GuestMemory, clock: Clock, frequency: int, tsc: Callable[[], int]) -> None:
+    _start = SharedWord("TIME_START")
+
+    def __init__(
+        self, memory: GuestMemory, clock: Clock, frequency: int, tsc: Callable[[], int], table: SharedTable
+    ) -> None:
+        self.table = table
         self._memory = memory
         self._clock = clock
         self._tsc = tsc
         self._multiplier, self._shift = scale(frequency)
+        words = table.words
+        words[INDEX["TIME_MULTIPLIER"]] = self._multiplier
+        words[INDEX["TIME_LEFT"]], words[INDEX["TIME_RIGHT"]] = max(self._shift, 0), max(-self._shift, 0)
         self._start = tsc()
         self._wallclock = time.time_ns()
 
@@ -52,10 +61,14 @@ class SystemTime(Remembers):
         delta = delta << self._shift if self._shift >= 0 else delta >> -self._shift
         return delta * self._multiplier >> 32 & (1 << 64) - 1
 
-    def at(self, deadline: int, callback: Callable[[], None]) -> Timer:
-        """Have `callback()` called once the system time reaches `deadline` (ns)."""
+    def at(self, deadline: int, callback: Callable[[], None], *, quietly: bool = False) -> Timer:
+        """Have `callback()` called once the system time reaches `deadline` (ns); `quietly` as `Clock.at` has it."""
         delay = min(max(deadline - self.now(), 0), _FAR_FUTURE)
-        return self._clock.at(self._clock.now() + delay, callback)
+        return self._clock.at(self._clock.now() + delay, callback, quietly=quietly)
+
+    def on_look(self, callback: Callable[[], None]) -> None:
+        """Have `callback()` called before anybody looks at the timers (`Clock.on_look`)."""
+        self._clock.on_look = callback
 
     def write(self, address: int) -> None:
         """Tell it at the physical `address` of a struct vcpu_time_info."""

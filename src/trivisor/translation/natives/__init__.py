@@ -12,6 +12,7 @@ from typing import NamedTuple
 from trivisor.translation.block_tables import TABLE_SYMBOLS
 from trivisor.translation.layout import OFFSETS, SYMBOLS
 from trivisor.translation.natives import (
+    alarm,
     apic,
     assists,
     blocks,
@@ -56,6 +57,7 @@ def assembled_helpers(xsave_mask: int, supervision: str = "") -> Helpers:
             events.EVENTS,
             assists.ASSISTS,
             apic.APIC,
+            alarm.ALARM,
             supervised.SUPERVISED,
             supervision or supervised.NONE,
             flush.C_FUNCTIONS,

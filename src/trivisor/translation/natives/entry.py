@@ -65,6 +65,8 @@ call_out:
     mov rax, [rbx]
     mov [rsp+GUEST_RIP], rax
     mov qword [rsp+EXIT], EXIT_CALL_OUT
+    cmp qword [rsp+SUPERVISED], 0
+    jne supervised_instruction
     jmp leave_spilled
 
 ; call [ESCAPE]; dq rip; dd kind: the same from the middle of an instruction, with the flags maybe parked.

@@ -258,7 +258,7 @@ deliver_done:
     jmp dispatch
 deliver_otherwise:
     cmp qword [rbp+SUPERVISED], 0
-    jne supervised_exception
+    jne supervised_event
 deliver_python:
     mov rsp, rbp
     mov rax, [rbp+EVENT]

@@ -15,6 +15,8 @@ NONE = """
 supervisor_call:
 supervisor_user_call:
 supervisor_exception:
+supervisor_interrupt:
+supervisor_instruction:
     jmp supervised_python
 """
 """Without a hypervisor of that kind: nothing."""
@@ -38,11 +40,22 @@ supervised_syscall:
     jne supervisor_call
     jmp supervisor_user_call
 
-; From `deliver_event`: an exception, as there.
-supervised_exception:
-    mov qword [rbp+EXIT], EXIT_EXCEPTION
+; From `call_out`: Python is to do an instruction that ends a block.
+supervised_instruction:
+    mov rbp, rsp
+    and qword [rbp+FLAGS], HOST_FLAGS
+    cmp qword [rbp+GUEST_KERNEL], 0
+    je supervised_python
+    jmp supervisor_instruction
+
+; From `deliver_event`: an exception, or an external interrupt.
+supervised_event:
+    mov qword [rbp+EXIT], EXIT_INTERRUPT
+    cmp qword [rbp+EVENT], EVENT_EXTERNAL
+    je supervisor_interrupt
     cmp qword [rbp+EVENT], EVENT_FAULT
     jne deliver_python
+    mov qword [rbp+EXIT], EXIT_EXCEPTION
     jmp supervisor_exception
 
 supervised_python:
@@ -64,12 +77,14 @@ supervised_resume:
 supervised_interrupt:
     mov rsp, rbp
     inc qword [rbp+COUNT_SUPERVISED]
-    mov qword [rbp+PENDING], 1
-    mov qword [rbp+EXIT], EXIT_POLL
+    mov qword [rbp+EXIT], EXIT_INTERRUPT
     jmp leave_spilled
 
 guest_page:
     jmp kernel_host
+
+supervised_alarm:
+    jmp set_alarm
 
 ; CPUID of the guest's eax and ecx into its registers, if the answer is known: ZF set.
 guest_cpuid:

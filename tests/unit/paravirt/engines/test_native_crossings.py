@@ -1,0 +1,377 @@
+"""What the translation engine does of the hypervisor natively, and what Python does of it: the same in the guest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.unit.paravirt.engines.conftest import Guest
+from tests.unit.paravirt.engines.test_programs import SET_TRAPS, TRAPS
+from trivisor.machine.deprivileged import GS
+from trivisor.machine.exits import Hypercall
+from trivisor.paravirt.xen import abi
+
+Boot = Callable[..., Guest]
+
+
+@pytest.fixture
+def boot(tmp_path: Path) -> Iterator[Boot]:
+    """Make a guest of a program; `watched` if Python is to do everything."""
+    made: list[Guest] = []
+
+    def start(source: str, *, watched: bool = False) -> Guest:
+        guest = Guest("translation", tmp_path, source)
+        made.append(guest)
+        if watched:
+            guest.domain.observers = lambda kind: [lambda _: None] if kind is Hypercall else []
+        return guest
+
+    yield start
+    for guest in made:
+        guest.close()
+
+
+def both(boot: Boot, source: str, prepare: Callable[[Guest], None] = lambda guest: None) -> tuple[Guest, Guest]:
+    """The program run natively and by Python."""
+    guests = boot(source), boot(source, watched=True)
+    for guest in guests:
+        prepare(guest)
+        guest.finish()
+    natively, by_python = (guest.vcpu.statistics() for guest in guests)
+    assert by_python["native helpers"]["supervised"] == 0
+    assert natively["native helpers"]["supervised"] > 0
+    return guests
+
+
+LEAVES = [
+    (0, 0), (1, 0x80000000), (1, 5), (4, 0), (4, 1), (7, 0), (0xD, 1), (0x16, 3), (0x17, 0), (1 << 32 | 1, 1 << 32 | 5),
+    (0x40000000, 0), (0x40000001, 0), (0x40000003, 0), (0x40000003, 2), (0x400000FF, 0), (0x40000100, 1),
+    (0x4FFFFFFF, 0), (0x50000000, 0), (0x80000000, 0), (0x80000008, 0), (0x80000009, 0), (0xFFFFFFFF, 0xFFFFFFFF),
+]  # fmt: skip
+
+
+def test_cpuid(boot: Boot) -> None:
+    prefixes = ("", "db 0x0f, 0x0b, 0x78, 0x65, 0x6e")
+    asks = "".join(
+        f"""
+        mov rax, {leaf}
+        mov rcx, {subleaf}
+        mov rdx, -1
+        mov rbx, -1
+        {prefix}
+        cpuid
+        call mix
+        """
+        for leaf, subleaf in LEAVES
+        for prefix in prefixes * 2
+    )
+    source = f"""
+start:
+    mov r14, DATA + 64
+    {asks}
+    jmp shutdown
+mix:
+    rol rbx, 13
+    xor rax, rbx
+    rol rcx, 29
+    xor rax, rcx
+    rol rdx, 43
+    xor rax, rdx
+    mov [r14], rax
+    add r14, 8
+    ret
+"""
+    guests = both(boot, source)
+    answers = [guest.words(8, 4 * len(LEAVES)) for guest in guests]
+    assert answers[0] == answers[1]
+    assert all(answers[0][n::4] == answers[0][::4] for n in range(4))
+    by_leaf = dict(zip(LEAVES, answers[0][::4], strict=True))
+    assert by_leaf[0x40000100, 1] == by_leaf[0x4FFFFFFF, 0] == 0 != by_leaf[0x40000000, 0]
+    assert by_leaf[1, 5] == by_leaf[1 << 32 | 1, 1 << 32 | 5]
+    for guest in guests:
+        entered = guest.domain.statistics()["into the guest's kernel"]
+        assert entered["forced emulation"] == entered["exception 6"] == 2 * len(LEAVES)
+    assert guests[0].vcpu.statistics()["exits"].get("exception", 0) < len(LEAVES)
+
+
+def test_what_is_no_forced_emulation_is_an_exception(boot: Boot) -> None:
+    others = ["db 0x0f, 0x0b, 0x78, 0x65, 0x6e, 0x90, 0x90", "db 0x0f, 0x0b, 0x78, 0x65, 0x6f, 0x0f, 0xa2", "ud2"]
+    source = TRAPS + "start:" + SET_TRAPS + "xor eax, eax\n xor ecx, ecx\n cpuid\n" + "".join(
+        f"mov rbp, on{n}\n {other}\n on{n}:\n" for n, other in enumerate(others)
+    ) + "jmp shutdown"  # fmt: skip
+    for guest in both(boot, source):
+        assert guest.words(8, 18)[::6] == [6, 6, 6]
+        assert guest.domain.statistics()["into the guest's kernel"].get("forced emulation", 0) == 0
+
+
+SET_IOPL = f"""
+    mov dword [DATA + 0xf00], 1
+    mov edi, {abi.PHYSDEVOP_SET_IOPL}
+    mov rsi, DATA + 0xf00
+    mov eax, physdev_op
+    syscall
+"""
+PORTS = ["in al, dx", "in ax, dx", "in eax, dx", "in al, 0x21", "in ax, 0x21", "in eax, 0x21"]
+OUTS = ["out dx, al", "out dx, ax", "out dx, eax", "out 0x21, al", "out 0x21, ax", "out 0x21, eax", "db 0x48, 0xed"]
+
+
+def test_ports_read_as_ones(boot: Boot) -> None:
+    reads = "".join(
+        f"""
+        mov rax, 0x1122334455667700
+        mov edx, 0x3f8
+        {port}
+        mov [r14], rax
+        add r14, 8
+        """
+        for port in PORTS + OUTS
+    )
+    ones = [0x11223344556677FF, 0x112233445566FFFF, 0xFFFFFFFF]
+    for guest in both(boot, f"start: {SET_IOPL} mov r14, DATA + 64\n {reads} jmp shutdown"):
+        assert guest.words(8, 13) == ones * 2 + [0x1122334455667700] * 6 + [0xFFFFFFFF]
+        entered = guest.domain.statistics()["into the guest's kernel"]
+        assert entered["privileged instruction"] == entered["exception 13"] == 13
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_ports_that_may_not_be_used_or_are_watched(boot: Boot, watched: bool) -> None:
+    """Without an I/O privilege level IN is #GP; and a breakpoint on a port strikes after it."""
+    guest = boot(
+        TRAPS + "start:" + SET_TRAPS + "mov rbp, allowed\n mov edx, 0x3f8\n in al, dx\n allowed:" + SET_IOPL + """
+    mov rax, cr4
+    or eax, 8
+    mov cr4, rax
+    mov edi, 0
+    mov esi, 0x3f8
+    mov eax, set_debugreg
+    syscall
+    mov edi, 7
+    mov esi, 0x20002
+    mov eax, set_debugreg
+    syscall
+    mov rbp, on
+    mov edx, 0x3f8
+    in al, dx
+here: nop
+on: mov edi, 7
+    xor esi, esi
+    mov eax, set_debugreg
+    syscall
+    mov edx, 0x3f8
+    in al, dx
+    jmp shutdown
+""",
+        watched=watched,
+    )  # fmt: skip
+    guest.finish()
+    assert guest.words(8, 2) == [13, 0]
+    assert guest.words(14, 3) == [1, 0, guest.label("here")]
+    assert guest.words(20, 1) == [0]
+
+
+def test_segment_bases(boot: Boot) -> None:
+    """Each base, and what a selector for the user's GS does: a null one, and one that is no descriptor's."""
+    calls = "".join(
+        f"mov edi, {which}\n mov rsi, {value:#x}\n mov eax, set_segment_base\n syscall\n mov [r14], rax\n add r14, 8\n"
+        for which, value in (
+            (0, 0x1000), (1, 0x2000), (2, 0x3000), (3, 2), (1, 0x4000), (3, 0x10003), (1, 1 << 47), (3, 0x7FF0), (4, 0),
+        )
+    )  # fmt: skip
+    guests = both(boot, f"start: mov r14, DATA + 64\n {calls} mov word [r14], gs\n jmp shutdown")
+    for guest in guests:
+        minus_einval = (1 << 64) - abi.EINVAL
+        assert guest.words(8, 9) == [0] * 6 + [minus_einval, 0, minus_einval]
+        assert (guest.cpu.base(GS - 1), guest.cpu.base(GS), guest.cpu.other_gs) == (0x1000, 0x3000, 0)
+    assert guests[0][17] == guests[1][17]
+
+
+EVENTS = """
+upcall:                                 ; counts, forgets all events, and goes back
+    push rax
+    inc qword [DATA + 8]
+    mov rax, PAGE
+    mov byte [rax], 0
+    mov qword [rax + 8], 0
+    mov qword [rax + 2048], 0
+    pop rax
+    pop rcx
+    pop r11
+    push 0
+    push rcx
+    push r11
+    push rax
+    mov eax, iret
+    syscall
+bind:
+    mov rdi, upcall
+    mov rsi, upcall
+    mov rdx, upcall
+    mov eax, set_callbacks
+    syscall
+    mov rdi, PAGE
+    mov rsi, [DATA + 16]
+    mov edx, 1
+    mov eax, update_va_mapping
+    syscall
+    mov dword [DATA + 0x800], 0
+    mov dword [DATA + 0x804], 0
+    mov edi, 1
+    mov rsi, DATA + 0x800
+    mov eax, event_channel_op
+    syscall
+    mov rax, PAGE
+    mov byte [rax + 1], 0
+    ret
+now:                                    ; rax = the system time
+    mov rcx, PAGE
+    rdtsc
+    shl rdx, 32
+    or rax, rdx
+    sub rax, [rcx + 40]
+    mov edx, [rcx + 56]
+    movsx ecx, byte [rcx + 60]
+    test ecx, ecx
+    js right
+    shl rax, cl
+    jmp times
+right:
+    neg ecx
+    shr rax, cl
+times:
+    mul rdx
+    shrd rax, rdx, 32
+    ret
+set_single:                             ; rax = the deadline, edx = flags; rax = result
+    mov [DATA + 0x900], rax
+    mov [DATA + 0x908], edx
+    mov edi, 8
+    xor esi, esi
+    mov rdx, DATA + 0x900
+    mov eax, vcpu_op
+    syscall
+    ret
+stop_single:
+    mov edi, 9
+    xor esi, esi
+    mov eax, vcpu_op
+    syscall
+    ret
+"""
+
+
+def shares(guest: Guest) -> None:
+    """Let the program know the shared page."""
+    guest[2] = guest.domain.own.shared_info << 12 | 0x67
+
+
+def test_a_timer_interrupts_code_that_only_runs(boot: Boot) -> None:
+    """20 deadlines a little ahead; each upcall comes no sooner and keeps the registers of what it interrupts."""
+    source = EVENTS + """
+start:
+    call bind
+    mov r13d, 20
+again:
+    call now
+    add rax, 500000
+    mov r12, rax
+    mov rbx, [DATA + 8]
+    xor edx, edx
+    call set_single
+    test rax, rax
+    jnz shutdown
+    mov rax, 0x1234
+    mov rcx, 0x5678
+    mov r11, 0x9abc
+wait:
+    cmp rbx, [DATA + 8]
+    je wait
+    cmp rax, 0x1234
+    jne shutdown
+    cmp rcx, 0x5678
+    jne shutdown
+    cmp r11, 0x9abc
+    jne shutdown
+    call now
+    cmp rax, r12
+    jb shutdown
+    dec r13d
+    jnz again
+    mov qword [DATA + 24], 1
+    jmp shutdown
+"""
+    for guest in both(boot, source, shares):
+        assert guest.words(1, 1) == [20] and guest[3] == 1
+        entered = guest.domain.statistics()
+        assert entered["into the guest's kernel"]["upcalls"] == 20
+        assert entered["hypercalls"]["vcpu_op"] == 20
+
+
+def test_a_deadline_that_is_past_or_stopped_or_put_off(boot: Boot) -> None:
+    source = EVENTS + f"""
+start:
+    call bind
+    call now
+    mov r12, rax
+    lea rax, [r12 + 60000000]           ; stopped in time
+    xor edx, edx
+    call set_single
+    call stop_single
+    lea rax, [r12 + 60000000]           ; put off
+    xor edx, edx
+    call set_single
+    lea rax, [r12 + 120000000]
+    xor edx, edx
+    call set_single
+wait:
+    call now
+    lea rcx, [r12 + 90000000]
+    cmp rax, rcx
+    jb wait
+    mov rax, [DATA + 8]
+    mov [DATA + 24], rax                ; none yet
+sleep:
+    cmp qword [DATA + 8], 0
+    je sleep
+    mov eax, 1                          ; past: at once
+    xor edx, edx
+    call set_single
+past:
+    cmp qword [DATA + 8], 1
+    je past
+    mov eax, 1                          ; past, and to be refused
+    mov edx, {abi.VCPU_SSHOTTMR_FUTURE}
+    call set_single
+    mov [DATA + 32], rax
+    mov rax, -1                         ; for ever
+    xor edx, edx
+    call set_single
+    mov [DATA + 40], rax
+    mov edi, 8
+    mov esi, 1
+    mov eax, vcpu_op
+    syscall
+    mov [DATA + 48], rax
+    mov edi, 8
+    xor esi, esi
+    mov rdx, DATA + 0x10000000
+    mov eax, vcpu_op
+    syscall
+    mov [DATA + 56], rax
+    mov rax, [DATA + 8]
+    mov [DATA + 64], rax
+    jmp shutdown
+"""
+    for guest in both(boot, source, shares):
+        refused = [(1 << 64) - abi.ETIME, 0, (1 << 64) - abi.ENOENT, (1 << 64) - abi.EFAULT]
+        assert guest.words(3, 6) == [0, *refused, 2]
+        assert guest.domain.timers.single.deadline == (1 << 64) - 1
+
+
+def test_a_timer_set_natively_is_remembered(boot: Boot) -> None:
+    for guest in both(
+        boot, EVENTS + "start: call bind\n mov rax, 0x7000000000000000\n xor edx, edx\n call set_single\n jmp shutdown",
+        shares,
+    ):  # fmt: skip
+        assert guest.domain.timers.save()["single"] == 0x7000000000000000

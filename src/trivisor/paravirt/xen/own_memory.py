@@ -78,7 +78,7 @@ class OwnMemory:
         """Xen's entries of a level-4 table."""
         pages = range(self._map_at // 512, self._map_at // 512 + -(-8 * frames.count // PAGE_SIZE))
         self.slots[0] = self._tables([page << 12 | _READ_ONLY_USER for page in pages])
-        self.map_address = MACH2PHYS_VIRT_START
+        self.map_address = MACH2PHYS_VIRT_START + self._show_again(self._next - 2, -(-len(pages) // 512))
         """Where the guest is told that the machine-to-physical table is."""
         for page in pages:
             frames.share(page, writable=False)
@@ -111,7 +111,7 @@ class OwnMemory:
         """
         self.slots[ENGINE_SLOT - FIRST_XEN_SLOT] = entry
         self.slots[1] = self.slots[0]
-        self.map_address = MACH2PHYS_VIRT_START + (1 << 39)
+        self.map_address += 1 << 39
 
     def _take(self, count: int = 1) -> int:
         first = self._next
@@ -139,6 +139,20 @@ class OwnMemory:
             entries = tables
         (entry,) = entries
         return entry
+
+    def _show_again(self, table: int, count: int) -> int:
+        """Enter the first `count` entries of a level-2 table in it a second time; returns how many bytes further on.
+
+        What is looked up in the machine-to-physical table is mostly looked up next in the guest's own table of the
+        other way, at about the same distance from its start.  A direct-mapped TLB could not have both at a time,
+        were the distance between the two tables a multiple of its reach.  So it is not one of 4 MiB.
+        """
+        again = count | 1
+        if again + count > 512:
+            return 0
+        first = table * 512
+        self._frames.words[first + again : first + again + count] = self._frames.words[first : first + count]
+        return again << 21
 
     def set_physical(self, frame: int, physical: int) -> None:
         """Enter in the machine-to-physical table which of the domain's pages `frame` is."""

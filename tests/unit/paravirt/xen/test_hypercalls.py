@@ -6,10 +6,14 @@ import random
 
 import pytest
 
+from trivisor.machine.memory import MIB, PAGE_SIZE, GuestMemory
 from trivisor.machine.stop import Crash, PowerOff, Reset
 from trivisor.paravirt.xen import abi
 from trivisor.paravirt.xen.abi import EFAULT, EINVAL, ENOENT, ENOSYS, EPERM, ESRCH, HYPERCALLS
 from trivisor.paravirt.xen.errors import DomainCrash, Preempted
+from trivisor.paravirt.xen.frames import Frames
+from trivisor.paravirt.xen.own_memory import OwnMemory, own_size
+from trivisor.paravirt.xen.shared_table import SharedTable
 from trivisor.x86.exceptions import INVALID_OPCODE
 
 A = 0x10000
@@ -162,13 +166,39 @@ def test_the_machine_to_physical_table_is_the_guests_to_fill_for_its_frames(gues
     assert guest.update(1 << 30, 0, 0, abi.MMU_MACHPHYS_UPDATE) == -EPERM
 
 
+@pytest.mark.parametrize("size", [64 * MIB, 1100 * MIB])
+def test_the_machine_to_physical_table_is_where_the_interface_has_it_and_where_the_guest_is_told(size: int) -> None:
+    memory = GuestMemory(size)
+    try:
+        frames = Frames(memory, SharedTable())
+        own = OwnMemory(memory, frames)
+        assert own.end <= own_size(size) // PAGE_SIZE
+
+        def shown(linear: int) -> int:
+            entry = own.slots[(linear >> 39 & 511) - abi.FIRST_XEN_SLOT]
+            for shift in (30, 21, 12):
+                entry = frames.words[(entry & (1 << 52) - 1) // PAGE_SIZE * 512 + (linear >> shift & 511)]
+            return entry
+
+        first = abi.MACH2PHYS_VIRT_START
+        assert own.map_address % (4 * MIB) == 2 * MIB, "not where a direct-mapped TLB has the guest's own table"
+        pages = -(-8 * frames.count // PAGE_SIZE)
+        for page in range(pages):
+            entry = shown(first + page * PAGE_SIZE)
+            assert entry == shown(own.map_address + page * PAGE_SIZE) and entry & 7 == 5, "read-only"
+        assert shown(own.map_address + pages * PAGE_SIZE) == 0
+    finally:
+        memory.close()
+
+
 def test_memory(guest) -> None:
     domain = guest.domain
     guest.put("<I4xQ", 8, A + 64)
     assert guest.call("memory_op", abi.XENMEM_MEMORY_MAP, A) == 0
     assert guest.get("<I") == (1,) and guest.get("<QQI", at=A + 64) == (0, domain.pages * 4096, 1)
     assert guest.call("memory_op", abi.XENMEM_MACHPHYS_MAPPING, A) == 0
-    assert guest.get("<QQQ") == (0xFFFF800000000000, 0xFFFF804000000000, guest.frames.count - 1)
+    start, end, last = guest.get("<QQQ")
+    assert (start, end) == (domain.own.map_address, start + (1 << 38)) and last == guest.frames.count - 1
     guest.put("<Q", 0x55, at=A + 64)
     guest.put("<QQIIH6x", A + 64, 1, 0, 0, abi.DOMID_SELF)
     assert guest.call("memory_op", abi.XENMEM_POPULATE_PHYSMAP, A) == 1

@@ -216,7 +216,7 @@ class BlockStore:
         tables.template_count = number + 1
         tables.templates[number * TEMPLATE_SIZE : (number + 1) * TEMPLATE_SIZE] = record
         if lasting:
-            tables.list_template(number, template_bucket(made.rip, mode, guest[0]))
+            tables.list_template(number, template_bucket(made.rip, mode, code))
         return number, start
 
     def code_at(self, mode: Mode, rip: int, page: int) -> tuple[bytes, int]:

@@ -94,10 +94,11 @@ TEMPLATE = {
     "T_USES": 44,  # blocks made of it in this run
     "T_SIZE": 48,  # of the image
     "T_LASTING": 52,  # 1 when look-ups find it
-    "T_MASKED": 54,  # 1 when the image has a mask
+    "T_MASKED": 53,  # 1 when the image has a mask
+    "T_BUCKET": 54,  # the list that it is in then
     "T_MASK": 56,
 }
-TEMPLATE_FORMAT = "<QQIIIIHHHHBBBBIIHHQ"
+TEMPLATE_FORMAT = "<QQIIIIHHHHBBBBIIBBHQ"
 ARCHIVED = 1 << 31
 
 RELOCATIONS = {
@@ -129,7 +130,6 @@ TABLE_SYMBOLS: dict[str, int] = {
     "LINK_DESCRIPTION_SIZE": LINK_DESCRIPTION.size,
     "MAXIMUM_BLOCKS": MAXIMUM_BLOCKS,
     "MAXIMUM_LINKS": MAXIMUM_LINKS,
-    "TEMPLATE_HEADS_MASK": TEMPLATE_HEADS - 1,
     "RELOCATE_ADDRESS_64": RELOCATIONS["ADDRESS_64"],
     "RELOCATE_ADDRESS_32": RELOCATIONS["ADDRESS_32"],
     "RELOCATE_TO_HELPER": RELOCATIONS["TO_HELPER"],
@@ -144,9 +144,23 @@ _BLOCK_COUNT, _LINK_COUNT, _TEMPLATE_COUNT = (
 )
 
 
-def template_bucket(rip: int, mode: int, first_byte: int) -> int:
-    """Where templates of code at `rip` in mode `mode` that begins with this byte are found."""
-    return (rip & 0xFFF ^ first_byte << 8 ^ mode << 5) & TEMPLATE_HEADS - 1
+TEMPLATE_HASH = 0x9E3779B97F4A7C15
+COMMON_START = 0x441F0F
+"""The first three bytes of the NOP that functions of Linux begin with, where they can be traced."""
+
+
+def template_bucket(rip: int, mode: int, code: bytes) -> int:
+    """Where templates of code at `rip` in mode `mode` that begins so are found.
+
+    Three bytes count, those after a NOP of five bytes if it begins with one, or one byte where the page ends soon.
+    They need not all be the block's, and of a constant that a loader has relocated they are not what differs.
+    """
+    first = code[0]
+    if rip & 0xFFF <= 0x1000 - 8:
+        first = int.from_bytes(code[:3], "little")
+        if first == COMMON_START:
+            first = int.from_bytes(code[5:8], "little")
+    return ((first << 24 | mode << 12 | rip & 0xFFF) * TEMPLATE_HASH & (1 << 64) - 1) >> 48
 
 
 def _word(name: str) -> property:
@@ -293,6 +307,7 @@ class BlockTables:
         at = number * TEMPLATE_SIZE
         self.template_words[(at + TEMPLATE["T_NEXT"]) // 4] = self.heads[bucket]
         self.templates[at + TEMPLATE["T_LASTING"]] = 1
+        pack_into("<H", self.templates, at + TEMPLATE["T_BUCKET"], bucket)
         self.heads[bucket] = number
 
     def template_length(self, number: int) -> int:

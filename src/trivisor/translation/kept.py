@@ -35,7 +35,6 @@ from trivisor.translation.block_tables import (
     TEMPLATE_FORMAT,
     TEMPLATE_HEADS,
     TEMPLATE_SIZE,
-    template_bucket,
 )
 from trivisor.translation.modes import SEGMENTED_KEYS
 
@@ -228,16 +227,14 @@ def collect(
     number = 0
     at = 0
     record = bytearray(TEMPLATE_SIZE)
-    for old, (prefix, rip, _, _, code, base, mode, length, *counts, uses, size, lasting, masked, mask) in enumerate(
-        iter_unpack(TEMPLATE_FORMAT, templates)
-    ):
+    for old, fields in enumerate(iter_unpack(TEMPLATE_FORMAT, templates)):
+        prefix, rip, _, _, code, base, mode, length, *counts, uses, size, lasting, masked, bucket, mask = fields
         if not lasting or mode >= SEGMENTED_KEYS or (used_only and not uses):
             continue
         number += 1
-        bucket = template_bucket(rip, mode, prefix & 0xFF)
         _record(
             record, 0, prefix, rip, heads[bucket], ARCHIVED | at, code, base, mode, length, *counts, 0, size, 1,
-            masked, mask,
+            masked, bucket, mask,
         )  # fmt: skip
         records += record
         heads[bucket] = number

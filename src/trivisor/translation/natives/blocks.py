@@ -5,7 +5,29 @@
 
 from __future__ import annotations
 
+from trivisor.translation.block_tables import COMMON_START, TEMPLATE_HASH
 from trivisor.translation.natives.common import fill, spill
+
+TEMPLATE_BUCKET = f"""
+    movzx eax, byte [r14]
+    cmp r9d, 4096-8
+    ja bucket_%
+    mov eax, [r14]
+    and eax, 0xffffff
+    cmp eax, {COMMON_START}
+    jne bucket_%
+    mov eax, [r14+4]
+    shr eax, 8
+bucket_%:
+    shl rax, 12
+    or rax, r8
+    shl rax, 12
+    or rax, r9
+    mov rdx, {TEMPLATE_HASH:#x}
+    imul rax, rdx
+    shr rax, 48
+"""
+"""rax = `block_tables.template_bucket` of the code at r14, r9 into its page, in mode r8; loses rdx.  %: for labels."""
 
 CHAIN = f"""
 ; call [CHAIN]; dd link: a direct jump that leads to no block yet.
@@ -88,6 +110,9 @@ find_in_page:
     and rdi, -4096
     call is_ram
     jc find_none
+    ; every block was in the table once, so where nothing ever was there is none
+    cmp qword [rsi+16], 0
+    je adopt
     shr rdi, 12
     mov rdx, [rbp+PAGE_BLOCKS]
     mov eax, [rdx+rdi*4]
@@ -146,7 +171,7 @@ is_ram_no:
     ret
 """
 
-ADOPT = """
+ADOPT = f"""
 ; adopt: r12 = rip, r13 = physical page of RAM | mode: make the block of a template with the bytes that stand there.
 ; Returns as find does.  The code is copied, and what depends on its place is changed.
 adopt:
@@ -163,19 +188,13 @@ adopt_any:
     add rdi, 0x1000
     call is_ram
     jc find_none            ; the last page: eight bytes are read at once
-    mov edx, r12d
-    and edx, 0xfff
-    add r14, rdx
+    mov r9d, r12d
+    and r9d, 0xfff
+    add r14, r9
     add r14, [rbp+RAM_BASE]
     mov r8d, r13d
     and r8d, 0xfff
-    movzx eax, byte [r14]
-    shl eax, 8
-    xor eax, edx
-    mov ecx, r8d
-    shl ecx, 5
-    xor eax, ecx
-    and eax, TEMPLATE_HEADS_MASK
+    {TEMPLATE_BUCKET.replace("%", "adopt")}
     mov rdx, [rbp+TEMPLATE_HEADS]
     mov edx, [rdx+rax*4]
     cld
@@ -201,7 +220,7 @@ adopt_next:
     sub rdi, r9
     mov rsi, r14
     mov ecx, r9d
-    cmp word [rbx+T_MASKED], 0
+    cmp byte [rbx+T_MASKED], 0
     jne adopt_masked
     repe cmpsb
     jne adopt_next

@@ -6,6 +6,7 @@ written and has `enter_block` make the block.
 
 from __future__ import annotations
 
+from trivisor.translation.natives.blocks import TEMPLATE_BUCKET
 from trivisor.translation.natives.choose import CHOOSE
 from trivisor.translation.natives.emit import EMIT
 
@@ -220,7 +221,7 @@ copy_constants_done:
     ret
 """
 
-KEEP = """
+KEEP = f"""
 keep:
     ; the image's other parts, and the template's record: see block_tables.py
     mov r11, [rbp+TEMPLATE_COUNT]
@@ -288,7 +289,7 @@ keep_locations:
     rep stosb
     mov rsi, rdi
 keep_guest:
-    mov [r11+T_MASKED], r15w
+    mov [r11+T_MASKED], r15b
     push rsi
     mov rdi, rsi
     mov rsi, r14
@@ -342,21 +343,19 @@ keep_mask:
     shr ecx, 8
     mov [r11+T_BODY], cl
     mov dword [r11+T_USES], 0
-    mov word [r11+T_LASTING], 1
-    mov ecx, r13d
-    and ecx, 0xfff
-    mov [r11+T_MODE], cx
+    mov byte [r11+T_LASTING], 1
+    mov r8d, r13d
+    and r8d, 0xfff
+    mov [r11+T_MODE], r8w
     ; into the list where look-ups find it
-    shl ecx, 5
-    mov edx, r12d
-    and edx, 0xfff
-    xor ecx, edx
-    movzx edx, byte [r14]
-    shl edx, 8
-    xor ecx, edx
-    and ecx, TEMPLATE_HEADS_MASK
+    mov r9d, r12d
+    and r9d, 0xfff
+    mov ecx, eax
+    {TEMPLATE_BUCKET.replace("%", "keep")}
+    mov [r11+T_BUCKET], ax
     mov rdx, [rbp+TEMPLATE_HEADS]
-    lea rdx, [rdx+rcx*4]
+    lea rdx, [rdx+rax*4]
+    mov eax, ecx
     mov ecx, [rdx]
     mov [r11+T_NEXT], ecx
     mov ecx, [rbp+TEMPLATE_COUNT]

@@ -112,6 +112,6 @@ class Translation:
         record = _TEMPLATE(
             int.from_bytes(guest[:8], "little"), self.rip, 0, base, len(code), base, mode, self.length,
             len(relocations), len(self.locations), len(self.links), self.parked, self.polled, self.body, 0, len(image),
-            0, bool(mask), int.from_bytes(mask[:8], "little") if mask else (1 << 8 * min(len(guest), 8)) - 1,
+            0, bool(mask), 0, int.from_bytes(mask[:8], "little") if mask else (1 << 8 * min(len(guest), 8)) - 1,
         )  # fmt: skip
         return record, image

@@ -38,6 +38,7 @@ def _image_and_record(m: Machine, template: int) -> tuple[bytes, bytes]:
     for field in ("T_NEXT", "T_USES"):
         record[TEMPLATE[field] : TEMPLATE[field] + 4] = bytes(4)
     record[TEMPLATE["T_LASTING"]] = 0
+    record[TEMPLATE["T_BUCKET"] : TEMPLATE["T_BUCKET"] + 2] = bytes(2)
     return bytes(_without_numbers(m.vcpu.blocks.image(template), record)), bytes(record)
 
 
@@ -58,13 +59,15 @@ def _compare(m: Machine, mode: Mode, rip: int, page: int) -> bool:
     blocks = m.vcpu.blocks
     code = m.memory.read(page | rip & 0xFFF, 0x1000 - (rip & 0xFFF))
     tables = blocks.tables
-    tables.heads[template_bucket(rip, mode.key, code[0])] = 0
+    tables.heads[template_bucket(rip, mode.key, code)] = 0
     composed = m.core.words[_COMPOSED]
     number = blocks._find(rip, page | mode.key) or blocks._compose(mode, rip, page | mode.key, code)
     if not number:
         return False
     assert m.core.words[_COMPOSED] == composed + 1
     template = tables.block_words[number * 16 + 8]
+    (bucket,) = unpack_from("<H", tables.templates, template * TEMPLATE_SIZE + TEMPLATE["T_BUCKET"])
+    assert bucket == template_bucket(rip, mode.key, code)
     image, record = _image_and_record(m, template)
     used = blocks.cache.used
     blocks.cache.used = start = tables.template_image(template)

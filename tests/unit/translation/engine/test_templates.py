@@ -9,6 +9,7 @@ import pytest
 from tests.unit.translation.engine.guest import DATA, Machine, Make
 from tests.unit.translation.engine.test_random_code import random_code
 from trivisor.translation.block_tables import Block
+from trivisor.translation.layout import BLOCK_TABLE_ENTRIES
 
 FAR = 0x400000
 NEAR_ALIAS, HIGH_ALIAS = 0x5000_3000, 0x10_0000_5000
@@ -62,6 +63,39 @@ def test_a_template_put_elsewhere_is_what_translating_there_gives(machine: Make,
         assert code_of(m, second, numbers) == bytes(made.code), code.hex()
         compared += 1
     assert compared > 250
+
+
+@pytest.mark.parametrize("first", [b"\x0f\x1f\x44\x00\x00", b"\x48\xc7\xc0\x00\x10\x20\x30", b"\x90"])
+def test_a_template_is_found_anywhere_in_its_page(machine: Make, first: bytes) -> None:
+    m = machine("hlt")
+    for address in (FAR, NEAR_ALIAS):
+        m.map(address, FAR)
+    m.flush()
+    store, mode = m.vcpu.blocks, m.vcpu.mode
+    code = first + b"\xeb\xfe"
+    for offset in (0, 0x123, *range(0x1000 - 12, 0x1000 - len(code) + 1)):
+        m.memory.write(FAR + offset, code)
+        m.vcpu.memory_written(FAR + offset, len(code))
+        store.block(mode, FAR + offset)
+        before, made = taken_up(m), translated(m)
+        assert store.block(mode, NEAR_ALIAS + offset).rip == NEAR_ALIAS + offset
+        assert (taken_up(m), translated(m)) == (before + 1, made), hex(offset)
+
+
+def test_blocks_that_displace_each_other_in_the_table_by_address_are_found(machine: Make) -> None:
+    m = machine("hlt")
+    places = [0x400000, 0x440004, 0x480008]
+    assert len({(at ^ at >> 16) % BLOCK_TABLE_ENTRIES for at in places}) == 1
+    for number, at in enumerate(places):
+        m.map(at & ~0xFFF, FAR + number * 0x1000)
+        m.memory.write(FAR + number * 0x1000 + (at & 0xFFF), b"\x90" * (number + 1) + b"\xeb\xfe")
+    m.flush()
+    store, mode = m.vcpu.blocks, m.vcpu.mode
+    numbers = [store.block(mode, at).number for at in places]
+    made = translated(m)
+    for _ in range(3):
+        assert [store.block(mode, at).number for at in places] == numbers
+    assert translated(m) == made and taken_up(m) == 0
 
 
 def test_a_page_with_two_linear_addresses_is_translated_once(machine: Make) -> None:

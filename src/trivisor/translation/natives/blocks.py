@@ -113,7 +113,14 @@ find_in_page:
     ; every block was in the table once, so where nothing ever was there is none
     cmp qword [rsi+16], 0
     je adopt
+    ; nor where the line has no code
     shr rdi, 12
+    mov rdx, [rbp+CODE_LINES]
+    mov rdx, [rdx+rdi*8]
+    mov ecx, r12d
+    shr ecx, 6
+    bt rdx, rcx
+    jnc adopt
     mov rdx, [rbp+PAGE_BLOCKS]
     mov eax, [rdx+rdi*4]
 find_next:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from trivisor.boot.image import Image, ImageError, ImageKind
 from trivisor.machine.memory import GuestMemory
@@ -16,8 +15,7 @@ _EXECUTABLE = 1
 _PROGRAM_ONLY = ("PT_INTERP", "PT_DYNAMIC", "PT_TLS", "PT_GNU_RELRO")
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A PT_LOAD segment: addresses and sizes in bytes; memory beyond `file_size` is zero."""
 
     physical: int
@@ -33,8 +31,7 @@ class Segment:
         return self.physical + self.memory_size
 
 
-@dataclass(frozen=True, slots=True)
-class Executable:
+class Executable(NamedTuple):
     """What a boot loader needs of an ELF file; `entry` is a physical address."""
 
     entry: int

@@ -11,7 +11,7 @@ import io
 import os
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from trivisor.boot.elf import Executable, load_segments, read_elf
 from trivisor.boot.elf import Segment as LoadSegment
@@ -47,8 +47,7 @@ _CR0_ET_PE = 0x11
 _RFLAGS_RESERVED = 2
 
 
-@dataclass(frozen=True, slots=True)
-class _Module:
+class _Module(NamedTuple):
     start: int
     end: int
     text: bytes

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from mmap import ACCESS_READ, mmap
+from typing import NamedTuple
 
 from trivisor.boot.image import Image, ImageKind
 from trivisor.boot.payload import kernel_payload
@@ -22,8 +22,7 @@ _PT_LOAD, _PT_NOTE, _SHT_NOTE = 1, 4, 7
 _NUMBERS = frozenset({_ENTRY, _HYPERCALL_PAGE, _VIRT_BASE, _PADDR_OFFSET, _INIT_P2M, _MOD_START_PFN})
 
 
-@dataclass(frozen=True, slots=True)
-class XenKernel:
+class XenKernel(NamedTuple):
     """What a domain builder needs of a kernel; addresses without "linear" are the domain's own physical ones."""
 
     segments: tuple[tuple[int, memoryview], ...]
@@ -40,7 +39,7 @@ class XenKernel:
     """Linear address where the list of frames is to be mapped."""
     unmapped_module: bool
     """The kernel takes a ramdisk by its page number."""
-    features: frozenset[str] = field(default_factory=frozenset)
+    features: frozenset[str] = frozenset()
     """What it cannot run without."""
     guest_os: str = ""
 
@@ -111,8 +110,7 @@ def _placed(loads: list[_Load], offset: int) -> Iterator[tuple[int, memoryview]]
             address += len(part)
 
 
-@dataclass(frozen=True, slots=True)
-class _Load:
+class _Load(NamedTuple):
     """A PT_LOAD segment: its physical address, what the file has of it, its size in memory."""
 
     address: int

@@ -1,15 +1,11 @@
-"""The command `trivisor`: its subcommands, and every error as one line on stderr."""
+"""The command `trivisor`: every error as one line on stderr, and how the process treats its garbage."""
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
-
-import click
-
-from trivisor import __version__
-from trivisor.cli.run import run
 
 STATUS_BAD_INPUT = 2
 STATUS_HOST = 1
@@ -18,32 +14,22 @@ STATUS_INTERNAL = 70
 STATUS_INTERRUPTED = 130
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="trivisor")
-def cli() -> None:
-    """A virtual machine monitor in Python: boots real operating systems with no root and no /dev/kvm."""
-
-
-@cli.command()
-def doctor() -> int:
-    """Say which techniques this machine can use, what they found, and how to mend the rest.
-
-    The exit status is 0 when at least one of them works, else 1.
-    """
-    from trivisor.cli.doctor import print_examinations
-    from trivisor.monitor.doctor import examine
-
-    examinations = examine()
-    print_examinations(examinations)
-    return 0 if any(one.works for one in examinations) else STATUS_HOST
-
-
-cli.add_command(run)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status; no exception leaves it."""
+    """Run the command, by default the process's own, and return its exit status; no exception leaves it."""
+    # The engine keeps hundreds of thousands of small objects that live as long as the guest and form no cycles:
+    # looking through them again and again for garbage would cost a tenth of the boot.  So does importing.
+    gc.set_threshold(100_000, 50, 1_000)
     try:
+        return _run(arguments)
+    finally:
+        if arguments is None:
+            gc.freeze()  # the interpreter need not look through it all once more on its way out
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        from trivisor.cli.commands import cli
+
         status = cli.main(arguments, prog_name="trivisor", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except Exception as error:
@@ -56,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _failed(error: Exception) -> int:
     """Say in one line what went wrong; the exit status for it."""
+    import click
+
     from trivisor.devices.user_network import NetworkUnavailable
     from trivisor.guests.debian import GuestUnavailable
     from trivisor.monitor import TechniqueUnavailable

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pty
 import sys
-import tty
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -126,6 +124,9 @@ class PtySerial(Serial):
     interactive = True
 
     def __init__(self) -> None:
+        import pty
+        import tty
+
         super().__init__()
         self._master, self._slave = pty.openpty()
         tty.setraw(self._slave)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import os
-import shutil
 import signal
 import sys
 import time
@@ -77,9 +75,6 @@ class Interruption:
 
 def run_session(request: Request) -> int:
     """Do what the command line asks for and return the exit status."""
-    # The engine keeps hundreds of thousands of small objects that live as long as the guest and form no cycles:
-    # looking through them again and again for garbage would cost a tenth of the boot.
-    gc.set_threshold(100_000, 50, 1_000)
     if request.snapshot is not None:
         _check_place(request.snapshot)
     interruption = Interruption()
@@ -201,6 +196,8 @@ def _other_user_space(request: Request) -> bool:
 
 def _terminal_size() -> tuple[int, int]:
     """(rows, columns) of the user's terminal."""
+    import shutil  # with all that unpacks archives
+
     size = shutil.get_terminal_size((80, 24))
     return size.lines, size.columns
 

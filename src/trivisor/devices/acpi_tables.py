@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from trivisor.devices.acpi_pm import CONTROL_BLOCK, EVENT_BLOCK, SLEEP_TYPE_S5, TIMER_BLOCK
 
@@ -18,8 +18,7 @@ _CREATOR_ID = b"TRIV"
 _HEADER_LENGTH = 36
 
 
-@dataclass(frozen=True, slots=True)
-class BoardLayout:
+class BoardLayout(NamedTuple):
     """Where the things stand that the tables speak of."""
 
     apic_ids: Sequence[int]

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import struct
 
-from trivisor.x86.assembler import assemble
-
 TIMER_VECTOR = 0x08
 MASTER_VECTORS, SLAVE_VECTORS = range(0x08, 0x10), range(0x70, 0x78)
 _HANDLERS = """
@@ -43,6 +41,8 @@ end:
 
 def build(address: int) -> tuple[bytes, bytes]:
     """(the table of 256 vectors, the handlers to lie at `address`, which is a multiple of 16 below 1 MiB)."""
+    from trivisor.x86.assembler import assemble  # slow to import, and few guests want a BIOS
+
     program = assemble(_HANDLERS, bits=16)
     names = dict.fromkeys(range(256), "nothing")
     names |= dict.fromkeys(MASTER_VECTORS, "master") | dict.fromkeys(SLAVE_VECTORS, "slave")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from trivisor.guests import cpio
 
@@ -37,8 +37,7 @@ udhcpc -q -n -f -t 5 -T 1 -i eth0 -s /etc/udhcpc.script >/dev/null 2>&1 || echo 
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Attached:
+class Attached(NamedTuple):
     """What a machine has beyond its console.
 
     `drivers` are the kernel's modules to load, in this order; `disks` the names

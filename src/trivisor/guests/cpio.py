@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _MAGIC = b"070701"
 _TRAILER = "TRAILER!!!"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One file of the archive; `mode` holds type and permissions as in stat(2)."""
 
     name: str

@@ -11,9 +11,8 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from trivisor.machine.user_cache import user_cache
 
@@ -28,8 +27,7 @@ class GuestUnavailable(RuntimeError):
     """The default guest is not in the cache and cannot be fetched; the message is one line for the user."""
 
 
-@dataclass(frozen=True, slots=True)
-class DefaultGuest:
+class DefaultGuest(NamedTuple):
     """Where the default guest's files are; `version` is that of the kernel's Debian package."""
 
     kernel: Path

@@ -15,9 +15,8 @@ side channels inside one guest.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from fractions import Fraction
-from typing import Final
+from math import gcd
+from typing import Final, NamedTuple
 
 from trivisor.machine.memory import PHYSICAL_ADDRESS_BITS
 from trivisor.x86 import control, msr
@@ -116,8 +115,7 @@ _CACHE_DESCRIPTORS: Registers = (0x76036301, 0x00F0B5FF, 0, 0x00C30000)
 """Leaf 2: TLB sizes, 64-byte prefetch, and 0xFF for "see leaf 4" (SDM 2A table 3-12)."""
 
 
-@dataclass(frozen=True)
-class GuestCpuid:
+class GuestCpuid(NamedTuple):
     """The processor that a guest sees: what never changes about it, and `query` for what does."""
 
     features: frozenset[str]
@@ -218,10 +216,33 @@ def tsc_ratio(tsc_frequency: int, crystal_frequency: int) -> tuple[int, int]:
 
     Linux multiplies crystal kHz by the numerator in 32 bits (arch/x86/kernel/tsc.c); that must not overflow.
     """
-    ratio = Fraction(tsc_frequency, crystal_frequency)
+    common = gcd(tsc_frequency, crystal_frequency)
+    denominator, numerator = crystal_frequency // common, tsc_frequency // common
     largest = 0xFFFFFFFF // max(crystal_frequency // 1000, 1)
-    exact = ratio.limit_denominator(max(int(largest / ratio), 1))
-    return exact.denominator, exact.numerator
+    numerator, denominator = closest_ratio(numerator, denominator, max(largest * denominator // numerator, 1))
+    return denominator, numerator
+
+
+def closest_ratio(numerator: int, denominator: int, most: int) -> tuple[int, int]:
+    """The fraction in lowest terms that is closest to a given one, with a denominator of `most` at most.
+
+    It is a convergent of the continued fraction or lies between the last two, as in `Fraction.limit_denominator`;
+    the module of that takes longer to import than all of a guest's CPUID to make.
+    """
+    (before, below_before), (last, below_last) = (0, 1), (1, 0)
+    rest, divisor = numerator, denominator
+    while divisor:
+        whole, remainder = divmod(rest, divisor)
+        below_next = below_before + whole * below_last
+        if below_next > most:
+            steps = (most - below_before) // below_last
+            between, below_between = before + steps * last, below_before + steps * below_last
+            if 2 * divisor * below_between <= denominator:
+                return last, below_last
+            return between, below_between
+        before, below_before, last, below_last = last, below_last, before + whole * last, below_next
+        rest, divisor = divisor, remainder
+    return last, below_last
 
 
 def _in_range(leaf: int) -> int:

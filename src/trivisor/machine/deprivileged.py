@@ -8,8 +8,7 @@ it acts on the processor through `DeprivilegedCpu`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from trivisor.machine.exits import Exit
 
@@ -25,8 +24,7 @@ class Registers(Protocol):
     def __setitem__(self, index: int, value: int, /) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class NativeSupervision:
+class NativeSupervision(NamedTuple):
     """What a supervisor does about its most frequent calls without Python: machine code on the engine's processor.
 
     `source` is assembly for the engine's native helpers.  The engine jumps to

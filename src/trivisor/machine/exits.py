@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class PortIn:
+class PortIn(NamedTuple):
     """IN, INS: the guest read `size` bytes (1, 2, 4) from `port`; `value` is what it was given."""
 
     port: int
@@ -14,8 +14,7 @@ class PortIn:
     value: int
 
 
-@dataclass(frozen=True, slots=True)
-class PortOut:
+class PortOut(NamedTuple):
     """OUT, OUTS: the guest wrote `value`."""
 
     port: int
@@ -23,8 +22,7 @@ class PortOut:
     value: int
 
 
-@dataclass(frozen=True, slots=True)
-class MmioRead:
+class MmioRead(NamedTuple):
     """A load of `size` bytes from a physical address that is not RAM; `value` is what it was given."""
 
     address: int
@@ -32,8 +30,7 @@ class MmioRead:
     value: int
 
 
-@dataclass(frozen=True, slots=True)
-class MmioWrite:
+class MmioWrite(NamedTuple):
     """A store to a physical address that is not RAM."""
 
     address: int
@@ -58,8 +55,7 @@ class MsrWrite:
     accepted: bool
 
 
-@dataclass(frozen=True, slots=True)
-class CpuidExit:
+class CpuidExit(NamedTuple):
     """CPUID of (`leaf`, `subleaf`) and the (eax, ebx, ecx, edx) that was answered."""
 
     leaf: int
@@ -67,23 +63,20 @@ class CpuidExit:
     result: tuple[int, int, int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Hypercall:
+class Hypercall(NamedTuple):
     """VMCALL or a paravirtual call: its number and arguments."""
 
     number: int
     arguments: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Halt:
+class Halt(NamedTuple):
     """HLT; `interrupts_enabled` False means that nothing but an NMI or reset could wake it."""
 
     interrupts_enabled: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Shutdown:
+class Shutdown(NamedTuple):
     """A triple fault: an exception (`vector`) while the double fault was being delivered."""
 
     vector: int
@@ -94,8 +87,7 @@ class InterruptWindow:
     """The guest can take an interrupt now."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExceptionExit:
+class ExceptionExit(NamedTuple):
     """An exception was delivered to the guest (reported to subscribers only)."""
 
     vector: int
@@ -103,8 +95,7 @@ class ExceptionExit:
     address: int
 
 
-@dataclass(frozen=True, slots=True)
-class DebugStop:
+class DebugStop(NamedTuple):
     """A single step or a monitor's breakpoint was reached at linear address `rip`."""
 
     rip: int
@@ -120,8 +111,7 @@ class UserMode:
     """The processor is about to run 64-bit code in ring 3, for which it was told to come back (`machine.ring_zero`)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Unsupported:
+class Unsupported(NamedTuple):
     """The guest asked for what this technique does not have; `what` names it, `rip` is its address."""
 
     what: str

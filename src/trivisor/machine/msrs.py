@@ -8,8 +8,7 @@ deadline, TSC_ADJUST) and the local APIC's are kept elsewhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from trivisor.machine.cpuid import AMD, ARCH_CAPABILITIES, LINEAR_BITS, GuestCpuid
 from trivisor.machine.vcpu import GeneralProtection
@@ -24,8 +23,7 @@ _BUS_FREQUENCY = 100_000_000
 """Hz: what MSR_PLATFORM_INFO multiplies its ratio by."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Register:
+class _Register(NamedTuple):
     """One register: its reset value, and what a write may do."""
 
     reset: int = 0

@@ -8,7 +8,7 @@ code works on, runs it, and gives them back when it wants ring 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from trivisor.machine.state import Segment
 from trivisor.machine.vcpu import Vcpu
@@ -26,8 +26,7 @@ class UserRegisters:
     xsave: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Controls:
+class Controls(NamedTuple):
     """What it depends on and cannot change."""
 
     cr0: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,16 +16,14 @@ class Reset:
     """The guest asked for a reset: reset control register, keyboard controller or port 0x92."""
 
 
-@dataclass(frozen=True, slots=True)
-class DebugExit:
+class DebugExit(NamedTuple):
     """The guest wrote to the debug exit device."""
 
     status: int
     """Exit status for the host, 0 to 255: the written value doubled, plus one, as the device has it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Crash:
+class Crash(NamedTuple):
     """A paravirtual guest reported its own end, or did what a hypervisor ends a guest for."""
 
     what: str

@@ -19,11 +19,11 @@ from trivisor.machine.vcpu import Surroundings, Vcpu
 from trivisor.monitor.plan import BootPlan, Hardware
 from trivisor.monitor.techniques import TechniqueUnavailable
 from trivisor.monitor.xen_processor import xen_processor
-from trivisor.pc import Pc
 from trivisor.x86 import mtrr
 
 if TYPE_CHECKING:
     from trivisor.paravirt.xen.machine import XenMachine
+    from trivisor.pc import Pc
     from trivisor.translation.keeper import Keeper
 
 
@@ -98,6 +98,8 @@ def assemble(
     """
     if technique == "paravirt":
         return _assemble_xen(plan, memory_size, serial_output, on_stop)
+    from trivisor.pc import Pc  # with all the devices that a PV domain has no use for
+
     memory = GuestMemory(memory_size)
     frequency = tsc.frequency()
     try:
@@ -271,14 +273,16 @@ def _guest_digest(kernel: Path, flavour: bytes = b"") -> bytes:
 
 def keeper_for(vcpu: Vcpu, guest: bytes, booted: bytes = b"") -> Keeper | None:
     """What keeps the translations of a guest (`Keeper`); None without a digest or a place, or if there are none."""
-    from trivisor.hardware.kvm.split import SplitVcpu
     from trivisor.translation.cpu import TranslationVcpu
     from trivisor.translation.keeper import Keeper
 
     directory = kept_directory()
-    if isinstance(vcpu, SplitVcpu):  # of ring 0 alone: files of their own
-        vcpu = vcpu.ring_zero
-        guest, booted = (digest and hashlib.sha256(digest + b"ring 0").digest() for digest in (guest, booted))
+    if vcpu.technique == "hardware":
+        from trivisor.hardware.kvm.split import SplitVcpu
+
+        if isinstance(vcpu, SplitVcpu):  # of ring 0 alone: files of their own
+            vcpu = vcpu.ring_zero
+            guest, booted = (digest and hashlib.sha256(digest + b"ring 0").digest() for digest in (guest, booted))
     if not guest or directory is None or not isinstance(vcpu, TranslationVcpu):
         return None
     return Keeper(vcpu.blocks, directory, guest, booted)

@@ -5,20 +5,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Disk:
+class Disk(NamedTuple):
     """A raw disk in a file or a block device of the host's."""
 
     path: Path
     readonly: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Network:
+class Network(NamedTuple):
     """A user-mode network; `forwards` are pairs of a TCP port of the host's loopback and one of the guest's."""
 
     forwards: tuple[tuple[int, int], ...] = ()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from trivisor.guests.command import CommandOutput
 from trivisor.machine.exits import Exit, Halt, Shutdown, Unsupported
 from trivisor.machine.memory import GuestMemory
@@ -54,11 +52,10 @@ def with_command(ended: Outcome, command: CommandOutput) -> Outcome:
     """`ended` with the command's status; an orderly end before the command's is none."""
     command.finish()
     if command.status is not None:
-        return replace(ended, guest_status=command.status)
+        return ended._replace(guest_status=command.status)
     if ended.reason not in (StopReason.POWEROFF, StopReason.RESET):
         return ended
-    return replace(
-        ended,
+    return ended._replace(
         guest_status=STATUS_CRASH,
         message=f"{ended.message} before the command ended",
         cut_short=True,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class StopReason(StrEnum):
@@ -36,8 +36,7 @@ _STATUS = {
 _RESUMABLE = frozenset({StopReason.TIMEOUT, StopReason.STOPPED, StopReason.WAITING})
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """The end of a run: `reason`, one line in words, and for crashes a dump of the processor's state."""
 
     reason: StopReason

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from trivisor.boot.image import Image, ImageKind
 from trivisor.boot.xen_notes import guest_os
@@ -33,8 +32,7 @@ DEVICES = ("pc-testdev",)
 """Devices that the board has only when they are asked for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Hardware:
+class Hardware(NamedTuple):
     """How the machine differs from the usual one."""
 
     devices: frozenset[str] = frozenset()
@@ -70,8 +68,7 @@ def checked_engine(engine: str) -> str:
     return engine
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
+class Wish(NamedTuple):
     """What the owner of a machine asked for."""
 
     kernel: Path | None = None
@@ -92,8 +89,7 @@ class Wish:
     engine: str = "auto"
 
 
-@dataclass(frozen=True, slots=True)
-class BootPlan:
+class BootPlan(NamedTuple):
     """What `trivisor.boot` is given, at every boot of the machine."""
 
     kernel: Path
@@ -120,7 +116,7 @@ def make_plan(wish: Wish) -> BootPlan:
     is missing is fetched.  Raises `BadPlan`, `trivisor.boot.image.ImageError` for
     a kernel that is none, and `trivisor.guests.debian.GuestUnavailable`.
     """
-    return replace(_boot(wish), hardware=wish.hardware, keep=wish.keep, engine=wish.engine)
+    return _boot(wish)._replace(hardware=wish.hardware, keep=wish.keep, engine=wish.engine)
 
 
 def _boot(wish: Wish) -> BootPlan:

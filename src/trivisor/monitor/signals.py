@@ -7,8 +7,8 @@ thread, which kicks the vCPU; back in Python, the handler runs.
 
 from __future__ import annotations
 
+import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,9 +32,9 @@ def attention(kick: Callable[[], None], stop: Callable[[], None]) -> Iterator[No
         interrupted.set()
         stop()
 
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     unhandled = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if unhandled:
         signal.signal(signal.SIGINT, on_interrupt)
@@ -46,13 +46,13 @@ def attention(kick: Callable[[], None], stop: Callable[[], None]) -> Iterator[No
         signal.set_wakeup_fd(previous)
         if unhandled:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        writer.close()
+        os.close(writer)
         watcher.join()
-        reader.close()
+        os.close(reader)
     if interrupted.is_set():
         raise KeyboardInterrupt
 
 
-def _watch(reader: socket.socket, kick: Callable[[], None]) -> None:
-    while reader.recv(64):
+def _watch(reader: int, kick: Callable[[], None]) -> None:
+    while os.read(reader, 64):
         kick()

@@ -14,19 +14,18 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from io import BufferedWriter
 from itertools import islice
 from pathlib import Path
 from struct import Struct
-from typing import Final
+from typing import Final, NamedTuple
 
 import zstandard
 
+from trivisor.machine.jobs import Jobs
 from trivisor.machine.memory import PAGE_SIZE, GuestMemory
 from trivisor.machine.saving import Saved
 
@@ -49,8 +48,7 @@ class SnapshotError(ValueError):
     """Why a file is no snapshot that can be used, in one line that names it."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
+class _Piece(NamedTuple):
     """One compressed piece of RAM in the file."""
 
     at: int
@@ -126,24 +124,6 @@ def _used_pages(memory: GuestMemory) -> Iterator[int]:
                     yield at // PAGE_SIZE
 
 
-class Loading:
-    """Work that goes on in threads of its own; one of `finish` and `cancel` must be called."""
-
-    def __init__(self, work: list[Callable[[], None]]) -> None:
-        self._pool = ThreadPoolExecutor(_THREADS)
-        self._futures = [self._pool.submit(one) for one in work]
-
-    def finish(self) -> None:
-        """Wait for it all; raises what it has raised."""
-        for future in self._futures:
-            future.result()
-        self._pool.shutdown()
-
-    def cancel(self) -> None:
-        """Wait for what has begun, and leave the rest undone."""
-        self._pool.shutdown(cancel_futures=True)
-
-
 class SnapshotFile:
     """An open file whose header and index are right; raises `SnapshotError` or OSError."""
 
@@ -213,9 +193,9 @@ class SnapshotFile:
             raise self._damaged() from None
         return pieces
 
-    def begin_loading(self, memory: GuestMemory) -> Loading:
+    def begin_loading(self, memory: GuestMemory) -> Jobs[None]:
         """Begin to put the RAM into `memory`, which is all zeros, in other threads."""
-        return Loading([partial(self._load, piece, memory) for piece in self._pieces])
+        return Jobs([partial(self._load, piece, memory) for piece in self._pieces], _THREADS)
 
     def _load(self, piece: _Piece, memory: GuestMemory) -> None:
         if not all(memory.is_ram(page * PAGE_SIZE, count * PAGE_SIZE) for page, count in piece.runs):

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from trivisor.boot import firmware
 from trivisor.machine import tsc
@@ -24,7 +23,7 @@ from trivisor.monitor.assembly import Assembly, keeper_for, kept_directory, make
 from trivisor.monitor.handover import EXCHANGEABLE
 from trivisor.monitor.plan import DEVICES, Hardware
 from trivisor.monitor.snapshot_file import SnapshotFile
-from trivisor.monitor.techniques import TechniqueUnavailable
+from trivisor.monitor.techniques import PARAVIRT, TechniqueUnavailable
 from trivisor.monitor.xen_processor import xen_processor
 from trivisor.pc import Pc
 from trivisor.x86.cpuid import FEATURES, host_cpuid, host_xgetbv
@@ -37,8 +36,7 @@ _DIGEST = 32
 _MARKER = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Extra:
+class Extra(NamedTuple):
     """What the monitor itself remembers of a machine."""
 
     hardware: Hardware
@@ -46,9 +44,6 @@ class Extra:
     """The one that ran the machine."""
     waits_as: bytes
     """The word of the guest that waits for what to run (`guests.waiting`); empty for any other."""
-
-
-PARAVIRT: Final = "paravirt"
 
 
 def check_savable(hardware: Hardware, engine: str) -> None:
@@ -153,7 +148,7 @@ def _restore(
     try:
         machine.firmware = rom
         _keep(machine, saved, keep)
-        loading.finish()
+        loading.results()
         board.load(part(saved, "board"))
         vcpu.state = state
         # Both at once, and last: from here on guest time runs.
@@ -192,7 +187,7 @@ def _restore_xen(
         _keep(machine, saved, keep)
         xen.domain.observers = lambda kind: vcpu.observed.get(kind, [])
         xen.domain.cpu = cpu
-        loading.finish()
+        loading.results()
         xen.load(domain)
         vcpu.state = xen.processor(given)
         # Guest time runs from here on; the domain's timers hang on it.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from typing import Final, NamedTuple
 
 from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, host_cpuid
+
+PARAVIRT: Final = "paravirt"
 
 
 class TechniqueUnavailable(Exception):
     """The technique asked for is not in this version, or not on this host."""
 
 
-@dataclass(frozen=True, slots=True)
-class Technique:
+class Technique(NamedTuple):
     """One way to virtualise; `look` says why this host cannot do it, and nothing when it can."""
 
     name: str
@@ -21,8 +22,7 @@ class Technique:
     look: Callable[[], str]
 
 
-@dataclass(frozen=True, slots=True)
-class Needs:
+class Needs(NamedTuple):
     """What a machine asks of its technique, beside running the guest."""
 
     cpu: CpuChoice = USUAL_CPU
@@ -31,8 +31,7 @@ class Needs:
     """An option for a device that only Xen guests can have."""
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """The technique to use, and why that one; the reason is empty when it was asked for by its name."""
 
     technique: Technique
@@ -96,7 +95,7 @@ def _fastest(needs: Needs) -> Choice:
     has some devices.
     """
     if needs.xen_device:
-        return replace(choose("paravirt", needs), why=f"{needs.xen_device} is for Xen guests")
+        return choose(PARAVIRT, needs)._replace(why=f"{needs.xen_device} is for Xen guests")
     translation, hardware = TECHNIQUES["translation"], TECHNIQUES["hardware"]
     no_kvm, no_translation = hardware.look(), translation.look()
     if no_kvm and no_translation:

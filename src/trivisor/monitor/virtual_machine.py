@@ -8,7 +8,6 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -30,10 +29,8 @@ from trivisor.monitor.outcome import Outcome, StopReason
 from trivisor.monitor.plan import Hardware, Progress, Wish, checked_engine, make_hardware, make_plan
 from trivisor.monitor.signals import attention
 from trivisor.monitor.sizes import parse_memory
-from trivisor.monitor.snapshot_file import SnapshotFile, write_snapshot
-from trivisor.monitor.snapshots import PARAVIRT, check_savable, extra, remember, restore
 from trivisor.monitor.statistics import add_counters
-from trivisor.monitor.techniques import Choice, Needs, TechniqueUnavailable, choose
+from trivisor.monitor.techniques import PARAVIRT, Choice, Needs, TechniqueUnavailable, choose
 
 if TYPE_CHECKING:
     from trivisor.monitor.perf_map import PerfMap
@@ -111,6 +108,8 @@ class VirtualMachine:
         memory_size = parse_memory(memory)
         name = choice.technique.name
         if waiting and name == PARAVIRT:
+            from trivisor.monitor.snapshots import check_savable
+
             check_savable(hardware, engine)
             engine = "translation"
         wish = Wish(
@@ -122,7 +121,7 @@ class VirtualMachine:
             command=command,
             interactive=interactive,
             terminal_size=terminal_size,
-            console="hvc0" if name == "paravirt" else "ttyS0",
+            console="hvc0" if name == PARAVIRT else "ttyS0",
             progress=progress,
             hardware=hardware,
             keep=keep_translations,
@@ -167,11 +166,14 @@ class VirtualMachine:
         another format, or of a processor that this host cannot stand for; OSError;
         and `TechniqueUnavailable`.
         """
+        from trivisor.monitor.snapshot_file import SnapshotFile
+        from trivisor.monitor.snapshots import extra, restore
+
         choice = choose(technique)
         with closing(SnapshotFile(Path(path))) as file:
             about = extra(file)
             if about.technique == PARAVIRT and technique == "auto":
-                choice = replace(choose(PARAVIRT), why="the snapshot is of a Xen guest")
+                choice = choose(PARAVIRT)._replace(why="the snapshot is of a Xen guest")
             if PARAVIRT in (about.technique, choice.technique.name) and about.technique != choice.technique.name:
                 raise TechniqueUnavailable(
                     f"a snapshot of a guest of technique {about.technique} cannot go on under {choice.technique.name}"
@@ -510,6 +512,9 @@ class VirtualMachine:
         `TechniqueUnavailable` for a PV guest with a disk, a network or direct
         execution, ValueError for a machine that runs a command or has come to its end.
         """
+        from trivisor.monitor.snapshot_file import write_snapshot
+        from trivisor.monitor.snapshots import remember
+
         with self._exclusively():
             if self._ended is not None:
                 raise ValueError(f"there is nothing to put into a snapshot: {self._ended.message}")

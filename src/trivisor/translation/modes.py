@@ -15,8 +15,7 @@ MAXIMUM_SEGMENTED = 0xFF
 """How many numbers there are (the highest key marks an empty place in the block table)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Segmentation:
+class Segmentation(NamedTuple):
     """What 16- and 32-bit code must know of segments that are not flat.
 
     A flat segment has base 0 and all of 4 GiB, and data in it may be written.

@@ -10,6 +10,7 @@ branches start short and only grow, and what has changed its length too often ge
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from trivisor.x86.expressions import NAME, AssemblyError, Symbols, evaluate, split_commas, tokenize
 from trivisor.x86.instructions import InstructionEncoder, is_mnemonic
@@ -18,8 +19,7 @@ from trivisor.x86.opcodes import REGISTERS
 __all__ = ["AssemblyError", "Program", "assemble"]
 
 
-@dataclass(frozen=True)
-class Program:
+class Program(NamedTuple):
     """Assembled code, to be put at `origin`; labels are absolute addresses, local ones are `outer.inner`."""
 
     code: bytes

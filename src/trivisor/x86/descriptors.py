@@ -8,8 +8,7 @@ long mode), little endian as they lie in memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 TYPE: Final = 0xF
 S: Final = 1 << 4
@@ -53,8 +52,7 @@ SELECTOR_INDEX: Final = 0xFFF8
 """The index times eight: the descriptor's offset in its table."""
 
 
-@dataclass(frozen=True, slots=True)
-class SegmentDescriptor:
+class SegmentDescriptor(NamedTuple):
     """A code, data, TSS or LDT descriptor; `limit` is the last byte's offset, scaled by G."""
 
     base: int
@@ -98,8 +96,7 @@ class SegmentDescriptor:
         return self.is_code and bool(self.attributes & TYPE_CONFORMING)
 
 
-@dataclass(frozen=True, slots=True)
-class Gate:
+class Gate(NamedTuple):
     """A call, interrupt, trap or task gate; a task gate's `offset` means nothing."""
 
     type: int

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from iced_x86 import Encoder, Instruction, OpKind
 
@@ -50,8 +50,7 @@ _STRING_OPERANDS = {
 _TABLE_POINTER = {16: REGISTERS["bx"], 32: REGISTERS["ebx"], 64: REGISTERS["rbx"]}
 
 
-@dataclass(frozen=True, slots=True)
-class _Modifiers:
+class _Modifiers(NamedTuple):
     """What is written besides mnemonic and operands: prefixes and `far`; sizes in bits, 0 where none is."""
 
     lock: bool = False
@@ -99,7 +98,7 @@ class InstructionEncoder:
                 near = None if distance == "short" else branch[1]
                 return self._branch(short, near, operands[0].value)
         if distance == "far":
-            modifiers = _FAR if modifiers is _PLAIN else replace(modifiers, is_far=True)
+            modifiers = _FAR if modifiers is _PLAIN else modifiers._replace(is_far=True)
         return self._encode(mnemonic, operands, modifiers)
 
     def _operand(self, text: str, wide: bool) -> Operand:

@@ -6,7 +6,6 @@ against, and what monitors use to look into a guest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import Final, NamedTuple, Protocol
 
@@ -56,8 +55,7 @@ class Access(StrEnum):  # whose hash is no Python function
     EXECUTE = "execute"
 
 
-@dataclass(frozen=True, slots=True)
-class ProtectionKeys:
+class ProtectionKeys(NamedTuple):
     """The rights by protection key (section 4.6.2): two bits a key, of which the lower forbids all data accesses.
 
     None where CR4.PKE (user pages) or CR4.PKS (the supervisor's) does not have them count.
@@ -80,8 +78,7 @@ class ProtectionKeys:
 NO_KEYS: Final = ProtectionKeys()
 
 
-@dataclass(frozen=True, slots=True)
-class PagingMode:
+class PagingMode(NamedTuple):
     """All that address translation depends on besides the tables and the access."""
 
     mode: Mode
@@ -143,8 +140,7 @@ class Translation(NamedTuple):
     """By its protection key; the supervisor minds it under CR0.WP only."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Level:
+class _Level(NamedTuple):
     """One step of a walk."""
 
     shift: int

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trivisor.machine.cpuid import (
     ARCH_CAPABILITIES,
@@ -10,6 +14,7 @@ from trivisor.machine.cpuid import (
     EMULATED,
     OPTIONAL,
     GuestCpuid,
+    closest_ratio,
     guest_cpuid,
     tsc_ratio,
 )
@@ -164,6 +169,14 @@ def test_linux_computes_the_tsc_frequency(tsc: int, crystal: int) -> None:
     product = crystal // 1000 * numerator
     assert product < 1 << 32
     assert abs(product / denominator * 1000 - tsc) / tsc < 1e-6
+
+
+@given(st.integers(0, 1 << 40), st.integers(1, 1 << 40), st.integers(1, 1 << 20))
+def test_no_fraction_with_such_denominators_is_closer(numerator: int, denominator: int, most: int) -> None:
+    exact = Fraction(numerator, denominator)
+    found = Fraction(*closest_ratio(exact.numerator, exact.denominator, most))
+    assert found.denominator <= most
+    assert abs(found - exact) == abs(exact.limit_denominator(most) - exact)
 
 
 def test_leaves_out_of_range() -> None:

@@ -41,7 +41,7 @@ def spinning(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(path: Path) -> None:
     """Read a file whole, without a machine to put it into."""
     with closing(SnapshotFile(path)) as file, closing(GuestMemory(16 * MIB)) as memory:
-        file.begin_loading(memory).finish()
+        file.begin_loading(memory).results()
 
 
 def test_a_guest_goes_on_from_its_snapshot_as_if_nothing_had_been(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ HOSTILE: list[Any] = [
 def rewritten(source: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """The same snapshot, with something else remembered."""
     with closing(SnapshotFile(source)) as file, closing(GuestMemory(16 * MIB)) as memory:
-        file.begin_loading(memory).finish()
+        file.begin_loading(memory).results()
         remembered = json.loads(json.dumps(file.remembered))
         change(remembered)
         write_snapshot(target, remembered, memory)
@@ -302,12 +302,12 @@ def test_memory_pages_of_zeros_are_left_out(tmp_path: Path) -> None:
         assert length < 4096
         with closing(GuestMemory(64 * MIB)) as other, closing(SnapshotFile(tmp_path / "file")) as file:
             assert file.remembered == {"a": 1}
-            file.begin_loading(other).finish()
+            file.begin_loading(other).results()
             assert memory.view == other.view
         with closing(GuestMemory(16 * MIB)) as small, closing(SnapshotFile(tmp_path / "file")) as file:
             loading = file.begin_loading(small)
             with pytest.raises(SnapshotError):
-                loading.finish()
+                loading.results()
 
 
 def test_restoring_needs_the_callers_technique(spinning: Path) -> None:

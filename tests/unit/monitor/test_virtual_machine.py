@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -137,7 +136,7 @@ class Factory:
 
     def _make_plan(self, wish: Wish) -> BootPlan:
         self.wish = wish
-        return replace(self.plan, marker=b"0123abcd" if wish.command else b"")
+        return self.plan._replace(marker=b"0123abcd" if wish.command else b"")
 
     def _assemble(self, plan: Any, memory_size: int, technique: str, output: Any, on_stop: Any) -> Assembly:
         memory = GuestMemory(memory_size)

@@ -137,7 +137,7 @@ def test_no_value_in_a_file_does_harm(sleeping: tuple[Path, bytes], tmp_path: Pa
     choose = random.Random(13)
     refused = 0
     with closing(SnapshotFile(sleeping[0])) as file, closing(GuestMemory(64 << 20)) as memory:
-        file.begin_loading(memory).finish()
+        file.begin_loading(memory).results()
         for _ in range(CHANGES):
             remembered = json.loads(json.dumps(file.remembered))
             part = choose.choice([remembered, *remembered["board"].values(), remembered["processor"]])

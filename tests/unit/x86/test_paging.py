@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import pytest
 
@@ -135,12 +134,12 @@ def test_reserved_bits() -> None:
     high = 1 << 40
     for level in ("pml4e", "pdpte", "pde", "pte"):
         assert fault(long_memory(**{level: ALL | high}), LONG, LINEAR, READ) == 9
-        without_nx = replace(LONG, nxe=False)
+        without_nx = LONG._replace(nxe=False)
         assert fault(long_memory(**{level: ALL | NX}), without_nx, LINEAR, WRITE, user=True) == 15
     assert fault(long_memory(pml4e=ALL | PS), LONG, LINEAR, READ) == 9
     assert fault(long_memory(pde=ALL | PS | 1 << 13), LONG, LINEAR, READ) == 9
     assert fault(long_memory(pdpte=ALL | PS | 1 << 29), LONG, LINEAR, READ) == 9
-    assert fault(long_memory(pdpte=ALL | PS), replace(LONG, gigabyte_pages=False), LINEAR, READ) == 9
+    assert fault(long_memory(pdpte=ALL | PS), LONG._replace(gigabyte_pages=False), LINEAR, READ) == 9
     assert walk(long_memory(pte=ALL | 0x7FF << 52), LONG, LINEAR, READ, user=True).physical == 0xABC
     assert fault(Memory64({}), LONG, LINEAR, READ) == 9, "tables outside memory read as all ones"
 
@@ -165,7 +164,7 @@ def test_access_rights_exhaustively() -> None:
     for access, user in itertools.product(Access, flags):
         for us, rw, nx, wp, smep, smap, ac in itertools.product(flags, repeat=7):
             memory = long_memory(pte=0x5000 | P | RW * rw | US * us | NX * nx)
-            mode = replace(LONG, wp=wp, smep=smep, smap=smap)
+            mode = LONG._replace(wp=wp, smep=smep, smap=smap)
             if expected(access, user, us, rw, nx, wp, smep, smap, ac):
                 assert walk(memory, mode, LINEAR, access, user=user, ac=ac).physical == 0x5ABC
             else:
@@ -176,21 +175,21 @@ def test_access_rights_exhaustively() -> None:
 def test_implicit_access_is_the_supervisors_and_ac_does_not_help() -> None:
     kernel_page = long_memory(pte=0x5000 | P | RW)
     assert walk(kernel_page, LONG, LINEAR, READ, user=True, implicit=True).physical == 0x5ABC
-    smap = replace(LONG, smap=True)
+    smap = LONG._replace(smap=True)
     assert fault(long_memory(), smap, LINEAR, READ, user=False, ac=True, implicit=True) == 1
 
 
 def test_fetch_bit_needs_nx_or_smep() -> None:
     memory = long_memory(pte=0)
-    assert fault(memory, replace(LONG, nxe=False), LINEAR, EXECUTE) == 0
-    assert fault(memory, replace(LONG, nxe=False, smep=True), LINEAR, EXECUTE) == 0x10
+    assert fault(memory, LONG._replace(nxe=False), LINEAR, EXECUTE) == 0
+    assert fault(memory, LONG._replace(nxe=False, smep=True), LINEAR, EXECUTE) == 0x10
     assert fault(memory, LONG, LINEAR, EXECUTE) == 0x10
 
 
 def test_global_needs_pge() -> None:
     memory = long_memory(pte=0x5000 | ALL | G)
     assert walk(memory, LONG, LINEAR, READ, user=True).global_
-    assert not walk(memory, replace(LONG, pge=False), LINEAR, READ, user=True).global_
+    assert not walk(memory, LONG._replace(pge=False), LINEAR, READ, user=True).global_
 
 
 def test_pat_index() -> None:
@@ -217,7 +216,7 @@ def test_32_bit_large_page_with_40_bit_address() -> None:
     found = walk(memory, BITS32, 0xC0445678, READ, user=True)
     assert (found.physical, found.page_size) == (0xAB00C45678, 1 << 22)
     assert fault(Memory({0x1C04: entry | 1 << 21}), BITS32, 0xC0445678, READ) == 9
-    pentium = replace(BITS32, physical_bits=36)
+    pentium = BITS32._replace(physical_bits=36)
     assert fault(memory, pentium, 0xC0445678, READ) == 9
     narrow = Memory({0x1C04: 0x00C00000 | 0xB << 13 | ALL | PS})
     assert walk(narrow, pentium, 0xC0445678, READ, user=True).physical == 0xB00C45678
@@ -225,11 +224,11 @@ def test_32_bit_large_page_with_40_bit_address() -> None:
 
 def test_32_bit_ps_is_ignored_without_pse() -> None:
     memory = Memory({0x1C04: 0x2000 | ALL | PS, 0x2114: 0x9000 | ALL})
-    assert walk(memory, replace(BITS32, pse=False), 0xC0445678, READ, user=True).page_size == 4096
+    assert walk(memory, BITS32._replace(pse=False), 0xC0445678, READ, user=True).page_size == 4096
 
 
 def test_32_bit_faults_have_no_fetch_bit_without_smep() -> None:
-    mode = replace(BITS32, nxe=True)
+    mode = BITS32._replace(nxe=True)
     assert fault(Memory({0x1C04: 0}), mode, 0xC0445678, EXECUTE, user=True) == 4
 
 
@@ -253,15 +252,15 @@ def test_pae() -> None:
 def test_pae_reserved_bits() -> None:
     assert fault(pae_memory(pte=ALL | 1 << 52), PAE, 0xC0445678, READ) == 9
     assert fault(pae_memory(pde=ALL | PS | 1 << 13), PAE, 0xC0445678, READ) == 9
-    assert fault(pae_memory(pte=ALL | NX), replace(PAE, nxe=False), 0xC0445678, READ) == 9
+    assert fault(pae_memory(pte=ALL | NX), PAE._replace(nxe=False), 0xC0445678, READ) == 9
     assert fault(pae_memory(pdpte=0), PAE, 0xC0445678, READ) == 0
 
 
 def test_pae_registers_win_over_memory() -> None:
-    mode = replace(PAE, pdptes=(0, 0, 0, 0))
+    mode = PAE._replace(pdptes=(0, 0, 0, 0))
     assert fault(pae_memory(), mode, 0xC0445678, READ) == 0
     memory = pae_memory()
-    mode = replace(PAE, pdptes=(0, 0, 0, memory.entries.pop(0x1038)))
+    mode = PAE._replace(pdptes=(0, 0, 0, memory.entries.pop(0x1038)))
     assert walk(memory, mode, 0xC0445678, READ, user=True).physical == 0x8765432678
 
 

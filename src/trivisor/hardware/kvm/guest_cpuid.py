@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Final
 
 from trivisor.hardware.kvm.system import System
@@ -60,4 +59,4 @@ def kvm_cpuid(system: System, board: Surroundings, choice: CpuChoice = USUAL_CPU
         without=(missing - choice.added) | choice.removed,
         vendor=choice.vendor,
     )
-    return replace(cpuid, hidden_xcr0=host_xgetbv() & XCR0_AVX512) if emulated else cpuid
+    return cpuid._replace(hidden_xcr0=host_xgetbv() & XCR0_AVX512) if emulated else cpuid

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import struct
 from array import array
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from trivisor.boot.image import Image, ImageError
 from trivisor.boot.xen_notes import XenKernel
@@ -27,8 +27,7 @@ _KERNEL_RIGHTS = 0x67  # present, writable, user, accessed, dirty
 _WRITE = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(NamedTuple):
     """Where the guest begins: linear addresses, and the frames that Xen shares with it."""
 
     entry: int

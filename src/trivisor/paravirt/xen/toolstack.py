@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from trivisor.paravirt.xen.xenstore.store import Store
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trivisor.paravirt.xen.xenstore.store import Store
 
 BACK_END = "/local/domain/0/backend"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from trivisor.machine.saved_values import flag, number, number_list, rows
 from trivisor.machine.saving import Remembers, Saved
@@ -11,8 +11,7 @@ from trivisor.paravirt.xen.shared_table import INDEX, SharedFlag, SharedTable, S
 from trivisor.x86.exceptions import PAGE_FAULT
 
 
-@dataclass(frozen=True, slots=True)
-class Trap:
+class Trap(NamedTuple):
     """The guest's handler of one vector (arch-x86/xen.h, struct trap_info); address 0 is none."""
 
     address: int = 0
@@ -24,8 +23,7 @@ class Trap:
 NO_TRAP = Trap()
 
 
-@dataclass(frozen=True, slots=True)
-class Callback:
+class Callback(NamedTuple):
     """An entry into the guest's kernel (callback.h); address 0 is none."""
 
     address: int = 0

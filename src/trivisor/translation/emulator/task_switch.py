@@ -7,7 +7,6 @@ all loaded but for the descriptors that could not be.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
@@ -73,8 +72,7 @@ def _layout(descriptor_type: int) -> _Layout:
     return _WIDE if descriptor_type in (TSS, TSS_BUSY) else _NARROW
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """A TSS that may be switched to: its selector, its descriptor, and where that lies."""
 
     selector: int

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from trivisor.machine.clock import Clock
 from trivisor.machine.memory import GuestMemory
@@ -22,8 +21,7 @@ class NoConnection(Exception):
     """The front end has not told what is needed, or something that is not there."""
 
 
-@dataclass(frozen=True, slots=True)
-class Guest:
+class Guest(NamedTuple):
     """What a back end reaches of the domain that it serves."""
 
     store: Store

@@ -73,7 +73,7 @@ def render(sample: Sample) -> str:
     mode = Mode(user=sample.user)
     made = translator.translate(mode, _RIP, code)
     if sample.tuned:
-        tuned = translator.tune(mode, _RIP, made.length, code, ())
+        tuned = translator.tune(mode, (_RIP,), code)
         assert tuned is not None, sample.name
         made = tuned
     formatter = Formatter(FormatterSyntax.NASM)

@@ -6,7 +6,7 @@ import ctypes
 import time
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 from iced_x86 import Decoder, DecoderError, Instruction
 
@@ -20,6 +20,7 @@ from trivisor.translation.block_tables import (
     MAXIMUM_LINKS,
     MAXIMUM_TEMPLATES,
     PLAIN,
+    STEP,
     TEMPLATE_SIZE,
     Block,
     BlockTables,
@@ -33,6 +34,7 @@ from trivisor.translation.modes import Mode
 from trivisor.translation.native_code import NativeCode
 from trivisor.translation.shapes import WANTS_SHAPE, WANTS_VARIANT, ShapeTables
 from trivisor.translation.translator.block import Translation
+from trivisor.translation.translator.traces import Judge, any_way
 from trivisor.translation.translator.translator import Translator, fits
 from trivisor.x86.exceptions import GuestException
 
@@ -87,7 +89,7 @@ class BlockStore:
 
     @property
     def tunes_at_once(self) -> bool:
-        """Every new block is tuned, hot or not, and so passes through Python: for tests."""
+        """Every new block is tuned, hot or not, with traces on any way, and so passes through Python: for tests."""
         return self._tunes_at_once
 
     @tunes_at_once.setter
@@ -125,8 +127,10 @@ class BlockStore:
                 return found
             self.native.forget_block(number)
         made = self._make(mode, rip, page, plain)
-        if self.tunes_at_once and not plain and mode.bits == 64 and (tuned := self.tune(mode, made, ())) is not None:
-            return tuned[0]
+        if self.tunes_at_once and not plain and mode.bits == 64:
+            path, _ = self.trace(made, mode, any_way)
+            if (tuned := self.tune(made, mode, path, ())) is not None:
+                return tuned[0]
         return made
 
     def _has_second(self, block: Block, mode: Mode) -> bool:
@@ -171,24 +175,41 @@ class BlockStore:
                 return number
         return 0
 
-    def tune(self, mode: Mode, block: Block, scattered: Container[int]) -> tuple[Block, list[tuple[int, int]]] | None:
+    def trace(self, block: Block, mode: Mode, judge: Judge) -> tuple[tuple[int, ...], int | None]:
+        """Where the block's code goes on: see `Translator.trace`; only its own start if it is none to be tuned."""
+        if not self._is_tunable(block, mode):
+            return (block.rip,), None
+        started = time.perf_counter_ns()
+        found = self.translator.trace(mode, block.rip, self._rest_of_page(block), judge)
+        self.translating += time.perf_counter_ns() - started
+        return found
+
+    def tune(
+        self, block: Block, mode: Mode, path: Sequence[int], scattered: Container[int]
+    ) -> tuple[Block, list[tuple[int, int]]] | None:
         """A better block in place of this one, with its site caches (see `Translator.tune`); None if there is none."""
-        page = block.key & ~0xFFF
-        length = self.tables.template_length(block.template)
-        if block.second or mode.debug or mode.aligned or not self.mmu.memory.is_ram(page, 0x1000):
+        if not self._is_tunable(block, mode):
             return None
         started = time.perf_counter_ns()
-        rip, key = block.rip, block.key
-        code = bytes(self.mmu.memory.view[page | rip & 0xFFF : page + 0x1000])
-        made = self.translator.tune(mode, rip, length, code, scattered)
+        rip, key, code = block.rip, block.key, self._rest_of_page(block)
+        made = self.translator.tune(mode, path, code, scattered)
         tuned = None
-        if made is not None and self._has_room(made, length):
+        if made is not None and self._has_room(made, made.length):
             template, start = self._keep(made, mode.key, code, lasting=False)
             self.native.forget_block(block.number)
             tuned = Block(self.tables, self.native.take_up(template, rip, key, start, 0)), made.sites
             self.tuned += 1
         self.translating += time.perf_counter_ns() - started
         return tuned
+
+    def _is_tunable(self, block: Block, mode: Mode) -> bool:
+        plainly = not (block.second or block.flags & STEP or mode.debug or mode.aligned)
+        return plainly and self.mmu.memory.is_ram(block.key & ~0xFFF, 0x1000)
+
+    def _rest_of_page(self, block: Block) -> bytes:
+        """The block's physical page from the block on."""
+        page = block.key & ~0xFFF
+        return bytes(self.mmu.memory.view[page | block.rip & 0xFFF : page + 0x1000])
 
     def _has_room(self, made: Translation, guest: int) -> bool:
         """Whether the code cache and the tables can take it (links are counted generously)."""

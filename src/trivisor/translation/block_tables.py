@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Iterator
 from struct import Struct, pack_into, unpack_from
 from typing import Protocol
 
@@ -68,6 +69,7 @@ LINK = {
     "L_PREVIOUS": 28,
     "L_ENTRY": 32,  # which of the target's entries: offset of the field in its record, and LINK_TO_PLAIN
 }
+_LINK = "<QIIIIIII"
 LINK_TO_PLAIN = 0x100
 """The link leads from a tuned block, a check of which has failed, to a plain one: `PLAIN` is part of its key."""
 PLAIN = 8
@@ -301,6 +303,14 @@ class BlockTables:
         """`L_ENTRY` of a link."""
         entry: int = unpack_from("<I", self.links, number * LINK_SIZE + LINK["L_ENTRY"])[0]
         return entry
+
+    def linked(self, block: Block) -> Iterator[tuple[int, int]]:
+        """(linear address, number) of the blocks that the block's jumps lead to."""
+        first = unpack_from("<I", self.blocks, block.number * BLOCK_SIZE + BLOCK["B_OUT"])[0]
+        for number in range(first, first + self.blocks[block.number * BLOCK_SIZE + BLOCK["B_LINKS"]]):
+            target, _, _, _, to, _, _, entry = unpack_from(_LINK, self.links, number * LINK_SIZE)
+            if to and not entry & LINK_TO_PLAIN:
+                yield target, to
 
     def list_template(self, number: int, bucket: int) -> None:
         """Have look-ups find a template."""

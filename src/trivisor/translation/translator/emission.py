@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from struct import Struct, pack, pack_into
 
 from trivisor.translation.layout import EXITS, OFFSETS
@@ -70,7 +71,8 @@ class Emission:
     """
 
     __slots__ = (
-        "base", "block", "links", "locations", "lookup", "misses", "mode", "near", "out", "relocations", "single",
+        "base", "block", "exits", "links", "locations", "lookup", "misses", "mode", "near", "out", "relocations",
+        "single",
     )  # fmt: skip
 
     def __init__(self, mode: Mode, near: bool, block: Translation, base: int, lookup: int, single: bool) -> None:
@@ -86,15 +88,23 @@ class Emission:
         self.relocations = block.relocations
         self.misses: list[tuple[int, int, Miss, int, bool]] = []
         """(start and end of the instruction's code, the check, guest rip, flags parked where it may fault)."""
+        self.exits: list[tuple[int, int, int]] = []
+        """(end of a conditional jump out of a trace and out of the page, its target, guest rip)."""
         self.locations = block.locations
         self.links = block.links
 
-    def emit(self, chosen: list[Entry], poll_at_end: bool) -> None:
-        """Emit everything."""
+    def emit(self, chosen: list[Entry], poll_at_end: bool, turns: Mapping[int, int]) -> None:
+        """Emit everything.
+
+        `turns` has the jumps that a trace goes past: by index, the linear address where it goes on.
+        """
         # Liveness, backwards: what comes after the block is not known, so all flags are live there.
         live = ARITHMETIC
         lives = []
-        for recipe, _, _ in reversed(chosen):
+        for index in range(len(chosen) - 1, -1, -1):
+            recipe = chosen[index][0]
+            if index in turns and isinstance(recipe.ends, Branch):
+                live = ARITHMETIC
             lives.append(live)
             live = recipe.reads | (live & ~recipe.writes)
         block, out = self.block, self.out
@@ -106,7 +116,7 @@ class Emission:
         body = block.body = len(out)
         parked = False
         locations = self.locations
-        for (recipe, constants, finished), needed in zip(chosen, reversed(lives), strict=True):
+        for index, ((recipe, constants, finished), needed) in enumerate(zip(chosen, reversed(lives), strict=True)):
             start = len(out)
             if finished is not None and not (parked and recipe.reads | recipe.writes):
                 locations.append((start - body) | parked << 21 | (at - rip) << 22)
@@ -115,6 +125,8 @@ class Emission:
                     assert recipe.simple is not None
                     self._note_constants(start, at, recipe.simple.patches, constants)
                 at += recipe.length
+                if index in turns:
+                    at = self._turn(recipe, constants, at, turns[index])
                 continue
             code, misses, absolutes, patches, parked, fault_parked, _ = recipe.variant(parked, needed)
             locations.append((start - body) | fault_parked << 21 | (at - rip) << 22)
@@ -130,6 +142,8 @@ class Emission:
             at += recipe.length
             if absolutes:
                 self._patch_absolutes(start, absolutes, at, constants.relative)
+            if index in turns:
+                at = self._turn(recipe, constants, at, turns[index])
         if poll_at_end:
             self._in_host(parked)
             parked = False
@@ -174,6 +188,20 @@ class Emission:
         """Have the flags parked, as every way through a jump cache wants them."""
         if not parked:
             self.out += PARK
+
+    def _turn(self, recipe: Recipe, constants: Constants, after: int, way: int) -> int:
+        """Go past a jump of a trace, on the way given; the other one of a conditional jump leads out."""
+        ends = recipe.ends
+        if isinstance(ends, Branch):
+            here, taken = after - recipe.length, after + constants.relative & _MASK64
+            other, condition = (taken, ends.condition) if way == after else (after, ends.condition ^ 1)
+            self.out += bytes((0x0F, 0x80 | condition))
+            if self._is_linkable(other, here):
+                self._link(other, here, parked=False)
+            else:
+                self.out += bytes(4)
+                self.exits.append((len(self.out), other, here))
+        return way
 
     def _ending(self, last: Recipe, constants: Constants, next_rip: int, parked: bool) -> None:
         out = self.out
@@ -363,6 +391,9 @@ class Emission:
                 self.block.copy_constants(tail, tail + len(crossing), len(out) - tail)
                 out += out[tail : tail + len(crossing)] + CALL_CROSSED
                 out += b"\xe9" + pack("<i", (start + rejoin if rejoin else end) - (len(out) + 5))
+        for jump_end, target, here in self.exits:
+            pack_into("<i", out, jump_end - 4, len(out) - jump_end)
+            self._go(target, here, parked=False)
         for link in self.links:
             link.stub = len(out)
             pack_into("<i", out, link.site, link.stub - link.site - 4)

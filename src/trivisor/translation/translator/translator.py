@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping, Sequence
+from itertools import zip_longest
+from types import MappingProxyType
 from typing import NamedTuple
 
 from iced_x86 import ConstantOffsets, Decoder, Instruction, OpKind
@@ -14,6 +16,7 @@ from trivisor.translation.translator.block import Translation
 from trivisor.translation.translator.emission import Emission, FarTarget
 from trivisor.translation.translator.instructions import InstructionMaker
 from trivisor.translation.translator.recipe import Constants, Entry, Recipe, may_be_address
+from trivisor.translation.translator.traces import Judge, Segment, follow
 from trivisor.translation.translator.tuned import FIRST_FREE_SITE, PLAIN_CHECK, Decoded, Tuning
 from trivisor.x86.exceptions import GENERAL_PROTECTION
 
@@ -154,44 +157,65 @@ class Translator:
                 chosen[0] = known.maker.make(instruction, raw, offsets, single=True).entry(Constants())
         return chosen, position, chosen[-1][0].polls or (shadow and chosen[-1][0].ends is None)
 
-    def tune(self, mode: Mode, rip: int, length: int, code: bytes, scattered: Container[int]) -> Translation | None:
-        """A better translation of the `length` bytes of a block, or None if there is none.
+    def trace(self, mode: Mode, rip: int, code: bytes, judge: Judge) -> tuple[tuple[int, ...], int | None]:
+        """(starts of the segments of the trace from linear `rip` on, where it would go on); see `traces.follow`.
 
-        `code` is the page's from there on; `scattered` has the linear addresses of
-        instructions whose accesses are all over the place.
+        `code` is the page's from `rip` on, which is the start of a block within the page.
         """
-        near = fits(rip)
+        known = self._known_for(mode, fits(rip))
+        segments, way = follow(rip, lambda at: self._segment(known, mode, at, code[at - rip :]), judge)
+        return tuple(segment.rip for segment in segments), way
+
+    def _segment(self, known: _Known, mode: Mode, rip: int, code: bytes) -> Segment:
+        return Segment(rip, *self._choose(known, mode, rip, code))
+
+    def tune(
+        self, mode: Mode, path: Sequence[int], code: bytes, scattered: Container[int] = ()
+    ) -> Translation | None:
+        """A better translation of the block at path[0], or None if there is none.
+
+        It is the trace whose segments begin at the addresses of `path`.  `code` is the page's from there on;
+        `scattered` has the linear addresses of instructions whose accesses are all over the place.
+        """
+        near = fits(path[0])
         try:
-            return self._tune(mode, near, rip, length, code, scattered)
+            return self._tune(mode, near, path, code, scattered)
         except FarTarget:
-            return self._tune(mode, False, rip, length, code, scattered)
+            return self._tune(mode, False, path, code, scattered)
 
     def _tune(
-        self, mode: Mode, near: bool, rip: int, length: int, code: bytes, scattered: Container[int]
+        self, mode: Mode, near: bool, path: Sequence[int], code: bytes, scattered: Container[int]
     ) -> Translation | None:
         known = self._known_for(mode, near)
-        chosen, position, polls = self._choose(known, mode, rip, code)
-        if position != length or any(recipe.shadow for recipe, _, _ in chosen):
+        rip = path[0]
+        segments = [self._segment(known, mode, at, code[at - rip :]) for at in path]
+        if any(segment.has_shadow for segment in segments):
             return None
-        decoder = Decoder(mode.bits, code[:length], ip=rip)
-        decoded, starts = [], [0]
-        for instruction in decoder:
-            raw = code[starts[-1] : decoder.position]
-            decoded.append(Decoded(instruction, raw, decoder.get_constant_offsets(instruction)))
-            starts.append(decoder.position)
+        decoded, starts, turns = [], [], {}
+        for segment, then in zip_longest(segments, path[1:]):
+            decoder = Decoder(mode.bits, code[segment.rip - rip : segment.end - rip], ip=segment.rip)
+            for instruction in decoder:
+                at = instruction.ip - rip
+                raw = code[at : at + instruction.len]
+                decoded.append(Decoded(instruction, raw, decoder.get_constant_offsets(instruction)))
+                starts.append(at)
+            if then is not None:
+                turns[len(decoded) - 1] = then
         apart = {index for index, start in enumerate(starts) if rip + start in scattered}
-        tuning = Tuning(known.maker, decoded, self._next_site, apart)
-        if not tuning.pays and not apart:
+        tuning = Tuning(known.maker, decoded, self._next_site, apart, turns)
+        if not (turns or tuning.pays or apart):
             return None
         self._next_site = tuning.next_site
+        chosen = [entry for segment in segments for entry in segment.entries]
         better = [
             entry if form is None else tuning.recipe(index).entry(_constants(*decoded[index]))
             for index, (entry, form) in enumerate(zip(chosen, tuning.forms, strict=True))
         ]
-        made = self._emit(mode, near, Translation(rip, length), better, polls, single=False)
+        last = segments[-1]
+        made = self._emit(mode, near, Translation(rip, last.end - rip), better, last.polls, single=False, turns=turns)
         made.sites = [
             (start, site)
-            for start, form in zip(starts, tuning.forms, strict=False)
+            for start, form in zip(starts, tuning.forms, strict=True)
             if form is not None
             for site in form.sites
             if site != PLAIN_CHECK
@@ -265,7 +289,15 @@ class Translator:
         return self._emit(mode, False, Translation(rip, recipe.length), chosen, False, single=True)
 
     def _emit(
-        self, mode: Mode, near: bool, block: Translation, chosen: list[Entry], polls: bool, *, single: bool
+        self,
+        mode: Mode,
+        near: bool,
+        block: Translation,
+        chosen: list[Entry],
+        polls: bool,
+        *,
+        single: bool,
+        turns: Mapping[int, int] = MappingProxyType({}),
     ) -> Translation:
-        Emission(mode, near, block, (self.cache.used + 15) & ~15, self.lookup, single).emit(chosen, polls)
+        Emission(mode, near, block, (self.cache.used + 15) & ~15, self.lookup, single).emit(chosen, polls, turns)
         return block

@@ -17,6 +17,7 @@ be done by Python, the block is left for a plain one at the same place.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -88,6 +89,8 @@ class _Group:
     write: bool = False
     shift: int = 0
     """How far the base register has moved since."""
+    leaves: bool = False
+    """A way out of the trace lies between its instructions."""
 
     def take(self, index: int, access: _Access) -> bool:
         """Add an instruction's access, unless the range would become too long."""
@@ -95,6 +98,8 @@ class _Group:
         low, high = (min(self.low, at), max(self.high, at + access.size)) if self.members else (at, at + access.size)
         if high - low > LARGEST_SPAN:
             return False
+        if self.leaves and access.write and not self.write:
+            return False  # the page may be one that is often read here, and written to by nobody
         self.low, self.high, self.write = low, high, self.write or access.write
         self.members.append((index, at))
         self.shift += access.moves
@@ -104,11 +109,19 @@ class _Group:
 class Tuning:
     """Finds how the instructions of a block are to reach memory; `forms` has the outcome."""
 
-    def __init__(self, maker: InstructionMaker, decoded: list[Decoded], first_site: int, scattered: set[int]) -> None:
-        """`scattered`: indexes of the instructions whose site caches would miss."""
+    def __init__(
+        self,
+        maker: InstructionMaker,
+        decoded: list[Decoded],
+        first_site: int,
+        scattered: set[int],
+        turns: Container[int] = (),
+    ) -> None:
+        """`scattered`: indexes of the instructions whose site caches would miss; `turns`: those of a trace's jumps."""
         self._maker = maker
         self._decoded = decoded
         self._scattered = scattered
+        self._turns = turns
         self._info = InstructionInfoFactory()
         self._plain = [maker.make(*one) for one in decoded]
         self.forms: list[Form | None] = [None] * len(decoded)
@@ -155,6 +168,8 @@ class Tuning:
                     current.shift += moved
                 elif self._spoils(instruction, current.address, 0):
                     current = None
+                elif index in self._turns and instruction.is_jcc_short_or_near:
+                    current.leaves = True
         return groups
 
     def _access(self, instruction: Instruction, recipe: Recipe) -> _Access | None:

@@ -147,6 +147,11 @@ class Tuner:
         self._paths[tuned.number] = path
         self._heat[tuned.number] = self._heat.get(block.number, 0)
 
+    def traces(self) -> list[tuple[int, ...]]:
+        """Where the segments of the traces that there are begin."""
+        tables = self._blocks.tables
+        return [path for number, path in self._paths.items() if not Block(tables, number).dead]
+
     def _trace(self, block: Block, mode: Mode) -> tuple[tuple[int, ...], int | None, dict[int, int]]:
         """The trace from a block, where it goes on, and what the evidence knew."""
         evidence = _Evidence(self._blocks.tables, block, self._paths, self._found_at)

@@ -172,15 +172,18 @@ class _Comparison:
 
     def _uncertain_flags(self) -> int:
         """RFLAGS bits that are not compared: at a fault, unless `fault_flags`, those that the rest of the block
-        would overwrite before anyone could look at them.
+        would overwrite before anyone could look at them.  Past a branch it is not known what reads them.
         """
         case, rip = self.case, self.expected.rip
         if self.expected.vector == END or self.fault_flags or rip not in self.addresses:
             return 0
         uncertain = read = 0
+        branched = False
         for item in case.items[self.addresses.index(rip) :]:
             instruction = item.instruction
-            read |= instruction.rflags_read & ~uncertain
+            if not branched:
+                read |= instruction.rflags_read & ~uncertain
+            branched = branched or item.target is not None
             uncertain |= instruction.rflags_modified & ~read
         return sum(bit for flag, bit in _RFLAGS.items() if uncertain & flag)
 

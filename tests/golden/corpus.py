@@ -1,4 +1,4 @@
-"""Guest code, by what it is to show: assembly, and whether the block is tuned."""
+"""Guest code, by what it is to show: assembly, whether the block is tuned, and as which trace."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ class Sample(NamedTuple):
     source: str
     user: bool = True
     tuned: bool = False
+    ways: tuple[int, ...] = ()
+    """Of a trace: which of the ways each of its jumps goes (`Segment.ways`)."""
 
 
 SAMPLES = (
@@ -40,4 +42,17 @@ SAMPLES = (
     Sample("tuned: pushes", "push rbp\n push rbx\n sub rsp, 24\n mov [rsp+8], rax\n jmp next\n next:", tuned=True),
     Sample("tuned: pops and the return", "add rsp, 8\n pop rbx\n pop rbp\n ret", tuned=True),
     Sample("tuned: fields of a structure", "mov rax, [rdi+8]\n mov rdx, [rdi+16]\n add [rdi+24], rax\n ret", tuned=True),
+    Sample(
+        "a trace: a loop",
+        "again: cmp rdi, rsi\n jae on\n mov rax, [rbx]\n on: xor eax, eax\n jmp end\n ud2\n"
+        "end: inc edi\n cmp edi, ecx\n jne again",
+        tuned=True,
+        ways=(0, 0),
+    ),
+    Sample(
+        "a trace: a group, and a way out to another page",
+        "cmp rax, [rdi+8]\n js $+0x5000\n mov rdx, [rdi+16]\n je next\n mov [rdi+24], rdx\n next: ret",
+        tuned=True,
+        ways=(1, 1),
+    ),
 )

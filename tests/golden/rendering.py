@@ -11,6 +11,7 @@ from tests.golden.corpus import SAMPLES, Sample
 from trivisor.translation.layout import OFFSETS
 from trivisor.translation.modes import Mode
 from trivisor.translation.translator.block import Translation
+from trivisor.translation.translator.traces import Judge
 from trivisor.translation.translator.translator import Translator
 from trivisor.x86.assembler import assemble
 
@@ -65,6 +66,16 @@ def _described(made: Translation, end: int) -> int:
     return 0
 
 
+def _judge(sample: Sample) -> Judge:
+    turns = iter(sample.ways)
+
+    def judge(ways: tuple[int, ...]) -> int | None:
+        turn = next(turns, None)
+        return None if turn is None else ways[turn]
+
+    return judge
+
+
 def render(sample: Sample) -> str:
     """The sample, its guest code and what becomes of it."""
     program = assemble(sample.source, bits=64, origin=_RIP)
@@ -73,7 +84,8 @@ def render(sample: Sample) -> str:
     mode = Mode(user=sample.user)
     made = translator.translate(mode, _RIP, code)
     if sample.tuned:
-        tuned = translator.tune(mode, (_RIP,), code)
+        path, _ = translator.trace(mode, _RIP, code, _judge(sample))
+        tuned = translator.tune(mode, path, code)
         assert tuned is not None, sample.name
         made = tuned
     formatter = Formatter(FormatterSyntax.NASM)

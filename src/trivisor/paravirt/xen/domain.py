@@ -60,14 +60,16 @@ _LEAVES_KINDS = frozenset(
 )  # fmt: skip
 """Hypercalls that do not look at what frames are used as, or leave that to others."""
 
-_COUNTED_NATIVELY = {
-    "syscall": "SYSCALLS",
-    f"exception {PAGE_FAULT}": "PAGE_FAULTS",
-    f"exception {INVALID_OPCODE}": "FORCED",
-    "forced emulation": "FORCED",
-    f"exception {GENERAL_PROTECTION}": "PORTS",
-    "privileged instruction": "PORTS",
-}
+_COUNTED_NATIVELY = (
+    ("syscall", "SYSCALLS"),
+    (f"exception {PAGE_FAULT}", "PAGE_FAULTS"),
+    (f"exception {PAGE_FAULT}", "TABLE_WRITES"),
+    ("page table written", "TABLE_WRITES"),
+    (f"exception {INVALID_OPCODE}", "FORCED"),
+    ("forced emulation", "FORCED"),
+    (f"exception {GENERAL_PROTECTION}", "PORTS"),
+    ("privileged instruction", "PORTS"),
+)
 """Words of the shared table, by the names of the statistics that they add to."""
 
 
@@ -353,7 +355,7 @@ class Domain:
             "upcalls": self._upcalls + words[INDEX["UPCALLS"]],
             **self._exceptions,
         }
-        for name, field in _COUNTED_NATIVELY.items():
+        for name, field in _COUNTED_NATIVELY:
             entries[name] = entries.get(name, 0) + words[INDEX[field]]
         by_count = sorted(counts.items(), key=lambda item: -item[1][0])
         return {

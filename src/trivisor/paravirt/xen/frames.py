@@ -46,6 +46,10 @@ class Frames:
 
     epoch = SharedWord("EPOCH")
     """Counts flushes of the TLBs."""
+    owned = SharedWord("OWNED")
+    """How many frames the domain has."""
+    free = SharedWord("FREE_COUNT")
+    """How many frames can still be allocated."""
 
     def __init__(self, memory: GuestMemory, table: SharedTable) -> None:
         self.memory = memory
@@ -59,16 +63,15 @@ class Frames:
         self.pinned = bytearray(self.count)
         self.words = memory.view.cast("Q")
         """The machine's memory in 64-bit words: frame number times 512 and the word in it."""
-        self._free: list[int] = []
+        self._free = array("L", bytes(8 * self.count))
+        """The first `free` of them are free frames; the last of these is allocated next."""
         self._allocated = bytearray(self.count)
         """Frames that the domain has not given back; it may have given back some that are still in use."""
-        self.owned = 0
-        """How many frames the domain has."""
         self._writable_until = array("L", bytes(8 * self.count))
         self.epoch = 1
         columns = {
             "OWNER": self.owner, "KIND": self.kind, "KIND_COUNT": self.kind_count, "REFERENCES": self.references,
-            "WRITABLE_UNTIL": self._writable_until,
+            "WRITABLE_UNTIL": self._writable_until, "PINNED": self.pinned, "FREE": self._free,
         }  # fmt: skip
         for name, column in columns.items():
             table.words[INDEX[f"FRAME_{name}"]] = host_address(column)
@@ -76,18 +79,22 @@ class Frames:
 
     def give_free(self, frames: Iterable[int]) -> None:
         """These are free from now on; the first is allocated first."""
-        self._free = [*reversed(list(frames)), *self._free]
+        self._set_free([*reversed(list(frames)), *self.free_frames()])
 
-    @property
-    def free(self) -> int:
-        """How many frames can still be allocated."""
-        return len(self._free)
+    def free_frames(self) -> list[int]:
+        """Those that can still be allocated; the last is allocated next."""
+        return self._free[: self.free].tolist()
+
+    def _set_free(self, frames: list[int]) -> None:
+        self._free[: len(frames)] = array("L", frames)
+        self.free = len(frames)
 
     def allocate(self) -> int:
         """A free frame becomes the domain's, with one reference; ENOMEM when there is none."""
-        if not self._free:
+        if not self.free:
             raise HypercallError(ENOMEM)
-        frame = self._free.pop()
+        self.free -= 1
+        frame = self._free[self.free]
         self.owner[frame] = DOMAIN
         self.references[frame] = 1
         self._allocated[frame] = 1
@@ -96,10 +103,11 @@ class Frames:
 
     def allocate_many(self, count: int) -> list[int]:
         """So many free frames become the domain's, as by `allocate`; ENOMEM when there are not enough."""
-        if count > len(self._free):
+        if count > self.free:
             raise HypercallError(ENOMEM)
-        at = len(self._free) - count
-        taken, self._free[at:] = self._free[at:], ()
+        end = self.free
+        self.free = end - count
+        taken = self._free[end - count : end].tolist()
         taken.reverse()
         for first, end in runs(taken):
             length = end - first
@@ -130,7 +138,7 @@ class Frames:
         Those have no reference until something uses them: `check_held` tells.  ValueError for frames that are not free.
         """
         free = bytearray(self.count)
-        for frame in self._free:
+        for frame in self.free_frames():
             free[frame] = 1
         for first, length in held:
             end = first + length
@@ -141,7 +149,7 @@ class Frames:
             self.references[first:end] = array("L", [1]) * length
             self._allocated[first:end] = b"\1" * length
             self.owned += length
-        self._free = [frame for frame in self._free if free[frame]]
+        self._set_free([frame for frame in self.free_frames() if free[frame]])
         for frame in given_back:
             if frame >= self.count or not self._allocated[frame]:
                 raise ValueError(f"frame {frame:#x} cannot have been given back")
@@ -205,7 +213,8 @@ class Frames:
         if left == 0:
             self.owner[frame] = NOBODY
             self.owned -= 1
-            self._free.append(frame)
+            self._free[self.free] = frame
+            self.free += 1
 
     def release(self, frame: int) -> None:
         """The domain gives a frame back: EBUSY while it is a page table, EPERM if it is not the domain's to give."""

@@ -1,7 +1,8 @@
 """The most frequent hypercalls, as native code of the engine's (`machine.deprivileged.NativeSupervision`).
 
 Each does the common case, and leaves everything else to Python before
-anything has changed; Python does all cases, and says what is right.
+anything has changed; Python does all cases, and says what is right.  Page
+tables have files of their own.
 Conventions: rbp is the processor's state, rbx the shared table.
 """
 
@@ -11,11 +12,13 @@ from trivisor.machine.deprivileged import NativeSupervision
 from trivisor.paravirt.xen import abi
 from trivisor.paravirt.xen.abi import FLAT_RING3_CS64, FLAT_RING3_SS, HYPERCALL_NUMBERS, LAST_XEN_SLOT
 from trivisor.paravirt.xen.cpuid import VERSION
-from trivisor.paravirt.xen.frames import DOMAIN, L1, L4, NONE, WRITABLE
+from trivisor.paravirt.xen.frames import DOMAIN, L4
+from trivisor.paravirt.xen.native_frames import FRAMES
+from trivisor.paravirt.xen.native_page_tables import PAGE_TABLES
 from trivisor.paravirt.xen.native_privileged import PRIVILEGED
+from trivisor.paravirt.xen.native_table_writes import TABLE_WRITES
 from trivisor.paravirt.xen.native_timers import TIMERS
 from trivisor.paravirt.xen.native_traps import SET_FLAT, TRAPS
-from trivisor.paravirt.xen.page_tables import ADDRESS, FORBIDDEN, FORBIDDEN_L1
 from trivisor.paravirt.xen.shared_table import SYMBOLS, SharedTable
 
 
@@ -23,7 +26,10 @@ def _equ(symbols: dict[str, int]) -> str:
     return "\n".join(f"{name} equ {value}" for name, value in symbols.items())
 
 
-_DISPATCH = ("mmu_update", "mmuext_op", "iret", "vcpu_op", "set_segment_base", "stack_switch", "xen_version")
+_DISPATCH = (
+    "mmu_update", "mmuext_op", "update_va_mapping", "iret", "vcpu_op", "set_segment_base", "stack_switch",
+    "xen_version",
+)  # fmt: skip
 
 _CALL = f"""
 ; SYSCALL by the guest's kernel: a hypercall.
@@ -134,163 +140,13 @@ xen_gs_user_selector:
     jmp xen_done
 """
 
-_MMU = f"""
-; mmu_update of one entry of a page table of level 1; and of levels 2 and 3, where nothing was.
-xen_mmu_update:
-    cmp dword [rbp+GPR_RSI], 1
-    jne supervised_python
-    cmp qword [rbp+GPR_RDX], 0
-    jne supervised_python
-    cmp qword [rbp+GPR_R10], {abi.DOMID_SELF}
-    jne supervised_python
-    mov r13, [rbp+GPR_RDI]
-    mov eax, r13d
-    and eax, 0xfff
-    cmp eax, 4096-16
-    ja supervised_python
-    xor r12d, r12d
-    call guest_page
-    jnz supervised_python
-    mov r8, [rdi]
-    mov r9, [rdi+8]
-    test r8b, 5 ; a command other than a page table's, or no entry's address
-    jnz supervised_python
-    mov rcx, r8
-    shr rcx, 12
-    cmp rcx, [rbx+X_FRAME_COUNT]
-    jae supervised_python
-    mov rax, [rbx+X_FRAME_OWNER]
-    cmp byte [rax+rcx], {DOMAIN}
-    jne supervised_python
-    mov r13, [rbx+X_FRAME_KIND]
-    movzx edx, byte [r13+rcx]
-    lea eax, [rdx-1]
-    cmp eax, 2
-    ja supervised_python
-    mov r14, [rbx+X_FRAME_KIND_COUNT]
-    cmp qword [r14+rcx*8], 0
-    je supervised_python
-    mov r15, [rbx+X_FRAME_REFERENCES]
-    mov rdi, r8
-    and rdi, -8
-    add rdi, [rbp+RAM_BASE]
-    mov r10, [rdi]
-    cmp edx, {L1}
-    jne xen_update_upper
-    test r8b, {abi.MMU_PT_UPDATE_PRESERVE_AD}
-    jz xen_update_as_is
-    mov rax, r10
-    and eax, 0x60
-    or r9, rax
-xen_update_as_is:
-    ; rdi = the entry's place, r10 = old, r9 = new
-    mov r11, {ADDRESS:#x}
-    mov rsi, -1 ; the frame that gets a reference
-    test r9b, 1
-    jz xen_update_old
-    or r9, 4
-    mov rax, {FORBIDDEN_L1:#x}
-    test r9, rax
-    jnz supervised_python
-    mov rax, r9
-    xor rax, r10
-    lea rdx, [r11+3]
-    test rax, rdx
-    jz xen_update_write
-    mov rsi, r9
-    and rsi, r11
-    shr rsi, 12
-    cmp rsi, [rbx+X_FRAME_COUNT]
-    jae supervised_python
-    mov rax, [rbx+X_FRAME_OWNER]
-    cmp byte [rax+rsi], {DOMAIN}
-    jne supervised_python
-    test r9b, 2
-    jz xen_update_old
-    cmp qword [r14+rsi*8], 0
-    je xen_update_old
-    cmp byte [r13+rsi], {WRITABLE}
-    jne supervised_python
-xen_update_old:
-    test r10b, 1
-    jz xen_update_get
-    ; what loses its last reference is Python's to free
-    mov rcx, r10
-    and rcx, r11
-    shr rcx, 12
-    cmp qword [r15+rcx*8], 1
-    jbe supervised_python
-xen_update_get:
-    cmp rsi, -1
-    je xen_update_put
-    inc qword [r15+rsi*8]
-    test r9b, 2
-    jz xen_update_put
-    mov byte [r13+rsi], {WRITABLE}
-    inc qword [r14+rsi*8]
-xen_update_put:
-    test r10b, 1
-    jz xen_update_write
-    dec qword [r15+rcx*8]
-    test r10b, 2
-    jz xen_update_write
-    dec qword [r14+rcx*8]
-    jnz xen_update_write
-    mov byte [r13+rcx], {NONE}
-xen_update_write:
-    mov [rdi], r9
-    test r10b, 1
-    jz xen_update_done
-    call supervised_changed
-    test eax, eax
-    jz xen_update_done
-    mov qword [rbx+X_STALE], 1
-    test r10b, 2
-    jz xen_update_done
-    mov rcx, {ADDRESS:#x}
-    and rcx, r10
-    shr rcx, 12
-    mov rax, [rbx+X_FRAME_WRITABLE_UNTIL]
-    mov rdx, [rbx+X_EPOCH]
-    mov [rax+rcx*8], rdx
-xen_update_done:
-    xor eax, eax
-    jmp xen_done
-
-; An entry of level edx, which was not present.
-xen_update_upper:
-    test r10b, 1
-    jnz supervised_python
-    test r9b, 1
-    jz xen_update_write
-    or r9, 4
-    mov rax, {FORBIDDEN:#x}
-    test r9, rax
-    jnz supervised_python
-    mov rsi, r9
-    mov r11, {ADDRESS:#x}
-    and rsi, r11
-    shr rsi, 12
-    cmp rsi, [rbx+X_FRAME_COUNT]
-    jae supervised_python
-    mov rax, [rbx+X_FRAME_OWNER]
-    cmp byte [rax+rsi], {DOMAIN}
-    jne supervised_python
-    dec edx
-    cmp [r13+rsi], dl
-    jne supervised_python
-    cmp qword [r14+rsi*8], 0
-    je supervised_python
-    inc qword [r14+rsi*8]
-    inc qword [r15+rsi*8]
-    jmp xen_update_write
-
+_SPACES = f"""
 ; mmuext_op: one or two operations that change the address space, flush, or forget a page.
 xen_mmuext_op:
     mov r15d, [rbp+GPR_RSI]
     lea eax, [r15-1]
     cmp eax, 1
-    ja supervised_python
+    ja xen_pins
     cmp qword [rbp+GPR_RDX], 0
     jne supervised_python
     cmp qword [rbp+GPR_R10], {abi.DOMID_SELF}
@@ -318,7 +174,7 @@ xen_extended_look:
     cmp eax, {abi.MMUEXT_TLB_FLUSH_LOCAL}
     je xen_extended_next
     cmp eax, {abi.MMUEXT_INVLPG_LOCAL}
-    jne supervised_python
+    jne xen_pins
     jmp xen_extended_next
 xen_extended_root:
     mov r10, [rbx+X_KERNEL_ROOT]
@@ -398,9 +254,7 @@ xen_new_root:
     call supervised_flush_lower
     jmp xen_extended_done
 xen_flush:
-    inc qword [rbx+X_EPOCH]
-    mov qword [rbx+X_STALE], 0
-    call supervised_flush
+    call xen_forget
     jmp xen_extended_done
 xen_new_user_root:
     mov r10, [rbx+X_USER_ROOT]
@@ -442,4 +296,5 @@ xen_lingers:
 
 def native_supervision(table: SharedTable) -> NativeSupervision:
     """The hypervisor's native code, over `table`."""
-    return NativeSupervision("\n".join((_equ(SYMBOLS), _CALL, _MMU, TRAPS, PRIVILEGED, TIMERS)), table.address)
+    parts = (_equ(SYMBOLS), _CALL, _SPACES, PAGE_TABLES, FRAMES, TABLE_WRITES, TRAPS, PRIVILEGED, TIMERS)
+    return NativeSupervision("\n".join(parts), table.address)

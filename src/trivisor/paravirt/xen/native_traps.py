@@ -213,9 +213,11 @@ supervisor_exception:
     je xen_page_fault
     mov ecx, eax
     and ecx, {PF_PRESENT | PF_WRITE}
-    cmp ecx, {PF_PRESENT | PF_WRITE} ; maybe of a page table
-    je supervised_python
-    xor eax, {PF_USER}
+    cmp ecx, {PF_PRESENT | PF_WRITE}
+    je xen_table_write
+xen_kernel_page_fault:
+    mov rax, [rbp+EXIT_B]
+    and eax, {~PF_USER}
 xen_page_fault:
     mov [rbx+X_ENTRY_ERROR], rax
     mov rax, [rbx+X_PAGE_FAULT_ADDRESS]

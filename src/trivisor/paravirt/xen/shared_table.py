@@ -12,6 +12,10 @@ _NAMES = (
     "FRAME_KIND_COUNT",
     "FRAME_REFERENCES",
     "FRAME_WRITABLE_UNTIL",
+    "FRAME_PINNED",
+    "FRAME_FREE",
+    "FREE_COUNT",
+    "OWNED",
     "EPOCH",
     "IN_KERNEL",  # the virtual processor (vcpu_state.py)
     "KERNEL_ROOT",
@@ -32,6 +36,7 @@ _NAMES = (
     "VCPU_INFO",  # host address of struct vcpu_info
     "STARTED",  # of the hypercall that is being made: the host's TSC, its number
     "NUMBER",
+    "MADE",  # how many operations of its list are done
     "LINGERING_KERNEL",  # frames of level-4 tables that are kept validated for a while (page_tables.py); 0: none
     "LINGERING_USER",
     "STALE",  # 1: TLBs may have more of the kernel's half than the page tables, but for single entries of level 1
@@ -52,6 +57,7 @@ _NAMES = (
     "SINGLE_CHANGE",  # what it has done to it since Python looked last
     "UPCALLS",  # what was done natively
     "PAGE_FAULTS",
+    "TABLE_WRITES",
     "SYSCALLS",
     "FORCED",  # CPUID behind the forced-emulation prefix
     "PORTS",  # IN and OUT

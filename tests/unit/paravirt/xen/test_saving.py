@@ -149,7 +149,7 @@ def test_kinds_and_counts_of_all_frames_come_back(busy: Guest, again: XenMachine
     ours, theirs = busy.frames, again.domain.frames
     for name in ("owner", "kind", "kind_count", "references", "pinned", "_allocated"):
         assert getattr(ours, name) == getattr(theirs, name), name
-    assert (ours.owned, sorted(ours._free)) == (theirs.owned, sorted(theirs._free))
+    assert (ours.owned, sorted(ours.free_frames())) == (theirs.owned, sorted(theirs.free_frames()))
     kinds = [kind for kind, count in zip(theirs.kind, theirs.kind_count, strict=True) if count]
     assert {NONE, L1, 2, 3, L4, DESCRIPTORS, WRITABLE} == {*kinds}, "and all kinds were there"
 

@@ -120,7 +120,7 @@ class _Mmu:
                 frames.words[frame * 512 + index] = value
                 self._domain.cpu.memory_written(address, 8)
             finally:
-                frames.put_writable(frame)
+                frames.put_writable(frame, stale=False)
         finally:
             frames.put(frame)
 

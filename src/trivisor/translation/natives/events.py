@@ -255,7 +255,7 @@ deliver_trap_gate:
 deliver_done:
     mov rax, [rbp+EVENT]
     inc qword [rbp+rax*8+COUNT_EXCEPTION]
-    jmp dispatch
+    jmp resume
 deliver_otherwise:
     cmp qword [rbp+SUPERVISED], 0
     jne supervised_event
@@ -400,13 +400,13 @@ iret_closed:
 iret_unblocked:
     and eax, FLAG_IF
     mov [rbp+IF], rax
-    jz dispatch
+    jz resume
 open_window:
     ; interrupts are possible now: is one waiting?
     mov rax, [rbp+ARMED]
     mov [rbp+POLL], rax
     cmp rax, [rbp+POLL_BAD]
-    jne dispatch
+    jne resume
     mov qword [rbp+EXIT], EXIT_POLL
     mov rsp, rbp
     jmp leave_spilled
@@ -452,7 +452,7 @@ write_cr3:
     inc qword [rbp+COUNT_CR3]
     mov rdi, rbp
     call flush_local
-    jmp dispatch
+    jmp resume
 
 ; call [SYSCALL]; dq rip; dd length: from 64-bit code at CPL 3
 syscall_native:

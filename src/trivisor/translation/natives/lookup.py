@@ -23,7 +23,16 @@ lookup:
     and edx, 0x400
     or eax, edx
     mov [rbp+FLAGS], rax
-; RIP and all registers are in the state block: find the translation and run it, or leave.
+    jmp dispatch
+; RIP and all registers are in the state block: run the translation, or leave.
+resume:
+    mov rax, [rbp+GUEST_RIP]
+    movzx ecx, ax
+    mov rdx, [rbp+JUMP_CACHE_CURRENT]
+    mov rdx, [rdx+rcx*8]
+    cmp rdx, [rbp+LOOKUP]
+    jne dispatch_go
+; The same where the jump cache is known to be of no use.
 dispatch:
     inc qword [rbp+COUNT_LOOKUP]
     mov rax, [rbp+GUEST_RIP]

@@ -5,7 +5,7 @@ See `machine.deprivileged.NativeSupervision` for the contract.
 
 from __future__ import annotations
 
-from trivisor.translation.layout import EXEC_TLB_ENTRIES, SITE_SIZE, SITES, TLB_ENTRIES, TLB_ENTRY_SIZE
+from trivisor.translation.layout import EXEC_TLB_ENTRIES, TLB_ENTRIES, TLB_ENTRY_SIZE
 from trivisor.translation.natives.common import spill
 from trivisor.translation.natives.events import enter_mode
 
@@ -72,7 +72,7 @@ supervised_following:
 supervised_resume:
     mov rsp, rbp
     inc qword [rbp+COUNT_SUPERVISED]
-    jmp dispatch
+    jmp resume
 
 supervised_interrupt:
     mov rsp, rbp
@@ -202,19 +202,8 @@ supervised_changed_other:
     setne sil
     or r9d, esi
 supervised_changed_data:
-    ; site caches that lead to the page
-    lea rdi, [rbp+SITES_KERNEL]
-    mov ecx, {2 * SITES}
-    mov rax, 0x8000000000000000
-supervised_changed_site:
-    cmp [rdi+8], rdx
-    jne supervised_changed_keep
-    mov [rdi], rax
-    mov [rdi+8], rax
-supervised_changed_keep:
-    add rdi, {SITE_SIZE}
-    dec ecx
-    jnz supervised_changed_site
+    mov rdi, rbp
+    call flush_sites
     mov eax, r9d
     ret
 """

@@ -86,7 +86,9 @@ def _trivisor(name: str, kernel: Path, initramfs: Path, cache: Path) -> list[str
         "env", f"XDG_CACHE_HOME={cache}",
         sys.executable, "-m", "trivisor", "run", str(kernel), *LINUX[name],
         "--memory", f"{MEMORY_MIB}M", "--initrd", str(initramfs),
-        "--append", console_command_line("ttyS0" if name == "translation" else "hvc0"),
+        "--append", console_command_line(
+            "ttyS0" if name == "translation" else "hvc0", crossings_are_dear=name == DIRECT
+        ),
     ]  # fmt: skip
 
 

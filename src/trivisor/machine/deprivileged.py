@@ -58,10 +58,20 @@ class NativeSupervision(NamedTuple):
 
     `table` is the host address of memory that the two sides share, which
     the code finds in SUPERVISOR_TABLE.
+
+    `ring_3` is assembly for an engine on whose processor SYSCALL stays in
+    ring 3.  It begins where SYSCALL goes, with rcx and r11 as SYSCALL leaves
+    them, on a page that the guest can run and read but not write.  Byte
+    `in_kernel` is 1 while the guest's kernel runs.  It goes on by a jump to
+    `ring_3_call`, where the call is made after all, with nothing changed but
+    flags; or at its label `ring_3_push` it pushes r11 on the guest's stack,
+    and then it may change rax, for a jump to `ring_3_answered`.  Up to that
+    push the engine may make the call instead.  The guest can jump to any of it.
     """
 
     source: str
     table: int
+    ring_3: str
 
 
 class DeprivilegedCpu(Protocol):

@@ -138,7 +138,7 @@ def _boot(wish: Wish) -> BootPlan:
         return BootPlan(wish.kernel, wish.initrd, wish.append or "", ())
     from trivisor.guests.initramfs import console_command_line
 
-    command_line = _joined(console_command_line(wish.console), wish.append)
+    command_line = _joined(console_command_line(wish.console, crossings_are_dear=_is_direct(wish)), wish.append)
     return BootPlan(_default_guest(wish).kernel, wish.initrd, command_line, ())
 
 
@@ -193,8 +193,13 @@ def _default_user_space(wish: Wish) -> BootPlan:
         attached=attached,
         waits_as=waits_as,
     )
-    command_line = (console_command_line if wish.command is None else command_command_line)(wish.console)
+    compose = console_command_line if wish.command is None else command_command_line
+    command_line = compose(wish.console, crossings_are_dear=_is_direct(wish))
     return BootPlan(wish.kernel or guest.kernel, initramfs, _joined(command_line, wish.append), (), marker, waits_as)
+
+
+def _is_direct(wish: Wish) -> bool:
+    return wish.engine == "direct"
 
 
 def _joined(command_line: str, append: str | None) -> str:

@@ -51,6 +51,14 @@ def test_a_command_gets_a_marker_that_is_new_each_time(files: Path) -> None:
     assert "quiet" in first.command_line
 
 
+def test_under_direct_execution_linux_keeps_its_lock_prefixes(files: Path) -> None:
+    for wish in (Wish(append="x"), Wish(command=["true"]), Wish(initrd=files / "my.cpio")):
+        assert "noreplace-smp" not in make_plan(wish).command_line.split()
+        assert "noreplace-smp" in make_plan(wish._replace(engine="direct")).command_line.split()
+    own = Wish(kernel=files / "linux", initrd=files / "my.cpio", append="quiet", engine="direct")
+    assert make_plan(own).command_line == "quiet", "which is the owner's alone"
+
+
 def test_a_linux_kernel_without_initrd_gets_the_default_user_space(files: Path) -> None:
     plan = make_plan(Wish(kernel=files / "linux", command=["true"]))
     assert plan.kernel == files / "linux"

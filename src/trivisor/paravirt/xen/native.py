@@ -293,8 +293,25 @@ xen_lingers:
     ret
 """
 
+_RING_3 = f"""
+    ; whether a virtual processor is up: Linux asks once for each that it could have
+    cmp eax, {HYPERCALL_NUMBERS["vcpu_op"]}
+    jne ring_3_call
+    cmp rdi, {abi.VCPUOP_IS_UP}
+    jne ring_3_call
+    cmp byte [rel in_kernel], 1
+    jne ring_3_call
+ring_3_push:
+    push r11
+    mov eax, 1
+    test rsi, rsi
+    jz ring_3_answered
+    mov rax, -{abi.ENOENT}
+    jmp ring_3_answered
+"""
+
 
 def native_supervision(table: SharedTable) -> NativeSupervision:
     """The hypervisor's native code, over `table`."""
     parts = (_equ(SYMBOLS), _CALL, _SPACES, PAGE_TABLES, FRAMES, TABLE_WRITES, TRAPS, PRIVILEGED, TIMERS)
-    return NativeSupervision("\n".join(parts), table.address)
+    return NativeSupervision("\n".join(parts), table.address, _RING_3)

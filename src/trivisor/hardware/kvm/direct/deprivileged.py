@@ -174,6 +174,7 @@ class Deprivileged:
 
     def enter_space(self, root: int, kernel: bool) -> None:
         self._memory.root = root
+        self._vcpu.stub.in_kernel(kernel)
         if self._run.cr3 != root:
             self._run.cr3 = root
 

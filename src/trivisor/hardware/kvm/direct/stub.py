@@ -38,6 +38,9 @@ _IDT, _TSS = 0, 0x400
 """Offsets in the page `_SYSTEM`."""
 TSS_LIMIT: Final = 0x69
 _IO_MAP = 0x68
+_IN_KERNEL: Final = 0x800
+"""Offset of a byte in the page `_ENTRY`."""
+_OUT_LENGTH: Final = 2
 _GIB = 1 << 30
 
 
@@ -68,6 +71,18 @@ leave:
     pop rax
     pop rdi
     iretq
+"""
+
+
+_NOTHING: Final = "ring_3_push:"
+_ENTRY_PAGE: Final = """
+entry:
+{ring_3}
+ring_3_call:
+    out 0, al
+ring_3_answered:
+    popfq
+    jmp rcx
 """
 
 
@@ -102,7 +117,8 @@ class Stub:
         """The end of the stack, as a linear address and as an offset in `view`."""
         self.idt, self.tss = self._linear(_SYSTEM) + _IDT, self._linear(_SYSTEM) + _TSS
         self._put(_CODE, 0, program.code)
-        self._put(_ENTRY, 0, assemble("out 0, al").code)
+        self._stays_in_ring_3 = stays_in_ring_3
+        self.set_entry(_NOTHING)
         gates = [
             build_gate64(Gate(INTERRUPT_GATE, code_selector, self.vectors + vector, 0, True)).to_bytes(16, "little")
             for vector in range(VECTORS)
@@ -112,6 +128,24 @@ class Stub:
         tss = struct.pack("<4xQ", self.stack).ljust(0x66, b"\0") + struct.pack("<H", _IO_MAP)
         self._put(_SYSTEM, _TSS, tss + (b"\xfe\xff" if stays_in_ring_3 else b"\xff\xff"))
         self._make_tables(gigabytes, _PRESENT | _USER | 0x20 if stays_in_ring_3 else _PRESENT | 0x20)
+
+    def set_entry(self, ring_3: str) -> None:
+        """Have `ring_3` answer what it can of system calls that stay in ring 3 (`NativeSupervision.ring_3`)."""
+        source = _ENTRY_PAGE.format(ring_3=ring_3 if self._stays_in_ring_3 else _NOTHING)
+        in_kernel = self.entry + _IN_KERNEL - (1 << 64 if self.entry >> 63 else 0)
+        program = assemble(source, origin=self.entry, symbols={"in_kernel": in_kernel})
+        self._push, call = (program.labels[name] for name in ("ring_3_push", "ring_3_call"))
+        self.stops = (call, call + _OUT_LENGTH)
+        """rip at the stop for a system call: KVM may show it at the OUT or behind it."""
+        self._put(_ENTRY, 0, program.code)
+
+    def is_entering(self, rip: int) -> bool:
+        """Whether ring 3 at `rip` is on its way from SYSCALL to that stop, with nothing changed but flags since."""
+        return self.entry <= rip <= self._push or rip == self.stops[0]
+
+    def in_kernel(self, kernel: bool) -> None:
+        """Tell ring 3's code whether the guest's kernel runs."""
+        self.view[_ENTRY * PAGE_SIZE + _IN_KERNEL] = kernel
 
     def close(self) -> None:
         """Give the memory back to the host."""

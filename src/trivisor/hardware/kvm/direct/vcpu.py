@@ -48,7 +48,6 @@ _MONITOR_SLOT: Final = 30
 _RAX, _RSP, _RDI = 0, 4, 7
 _FRAME = struct.Struct("<5Q")
 _RING0_CODE, _RING0_DATA = 0x00AF9B000000FFFF, 0x00CF93000000FFFF
-_OUT_LENGTH = 2
 _INT = 0xCD
 _SYSCALL_MASK: Final = 0x47700  # AC, NT, IOPL, DF, IF and TF
 _RING3_FLAGS: Final = STATUS | TF | DF | NT | RF | AC | 1 << 21
@@ -92,7 +91,6 @@ class DirectVcpu(KvmVcpu):
         self._ring0 = (
             segment(selectors.ring0_code, _RING0_CODE), segment(selectors.ring0_code + 8, _RING0_DATA)
         )  # fmt: skip
-        self._entry = (self.stub.entry, self.stub.entry + _OUT_LENGTH)
         self._outside = True
         """The registers are the guest's, between two instructions of ring 3."""
         self.deprivileged = Deprivileged(self)
@@ -109,6 +107,7 @@ class DirectVcpu(KvmVcpu):
         leaves = [*self.guest_cpuid.table, *((0x40000000 + leaf, 0) for leaf in range(4))]
         table = {key: supervisor.cpuid(*key) for key in leaves}
         self.handle.control(abi.SET_CPUID2, cpuid_table(table, HAS_SUBLEAVES))
+        self.stub.set_entry(supervisor.native.ring_3)
 
     def close(self) -> None:
         for name in ("registers", "ring3_memory"):
@@ -237,7 +236,7 @@ class DirectVcpu(KvmVcpu):
         self._guest_ns += time.perf_counter_ns() - started
         reason = self._run_words[_EXIT_REASON]
         self._outside = self._stepped = True
-        if reason == abi.EXIT_IO and self.registers.rip in self._entry:
+        if reason == abi.EXIT_IO and self.registers.rip in self.stub.stops:
             return self._after(self._system_call())
         if reason == abi.EXIT_HLT:
             return self._after(self._stopped())
@@ -263,14 +262,19 @@ class DirectVcpu(KvmVcpu):
         return self._idle() if exit_ == Halt(True) else exit_
 
     def _between_instructions(self) -> bool:
-        """Whether a signal has stopped the guest in ring 3 with nothing on its way to it.
+        """Whether a signal has stopped the guest in ring 3 with nothing on its way to it; not so in the stub.
 
-        Not so in the stub, nor at the entry of system calls, which may be reached in ring 3.
+        Where a system call was on its way in ring 3, it is as if its SYSCALL were still to come.
         """
-        if self.registers.ring != 3 or self.registers.rip == self.stub.entry:
+        run = self.registers
+        if run.ring != 3:
             return False
         events = self.handle.get(abi.GET_VCPU_EVENTS, abi.VcpuEvents)
-        return not (events.exception.injected or events.exception.pending)
+        if events.exception.injected or events.exception.pending:
+            return False
+        if self.stub.is_entering(run.rip):
+            run.system_call(_RING3_FLAGS, IF | FIXED)
+        return True
 
     # -- into the guest -------------------------------------------------------------------------------------
 
@@ -351,6 +355,8 @@ class DirectVcpu(KvmVcpu):
 
     def _exception(self, vector: int, error: int | None) -> Exit | None:
         supervisor, run = self.supervisor, self.registers
+        if vector in (PAGE_FAULT, STACK_FAULT) and self.stub.is_entering(run.rip):
+            return self._system_call()  # the guest's stack is not fit for an answer in ring 3
         if vector == PAGE_FAULT:
             if run.cr2 in HIDDEN and self.ring_0_is_emulated and load_hidden(run, self.ring3_memory, run.cr2):
                 self._count("hidden load")

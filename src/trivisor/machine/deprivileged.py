@@ -38,7 +38,7 @@ class NativeSupervision(NamedTuple):
     `supervisor_interrupt` instead of calling `Supervisor.interrupt`.  Every host
     register but rbp is free.  It goes on by a jump:
 
-    * `supervised_python`: Python is to do it; nothing may have changed yet;
+    * `supervised_leave`: Python is to do it; nothing may have changed yet;
     * `supervised_following`: after the SYSCALL, whose RCX and R11 are set;
     * `supervised_resume`: at GUEST_RIP, whatever was put there;
     * `supervised_interrupt`: the same, once `Supervisor.interrupt` was called.

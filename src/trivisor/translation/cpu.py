@@ -85,7 +85,6 @@ _CR0_TS_EM = CR0_TS | CR0_EM
 _XCR0_SSE_AVX = XCR0_SSE | XCR0_AVX
 _INTEL = 0x756E6547
 """EBX of CPUID leaf 0 of Intel's, where SYSCALL is of 64-bit code alone."""
-_SYSCALL = b"\x0f\x05"
 _SUPERVISED = {Code.SYSCALL: -1, Code.INT_IMM8: -1, Code.INT3: BREAKPOINT}
 """Instructions that are a supervisor's, and their vectors."""
 
@@ -205,6 +204,7 @@ class TranslationVcpu:
             EXITS["EXIT_SEGMENT_FAULT"]: self._on_segment_fault,
             EXITS["EXIT_BREAKPOINT"]: self._on_breakpoint,
             EXITS["EXIT_INTERRUPT"]: self._on_interrupt,
+            EXITS["EXIT_SYSTEM_CALL"]: self._on_system_call,
         }
         self._names = {number: name.removeprefix("EXIT_").lower() for name, number in EXITS.items()}
         self._cpuid_table = CpuidTable(self.core, self.guest_cpuid.empty_leaves)
@@ -771,21 +771,14 @@ class TranslationVcpu:
     def _on_segment_fault(self) -> Exit | None:
         raise slow_access.first_fault(self, GuestException(self._words[_EXIT_A], 0))
 
+    def _on_system_call(self) -> Exit | None:
+        assert self.supervisor is not None
+        self._counts[Mnemonic.SYSCALL] = self._counts.get(Mnemonic.SYSCALL, 0) + 1
+        return self._after_supervisor(self.supervisor.system_call(self.core.linear_rip + 2))
+
     def _on_call_out(self) -> Exit | None:
-        supervisor = self.supervisor
-        if supervisor is not None and self._at_syscall():
-            self._counts[Mnemonic.SYSCALL] = self._counts.get(Mnemonic.SYSCALL, 0) + 1
-            return self._after_supervisor(supervisor.system_call(self.core.rip + 2))
         instruction = self.blocks.instruction(self.mode, self.core.linear_rip)
         return self.execute(instruction)
-
-    def _at_syscall(self) -> bool:
-        """Whether SYSCALL in 64-bit code is what Python is to do: most of what a supervisor is called for."""
-        mode, rip = self.mode, self.core.rip
-        if mode.bits != 64:
-            return False
-        page, _ = self.mmu.fetch(rip, mode.user_view)
-        return rip & 0xFFF != 0xFFF and bytes(self.board.memory.view[page | rip & 0xFFF :][:2]) == _SYSCALL
 
     def execute(self, instruction: Instruction) -> Exit | None:
         """Do a sensitive instruction in Python."""

@@ -346,6 +346,7 @@ EXITS: dict[str, int] = {
         "EXIT_UNDEFINED",
         "EXIT_SEGMENT_FAULT",  # EXIT_A (#GP or #SS) of an access, error code 0
         "EXIT_BREAKPOINT",  # an instruction breakpoint at RIP
+        "EXIT_SYSTEM_CALL",  # a supervisor is to do SYSCALL at RIP
         "EXIT_INTERRUPT",  # Python is to deliver the external interrupt with vector EXIT_A
     )
 }

@@ -14,6 +14,7 @@ from trivisor.paravirt.xen.abi import FLAT_RING3_CS64, FLAT_RING3_SS, HYPERCALL_
 from trivisor.paravirt.xen.cpuid import VERSION
 from trivisor.paravirt.xen.frames import DOMAIN, L4
 from trivisor.paravirt.xen.native_frames import FRAMES
+from trivisor.paravirt.xen.native_multicall import multicall
 from trivisor.paravirt.xen.native_page_tables import PAGE_TABLES
 from trivisor.paravirt.xen.native_privileged import PRIVILEGED
 from trivisor.paravirt.xen.native_table_writes import TABLE_WRITES
@@ -27,9 +28,9 @@ def _equ(symbols: dict[str, int]) -> str:
 
 
 _DISPATCH = (
-    "mmu_update", "mmuext_op", "update_va_mapping", "iret", "vcpu_op", "set_segment_base", "stack_switch",
-    "xen_version",
+    "mmu_update", "mmuext_op", "update_va_mapping", "vcpu_op", "set_segment_base", "stack_switch", "xen_version",
 )  # fmt: skip
+"""Hypercalls that are done natively, in a multicall too."""
 
 _CALL = f"""
 ; SYSCALL by the guest's kernel: a hypercall.
@@ -43,11 +44,13 @@ supervisor_call:
     mov [rbx+X_NUMBER], rax
     {"".join(f'''
     cmp eax, {HYPERCALL_NUMBERS[name]}
-    je xen_{name}''' for name in _DISPATCH)}
-    jmp supervised_python
+    je xen_{name}''' for name in (*_DISPATCH, "iret", "multicall"))}
+    jmp xen_python
 
 ; The hypercall is done with result rax.
 xen_done:
+    cmp qword [rbx+X_CALLS_LEFT], 0
+    jne xen_multicall_done
     mov [rbp+GPR_RAX], rax
     mov qword [rbp+CS_SELECTOR], {FLAT_RING3_CS64}
     mov qword [rbp+SS_SELECTOR], {FLAT_RING3_SS}
@@ -88,7 +91,7 @@ xen_event_none:
 
 xen_xen_version:
     cmp qword [rbp+GPR_RDI], {abi.XENVER_VERSION}
-    jne supervised_python
+    jne xen_python
     mov eax, {VERSION[0] << 16 | VERSION[1]}
     jmp xen_done
 
@@ -109,14 +112,14 @@ xen_set_segment_base:
     sar rcx, 47
     inc rcx
     cmp rcx, 1
-    ja supervised_python
+    ja xen_python
     mov rcx, [rbp+GPR_RDI]
     cmp rcx, {abi.SEGBASE_FS}
     je xen_fs_base
     cmp rcx, {abi.SEGBASE_GS_USER}
     je xen_gs_user_base
     cmp rcx, {abi.SEGBASE_GS_KERNEL}
-    jne supervised_python
+    jne xen_python
     mov [rbp+GS_BASE], rax
     xor eax, eax
     jmp xen_done
@@ -130,7 +133,7 @@ xen_gs_user_base:
     jmp xen_done
 xen_gs_user_selector:
     test eax, 0xfffc ; only the null ones
-    jnz supervised_python
+    jnz xen_python
     movzx eax, ax
     mov [rbp+GS_SELECTOR], rax
     xor eax, eax
@@ -148,17 +151,17 @@ xen_mmuext_op:
     cmp eax, 1
     ja xen_pins
     cmp qword [rbp+GPR_RDX], 0
-    jne supervised_python
+    jne xen_python
     cmp qword [rbp+GPR_R10], {abi.DOMID_SELF}
-    jne supervised_python
+    jne xen_python
     mov r13, [rbp+GPR_RDI]
     mov eax, r13d
     and eax, 0xfff
     cmp eax, 4096-48
-    ja supervised_python
+    ja xen_python
     xor r12d, r12d
     call guest_page
-    jnz supervised_python
+    jnz xen_python
     mov r8, [rbx+X_FRAME_KIND_COUNT]
     mov r9, [rbx+X_FRAME_REFERENCES]
     ; first see whether all can be done
@@ -190,25 +193,25 @@ xen_extended_table:
     je xen_extended_next
     ; the new one is a validated table; the old one stays one without this reference, or lingers
     cmp rdx, [rbx+X_FRAME_COUNT]
-    jae supervised_python
+    jae xen_python
     mov rax, [rbx+X_FRAME_OWNER]
     cmp byte [rax+rdx], {DOMAIN}
-    jne supervised_python
+    jne xen_python
     mov rax, [rbx+X_FRAME_KIND]
     cmp byte [rax+rdx], {L4}
-    jne supervised_python
+    jne xen_python
     cmp qword [r8+rdx*8], 0
-    je supervised_python
+    je xen_python
 xen_extended_old:
     test r10, r10
     jz xen_extended_next
     mov rax, [rbx+X_USER_ROOT]
     cmp rax, [rbx+X_KERNEL_ROOT]
-    je supervised_python
+    je xen_python
     cmp qword [r8+r10*8], 2
     jae xen_extended_next
     cmp qword [r11], 0
-    jne supervised_python
+    jne xen_python
 xen_extended_next:
     add rsi, 24
     dec ecx
@@ -313,5 +316,8 @@ ring_3_push:
 
 def native_supervision(table: SharedTable) -> NativeSupervision:
     """The hypervisor's native code, over `table`."""
-    parts = (_equ(SYMBOLS), _CALL, _SPACES, PAGE_TABLES, FRAMES, TABLE_WRITES, TRAPS, PRIVILEGED, TIMERS)
+    parts = (
+        _equ(SYMBOLS), _CALL, multicall(_DISPATCH), _SPACES, PAGE_TABLES, FRAMES, TABLE_WRITES, TRAPS, PRIVILEGED,
+        TIMERS,
+    )  # fmt: skip
     return NativeSupervision("\n".join(parts), table.address, _RING_3)

@@ -39,7 +39,7 @@ xen_rest_{size}:
     sub [rbp+GPR_RSI], rcx
     imul rcx, rcx, {size}
     add [rbp+GPR_RDI], rcx
-    jmp supervised_python
+    jmp xen_python
     """
 
 
@@ -48,11 +48,11 @@ _LIST = f"""
     mov eax, [rbp+GPR_RSI]
     dec eax
     cmp eax, {_AT_A_TIME - 1}
-    ja supervised_python
+    ja xen_python
     cmp qword [rbp+GPR_RDX], 0
-    jne supervised_python
+    jne xen_python
     cmp qword [rbp+GPR_R10], {abi.DOMID_SELF}
-    jne supervised_python
+    jne xen_python
 """
 """Of how many operations a hypercall is, for whom, and that it need not tell how many were done."""
 
@@ -148,16 +148,16 @@ xen_update_memory:
 xen_update_va_mapping:
     mov rsi, [rbp+GPR_RDI]
     call xen_find_entry
-    jc supervised_python
+    jc xen_python
     call xen_columns
     cmp qword [r14+rcx*8], 0
-    je supervised_python
+    je xen_python
     cmp byte [r13+rcx], {L1}
-    jne supervised_python
+    jne xen_python
     mov edx, {L1}
     mov r9, [rbp+GPR_RSI]
     call xen_change
-    jc supervised_python
+    jc xen_python
     mov eax, [rbp+GPR_RDX]
     and eax, {abi.UVMF_FLUSHTYPE_MASK}
     cmp eax, {abi.UVMF_INVLPG}
@@ -216,7 +216,7 @@ xen_pinned:
 xen_pins_others:
     mov rcx, [rbx+X_MADE]
     test rcx, rcx
-    jz supervised_python
+    jz xen_python
     sub [rbp+GPR_RSI], rcx
     imul rcx, rcx, {_OPERATION_SIZE}
     add [rbp+GPR_RDI], rcx

@@ -13,24 +13,24 @@ PRIVILEGED = f"""
 ; An exception that is no page fault: CPUID of the kernel's behind the forced-emulation prefix.
 xen_instruction_fault:
     cmp qword [rbp+EXIT_A], {INVALID_OPCODE}
-    jne supervised_python
+    jne xen_python
     cmp qword [rbx+X_IN_KERNEL], 0
-    je supervised_python
+    je xen_python
     mov r13, [rbp+GUEST_RIP]
     mov eax, r13d
     and eax, 0xfff
     cmp eax, 4096-8
-    ja supervised_python
+    ja xen_python
     xor r12d, r12d
     call guest_page
-    jnz supervised_python
+    jnz xen_python
     mov rax, [rdi]
     shl rax, 8
     mov rcx, {int.from_bytes(_FORCED_CPUID, "little") << 8:#x}
     cmp rax, rcx
-    jne supervised_python
+    jne xen_python
     call guest_cpuid
-    jnz supervised_python
+    jnz xen_python
     inc qword [rbx+X_FORCED]
     add qword [rbp+GUEST_RIP], {len(_FORCED_CPUID)}
 xen_instruction_done:
@@ -42,17 +42,17 @@ xen_instruction_done:
 supervisor_instruction:
     mov rbx, [rbp+SUPERVISOR_TABLE]
     cmp qword [rbp+IGNORE_CLI], 0
-    je supervised_python
+    je xen_python
     cmp qword [rbx+X_BREAKPOINTS], 0
-    jne supervised_python
+    jne xen_python
     mov r13, [rbp+GUEST_RIP]
     mov eax, r13d
     and eax, 0xfff
     cmp eax, 4096-4
-    ja supervised_python
+    ja xen_python
     xor r12d, r12d
     call guest_page
-    jnz supervised_python
+    jnz xen_python
     mov eax, [rdi]
     mov ecx, 1 ; the instruction's length
     mov edx, 0xffffffff ; what EAX gets
@@ -65,7 +65,7 @@ xen_port_opcode:
     mov esi, eax
     and esi, 0xf4
     cmp esi, 0xe4
-    jne supervised_python
+    jne xen_python
     test al, 8
     jnz xen_port_sized ; by DX
     inc ecx

@@ -41,7 +41,7 @@ xen_table_write:
     cmp byte [r13+rcx], {L1}
     jne xen_kernel_page_fault
     test dword [rbp+SYSTEM_FLAGS], {TF}
-    jnz supervised_python
+    jnz xen_python
     mov r15, [rbp+GUEST_CR2]
     and r15d, 0xff8
     shl rcx, 12
@@ -51,10 +51,10 @@ xen_table_write:
     mov eax, r13d
     and eax, 0xfff
     cmp eax, {4096 - _LONGEST}
-    ja supervised_python
+    ja xen_python
     xor r12d, r12d
     call guest_page
-    jnz supervised_python
+    jnz xen_python
     mov rsi, rdi
     movzx eax, byte [rsi]
     inc rsi
@@ -89,10 +89,10 @@ xen_write_operand:
     cmp ecx, 4
     jne xen_write_base
     cmp byte [rsi], {_BASE_ALONE}
-    jne supervised_python
+    jne xen_python
     inc rsi
     test r8b, {_REX_X}
-    jnz supervised_python
+    jnz xen_python
 xen_write_base:
     test r8b, {_REX_B}
     jz xen_write_displacement
@@ -103,11 +103,11 @@ xen_write_displacement:
     mov eax, edx
     and eax, 0xc7
     cmp eax, 5 ; relative to rip
-    je supervised_python
+    je xen_python
     shr eax, 6
     jz xen_write_address
     cmp eax, 2
-    ja supervised_python
+    ja xen_python
     je xen_write_displacement32
     movsx rcx, byte [rsi]
     inc rsi
@@ -118,7 +118,7 @@ xen_write_displacement32:
 xen_write_address:
     add r10, rcx
     cmp r10, [rbp+GUEST_CR2]
-    jne supervised_python
+    jne xen_python
     shr edx, 3
     and edx, 7
     ; r14 = opcode, edx = register field, rsi = after the operand; to be found: r9 = the entry as it will be,
@@ -131,9 +131,9 @@ xen_write_address:
     cmp r14d, {_LOGIC_BYTE}
     je xen_write_logic
     test ecx, ecx
-    jnz supervised_python
+    jnz xen_python
     test r8b, {_REX_W}
-    jz supervised_python
+    jz xen_python
     cmp r14d, {_BIT}
     je xen_write_bit
     test r8b, {_REX_R}
@@ -146,7 +146,7 @@ xen_write_register:
     cmp r14d, {_MOV}
     je xen_write_move
     cmp r14d, {_CMPXCHG}
-    jne supervised_python
+    jne xen_python
     cmp [rbp+GPR_RAX], r9
     pushfq
     pop rax
@@ -164,7 +164,7 @@ xen_write_move:
     jmp xen_write_do
 xen_write_bit:
     cmp edx, {_BTR}
-    jne supervised_python
+    jne xen_python
     movzx eax, byte [rsi]
     inc rsi
     and r11, -2
@@ -179,7 +179,7 @@ xen_write_logic:
     cmp edx, {_AND}
     je xen_write_and
     cmp edx, {_OR}
-    jne supervised_python
+    jne xen_python
     or r9b, al
     jmp xen_write_logic_flags
 xen_write_and:
@@ -202,7 +202,7 @@ xen_write_do:
     call xen_columns
     mov edx, {L1}
     call xen_change
-    jc supervised_python
+    jc xen_python
     pop rcx
     pop rax
     test rcx, rcx

@@ -12,11 +12,11 @@ xen_vcpu_op:
     cmp rcx, {abi.VCPUOP_IS_UP}
     je xen_is_up
     cmp qword [rbp+GPR_RSI], 0
-    jne supervised_python
+    jne xen_python
     cmp rcx, {abi.VCPUOP_SET_SINGLESHOT_TIMER}
     je xen_set_single
     cmp rcx, {abi.VCPUOP_STOP_SINGLESHOT_TIMER}
-    jne supervised_python
+    jne xen_python
     mov qword [rbx+X_SINGLE_CHANGE], {STOPPED}
     xor eax, eax
     jmp xen_done
@@ -32,13 +32,13 @@ xen_set_single:
     mov eax, r13d
     and eax, 0xfff
     cmp eax, 4096-12
-    ja supervised_python
+    ja xen_python
     xor r12d, r12d
     call guest_page
-    jnz supervised_python
+    jnz xen_python
     mov r14, [rdi]
     test dword [rdi+8], {abi.VCPU_SSHOTTMR_FUTURE}
-    jnz supervised_python
+    jnz xen_python
     ; the system time, as `SystemTime.now`
     rdtsc
     shl rdx, 32

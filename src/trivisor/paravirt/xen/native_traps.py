@@ -163,7 +163,7 @@ supervisor_user_call:
     mov rbx, [rbp+SUPERVISOR_TABLE]
     mov rax, [rbx+X_SYSCALL_ADDRESS]
     test rax, rax
-    jz supervised_python
+    jz xen_python
     mov [rbx+X_ENTRY], rax
     mov rax, [rbx+X_SYSCALL_MASKS]
     mov [rbx+X_ENTRY_MASKS], rax
@@ -200,7 +200,7 @@ xen_user_call_not:
     mov [rbp+CS_SELECTOR], rax
     mov rax, [rbx+X_SAVED_SS]
     mov [rbp+SS_SELECTOR], rax
-    jmp supervised_python
+    jmp xen_python
 
 ; An exception: page faults that are the guest's own.
 supervisor_exception:
@@ -228,7 +228,7 @@ xen_page_fault:
     mov rax, [rbp+GUEST_RIP]
     mov [rbx+X_ENTRY_RIP], rax
     call xen_enter
-    jnz supervised_python
+    jnz xen_python
     mov rax, [rbp+GUEST_CR2]
     mov [rbx+X_CR2], rax
     mov rdx, [rbx+X_VCPU_INFO]
@@ -244,27 +244,27 @@ xen_iret:
     mov eax, r13d
     and eax, 0xfff
     cmp eax, 4096-72
-    ja supervised_python
+    ja xen_python
     xor r12d, r12d
     call guest_page
-    jnz supervised_python
+    jnz xen_python
     mov r15, rdi
     ; rax, r11, rcx, flags, rip, cs, rflags, rsp, ss
     mov eax, [r15+48]
     test eax, {TF | NT | RF | AC}
-    jnz supervised_python
+    jnz xen_python
     cmp qword [rbx+X_IOPL_IN_FRAMES], 0
     je xen_iret_target
     shr eax, 12
     and eax, 3
     cmp rax, [rbx+X_IOPL]
-    jne supervised_python
+    jne xen_python
 xen_iret_target:
     mov rax, [r15+32]
     sar rax, 47
     inc rax
     cmp rax, 1
-    ja supervised_python
+    ja xen_python
     mov r14d, {_FLAT_PAIR:#x}
     test dword [r15+24], {VGCF_IN_SYSCALL}
     jnz xen_iret_flat
@@ -276,14 +276,14 @@ xen_iret_target:
     je xen_iret_flat
     mov r14, [rbx+X_FLAT_PAIR]
     cmp rcx, r14
-    jne supervised_python
+    jne xen_python
 xen_iret_flat:
     mov eax, [r15+40]
     and eax, 3
     cmp eax, 3
     jne xen_iret_same
     cmp qword [rbx+X_USER_ROOT], 0
-    je supervised_python
+    je xen_python
     call xen_switch_mode
 xen_iret_same:
     mov rcx, [r15+56]

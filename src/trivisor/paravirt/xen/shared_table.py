@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 from typing import Any, Protocol
 
+ARGUMENTS = ("RDI", "RSI", "RDX", "R10", "R8", "R9")
+"""The registers that hypercalls take their arguments in."""
 _NAMES = (
     "FRAME_COUNT",  # the frame table (frames.py): how long it is, and host addresses of its columns
     "FRAME_OWNER",
@@ -37,6 +39,12 @@ _NAMES = (
     "STARTED",  # of the hypercall that is being made: the host's TSC, its number
     "NUMBER",
     "MADE",  # how many operations of its list are done
+    "CALLS_AT",  # of the multicall that native code is at: its entry, how many there are with that, its own arguments
+    "CALLS_LEFT",
+    *(f"CALLS_{name}" for name in ARGUMENTS),
+    "CALLS_BEGUN",  # what Python has to know of the first entry of those left (native_multicall.py)
+    "CALL_RAX",  # that entry: its number or result, its arguments
+    *(f"CALL_{name}" for name in ARGUMENTS),
     "LINGERING_KERNEL",  # frames of level-4 tables that are kept validated for a while (page_tables.py); 0: none
     "LINGERING_USER",
     "STALE",  # 1: TLBs may have more of the kernel's half than the page tables, but for single entries of level 1

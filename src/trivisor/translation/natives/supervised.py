@@ -17,7 +17,7 @@ supervisor_user_call:
 supervisor_exception:
 supervisor_interrupt:
 supervisor_instruction:
-    jmp supervised_python
+    jmp supervised_leave
 """
 """Without a hypervisor of that kind: nothing."""
 
@@ -30,12 +30,12 @@ supervised_syscall:
     and qword [rbp+FLAGS], HOST_FLAGS
     mov rax, [r10]
     mov [rbp+GUEST_RIP], rax
-    mov qword [rbp+EXIT], EXIT_CALL_OUT
+    mov qword [rbp+EXIT], EXIT_SYSTEM_CALL
     add rax, 2
     sar rax, 47
     inc rax
     cmp rax, 1 ; the instruction after it has no address
-    ja supervised_python
+    ja supervised_leave
     cmp qword [rbp+GUEST_KERNEL], 0
     jne supervisor_call
     jmp supervisor_user_call
@@ -45,7 +45,7 @@ supervised_instruction:
     mov rbp, rsp
     and qword [rbp+FLAGS], HOST_FLAGS
     cmp qword [rbp+GUEST_KERNEL], 0
-    je supervised_python
+    je supervised_leave
     jmp supervisor_instruction
 
 ; From `deliver_event`: an exception, or an external interrupt.
@@ -58,7 +58,7 @@ supervised_event:
     mov qword [rbp+EXIT], EXIT_EXCEPTION
     jmp supervisor_exception
 
-supervised_python:
+supervised_leave:
     mov rsp, rbp
     jmp leave_spilled
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.unit.paravirt.engines.conftest import Guest
+from tests.unit.paravirt.engines.conftest import DATA, PAGE, Guest
 from tests.unit.paravirt.engines.test_programs import SET_TRAPS, TRAPS
 from trivisor.machine.deprivileged import GS
 from trivisor.machine.exits import Hypercall
 from trivisor.paravirt.xen import abi
+from trivisor.paravirt.xen.abi import HYPERCALL_NUMBERS
 
 Boot = Callable[..., Guest]
 
@@ -33,15 +35,20 @@ def boot(tmp_path: Path) -> Iterator[Boot]:
         guest.close()
 
 
-def both(boot: Boot, source: str, prepare: Callable[[Guest], None] = lambda guest: None) -> tuple[Guest, Guest]:
-    """The program run natively and by Python."""
+def both(
+    boot: Boot, source: str, prepare: Callable[[Guest], None] = lambda guest: None, *, some: bool = True
+) -> tuple[Guest, Guest]:
+    """The program run natively, which `some` of it must be, and by Python."""
     guests = boot(source), boot(source, watched=True)
-    for guest in guests:
+    made: list[list[int]] = [[], []]
+    for guest, numbers in zip(guests, made, strict=True):
         prepare(guest)
+        noted, do = numbers, guest.domain.call
+        guest.domain.call = lambda number, arguments, noted=noted, do=do: noted.append(number) or do(number, arguments)
         guest.finish()
-    natively, by_python = (guest.vcpu.statistics() for guest in guests)
-    assert by_python["native helpers"]["supervised"] == 0
-    assert natively["native helpers"]["supervised"] > 0
+    natively, by_python = (guest.vcpu.statistics()["native helpers"]["supervised"] for guest in guests)
+    assert by_python == 0
+    assert natively > 0 or len(made[0]) < len(made[1]) or not some
     return guests
 
 
@@ -375,3 +382,154 @@ def test_a_timer_set_natively_is_remembered(boot: Boot) -> None:
         shares,
     ):  # fmt: skip
         assert guest.domain.timers.save()["single"] == 0x7000000000000000
+
+
+ENTRY = 64
+"""Bytes of struct multicall_entry."""
+_ENOSYS, _EFAULT, _EINVAL = ((1 << 64) - number for number in (abi.ENOSYS, abi.EFAULT, abi.EINVAL))
+MULTICALLS = """
+start:
+    mov rdi, [DATA + 8]
+    mov rsi, [DATA + 16]
+    mov edx, 0x111
+    mov r10d, 0x222
+    mov r8d, 0x333
+    mov r9d, 0x444
+    mov eax, multicall
+    syscall
+    mov [DATA + 24], rax
+    mov [DATA + 32], rdx
+    mov [DATA + 40], r10
+    mov [DATA + 48], r8
+    mov [DATA + 56], r9
+    jmp shutdown
+"""
+
+
+def call(name: str, *arguments: int) -> bytes:
+    """One entry, whose result is not what any call gives."""
+    return struct.pack("<8Q", HYPERCALL_NUMBERS[name], 0x5A5A, *arguments, *(0,) * (6 - len(arguments)))
+
+
+def run_multicall(boot: Boot, entries: list[bytes], at: int = DATA + 0x100, count: int | None = None) -> list[Guest]:
+    def prepare(guest: Guest) -> None:
+        guest[1], guest[2] = at, len(entries) if count is None else count
+        guest.cpu.store(at, b"".join(entries))
+
+    guests = list(both(boot, MULTICALLS, prepare, some=len(entries) <= 13))
+    for guest in guests:
+        assert guest.words(4, 4) == [0x111, 0x222, 0x333, 0x444]
+        assert guest.domain.statistics()["hypercalls"]["multicall"] == 1
+    return guests
+
+
+def results(guest: Guest, count: int, at: int = DATA + 0x100) -> list[int]:
+    """What the entries say, and the multicall itself."""
+    return [int.from_bytes(guest.cpu.load(at + ENTRY * n + 8, 8), "little") for n in range(count)] + [guest[3]]
+
+
+@pytest.mark.parametrize("at", [DATA + 0x100, DATA + 0x107, PAGE + 0xFE0 - 5 * 64])
+def test_multicalls_of_what_is_done_natively_and_not(boot: Boot, at: int) -> None:
+    """One after the other, whoever does them, and across pages too; the number of a call has 64 bits here."""
+    entries = [
+        call("stack_switch", 0xE02B, 0x1234), call("xen_version", abi.XENVER_VERSION), call("vcpu_op", 3, 1),
+        call("set_segment_base", 1, 0x4000), call("set_segment_base", 1, 1 << 47), call("multicall", DATA, 0),
+        call("xen_version", abi.XENVER_PAGESIZE), call("xen_version", 77), call("stack_switch", 0xE02B, 0x5678),
+        struct.pack("<8Q", 1 << 32 | HYPERCALL_NUMBERS["xen_version"], 0, 0, 0, 0, 0, 0, 0),
+        call("sched_op", abi.SCHEDOP_YIELD), call("set_segment_base", 0, 0x5000), call("vcpu_op", 3, 0),
+    ]  # fmt: skip
+    outcomes = []
+    for guest in run_multicall(boot, entries, at):
+        state = guest.domain.state
+        assert (state.kernel_stack, state.kernel_stack_selector) == (0x5678, 0xE02B)
+        assert (guest.cpu.other_gs, guest.cpu.base(GS - 1)) == (0x4000, 0x5000)
+        outcomes.append(results(guest, len(entries), at))
+    assert outcomes[0] == outcomes[1]
+    version, no_entry = outcomes[0][1], (1 << 64) - abi.ENOENT
+    assert version == 4 << 16 | 17
+    assert outcomes[0] == [
+        0, version, no_entry, 0, _EINVAL, _ENOSYS, 4096, _ENOSYS, 0, _ENOSYS, 0, 0, 1, 0,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [0, 1, 256, 257, 600])
+def test_long_and_empty_multicalls(boot: Boot, count: int) -> None:
+    """More than fit into the guest's memory here end where that ends."""
+    room = 150
+    entries = [call("xen_version", abi.XENVER_VERSION)] * min(count, room)
+    for guest in run_multicall(boot, entries, count=count):
+        done = min(count, (DATA + 0x4000 + 0x8000 - DATA - 0x100) // ENTRY)
+        assert results(guest, min(done, room))[:-1] == [4 << 16 | 17] * min(done, room)
+
+
+def test_a_multicall_that_changes_its_own_entries(boot: Boot) -> None:
+    """Its second page becomes one that cannot be written, then one that is not there: the rest is -EFAULT's."""
+    at = PAGE + 0x1000 - 4 * ENTRY
+    for entry, written in ((0, False), (0x65, False), (0x67, True)):
+
+        def prepare(guest: Guest, entry: int = entry) -> None:
+            guest[1], guest[2] = at, 8
+            frame = guest.frame_of(PAGE + 0x1000)
+            entries = [call("xen_version", abi.XENVER_VERSION)] * 8
+            change = struct.pack("<QQ", guest.table_of(PAGE + 0x1000), frame << 12 | entry if entry else 0)
+            guest.cpu.store(DATA + 0x800, change)
+            entries[4] = call("mmu_update", DATA + 0x800, 1, 0, abi.DOMID_SELF)
+            guest.cpu.store(at, b"".join(entries))
+            guest.domain.frames.get(frame)  # so that it is no last reference that goes
+            guest[8] = frame
+
+        outcomes = []
+        for guest in both(boot, MULTICALLS, prepare):
+            told = [
+                guest.xen.memory.read_u64((guest[8] << 12) + ENTRY * n + 8) if n >= 0 else
+                int.from_bytes(guest.cpu.load(at + ENTRY * (4 + n) + 8, 8), "little")
+                for n in range(-4, 4)
+            ]  # fmt: skip
+            outcomes.append((told, guest[3], guest.words(4, 4)))
+        assert outcomes[0] == outcomes[1]
+        version = 4 << 16 | 17
+        rest = [0, version, version, version] if written else [0x5A5A] * 4
+        assert outcomes[0] == ([version] * 4 + rest, 0 if written else _EFAULT, [0x111, 0x222, 0x333, 0x444])
+
+
+def test_a_multicall_whose_entries_become_other_memory_with_code(boot: Boot) -> None:
+    """The result is written where the entry is then, once: the entry is not read again there."""
+
+    def prepare(guest: Guest) -> None:
+        guest[1], guest[2] = PAGE + 0x1000, 2
+        guest.cpu.store(DATA + 0xC00, b"\xc3")
+        guest.cpu.store(DATA + 0x800, struct.pack("<QQ", guest.table_of(PAGE + 0x1000), guest.frame_of(DATA) << 12 | 0x67))
+        entries = call("mmu_update", DATA + 0x800, 1, 0, abi.DOMID_SELF), call("xen_version", abi.XENVER_VERSION)
+        guest.cpu.store(PAGE + 0x1000, b"".join(entries))
+        guest.domain.frames.get(guest.frame_of(PAGE + 0x1000))
+        guest[8] = HYPERCALL_NUMBERS["xen_version"]
+
+    for guest in both(boot, MULTICALLS.replace("start:", "start: mov rax, DATA + 0xc00\n call rax\n"), prepare):
+        assert guest.words(1, 3) == [0, 2, 0] and guest[9] == 4 << 16 | 17
+
+
+@pytest.mark.parametrize("second", [99, abi.MMUEXT_CLEAR_PAGE, abi.MMUEXT_PIN_L1_TABLE])
+def test_a_multicall_that_python_goes_on_with_in_the_middle_of_an_entry(boot: Boot, second: int) -> None:
+    """A list of operations of which the first is done natively: it is not done again."""
+    outcomes = []
+
+    def prepare(guest: Guest) -> None:
+        guest[1], guest[2] = PAGE, 3
+        frame = guest.domain.frames.count - 400
+        guest.cpu.store(
+            DATA + 0x800,
+            struct.pack("<I4xQQI4xQQ", abi.MMUEXT_PIN_L1_TABLE, frame, 0, second, frame + 1 if second == 99 else frame, 0),
+        )
+        entries = [
+            call("xen_version", abi.XENVER_VERSION), call("mmuext_op", DATA + 0x800, 2, 0, abi.DOMID_SELF),
+            call("xen_version", abi.XENVER_PAGESIZE),
+        ]  # fmt: skip
+        guest.cpu.store(PAGE, b"".join(entries))
+
+    for guest in both(boot, MULTICALLS, prepare):
+        frame = guest.domain.frames.count - 400
+        assert guest.domain.frames.pinned[frame] and guest.domain.frames.kind_count[frame] == 1
+        outcomes.append(results(guest, 3, PAGE))
+        assert guest.words(4, 4) == [0x111, 0x222, 0x333, 0x444]
+    error = _ENOSYS if second == 99 else _EINVAL
+    assert outcomes == [[4 << 16 | 17, error, 4096, 0]] * 2

@@ -9,15 +9,20 @@ from trivisor.paravirt.xen import abi
 from trivisor.paravirt.xen.abi import EINVAL, ENOSYS, EPERM, HYPERCALL_NUMBERS
 from trivisor.paravirt.xen.cpuid import VERSION
 from trivisor.paravirt.xen.errors import HypercallError, Preempted
+from trivisor.paravirt.xen.shared_table import INDEX
 
 if TYPE_CHECKING:
     from trivisor.paravirt.xen.domain import Domain
     from trivisor.paravirt.xen.hypercalls import Handler
 
+_CALLS_BEGUN, _CALL = INDEX["CALLS_BEGUN"], INDEX["CALL_RAX"]
+BEGUN, DONE = 1, 2
+"""Native code has left a multicall at an entry which it may have done a part of, or all but for writing its result."""
 _CAPABILITIES = b"xen-3.0-x86_64"
 _EXTRA_VERSION = b".0"
-_MULTICALL_SIZE = 64
-_AT_A_TIME = 256
+MULTICALL_SIZE = 64
+CALLS_AT_A_TIME = 256
+"""Entries of a multicall that are done before the guest may be interrupted."""
 _LONGEST_MESSAGE = 4096
 _REFUSED = ("platform_op", "xsm_op", "sysctl", "domctl", "kexec_op", "hvm_op", "physdev_op_compat", "xenpmu_op")
 
@@ -77,23 +82,36 @@ class _Control:
 
     def multicall(self, entries: int, count: int, *_: int) -> int:
         """`count` of struct multicall_entry, one after the other; each has its own result."""
-        domain, cpu = self._domain, self._domain.cpu
+        domain, cpu, words = self._domain, self._domain.cpu, self._domain.table.words
         count &= 0xFFFFFFFF
-        multicall = HYPERCALL_NUMBERS["multicall"]
-        for number in range(min(count, _AT_A_TIME)):
-            at = entries + _MULTICALL_SIZE * number
-            operation, _, *arguments = struct.unpack("<8Q", cpu.load(at, _MULTICALL_SIZE))
+        begun, words[_CALLS_BEGUN] = words[_CALLS_BEGUN], 0
+        for number in range(min(count, CALLS_AT_A_TIME)):
+            at = entries + MULTICALL_SIZE * number
             try:
-                result = -ENOSYS if operation == multicall else domain.call(operation, tuple(arguments))
+                result = self._entry(at, begun)
             except Preempted as rest:
                 cpu.store(at + 16, struct.pack(f"<{len(rest.arguments)}Q", *rest.arguments))
                 raise Preempted(at, count - number) from None
+            begun = 0
             if not domain.state.in_kernel:
                 return result  # an iret has left the kernel, and the rest of the calls with it
             cpu.store(at + 8, (result & (1 << 64) - 1).to_bytes(8, "little"))
-        if count > _AT_A_TIME:
-            raise Preempted(entries + _MULTICALL_SIZE * _AT_A_TIME, count - _AT_A_TIME)
+        if count > CALLS_AT_A_TIME:
+            raise Preempted(entries + MULTICALL_SIZE * CALLS_AT_A_TIME, count - CALLS_AT_A_TIME)
         return 0
+
+    def _entry(self, at: int, begun: int) -> int:
+        """Do the entry of a multicall at linear `at`, or what native code has left of it."""
+        words = self._domain.table.words
+        if begun == DONE:
+            return words[_CALL]
+        if begun:
+            operation, *arguments = words[_CALL : _CALL + 7]
+        else:
+            operation, _, *arguments = struct.unpack("<8Q", self._domain.cpu.load(at, MULTICALL_SIZE))
+        if operation == HYPERCALL_NUMBERS["multicall"]:
+            return -ENOSYS
+        return self._domain.call(operation, tuple(arguments))
 
     def console_io(self, command: int, count: int, buffer: int, *_: int) -> int:
         """Xen's own console: what a guest says before it has one of its own goes to the same output."""

@@ -327,8 +327,9 @@ class BlockStore:
         """The block whose code holds host `address`."""
         offset = address - self.cache.base
         tables = self.tables
-        starts = _Starts(tables)
-        number = bisect_right(starts, offset)
+        # Block 0 is none; blocks are made in the order of their code.
+        starts = tables.block_words[BLOCK["B_START"] // 4 :: BLOCK_SIZE // 4]
+        number = bisect_right(starts, offset, 1, tables.block_count) - 1
         if number == 0:
             return None
         block = Block(tables, number)
@@ -338,9 +339,12 @@ class BlockStore:
 
     def locate(self, block: Block, address: int) -> tuple[int, bool]:
         """(guest rip, flags parked) of the instruction of the block whose code holds host `address`."""
+        offset = address - self.cache.base - block.body
+        if offset < 0:
+            return block.rip, False  # at a poll, most often
         table = self._locations(block.template)
         starts = [word & 0x1FFFFF for word in table]
-        index = bisect_right(starts, address - self.cache.base - block.body) - 1
+        index = bisect_right(starts, offset) - 1
         if index < 0:
             return block.rip, False
         word = table[index]
@@ -454,17 +458,3 @@ class BlockStore:
         ctypes.memset(self.core.address + start, 0, size)
         # Zeros are an entry for address 0 of page 0, which has its place in the first one.
         self.core.words[_TABLE + 1] = 0xFFF
-
-
-class _Starts:
-    """The starts of all blocks' code, ascending, for `bisect`."""
-
-    def __init__(self, tables: BlockTables) -> None:
-        self._words = tables.block_words
-        self._length = tables.block_count - 1
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> int:
-        return self._words[((index + 1) * BLOCK_SIZE + BLOCK["B_START"]) // 4]

@@ -55,7 +55,7 @@ miss_failed:
     jne miss_slow
     ; a write to a page with translated code: harmless when its lines have none
     test r12d, KIND_CHUNK
-    jnz miss_slow
+    jnz miss_chunk
     movzx ecx, word [rbx+6]
     cmp ecx, 64
     ja miss_slow
@@ -98,14 +98,25 @@ miss_code:
     je miss_slow
     push rbx
     push r10
+    push r12
     mov r12, rdi
     mov r13d, r8d
     mov r14d, r9d
     call forget_in_page
+    pop r12
     pop r10
     pop rbx
     inc qword [rbp+COUNT_CODE_WRITE]
-    jmp miss_written
+    test r12d, KIND_CHUNK
+    jz miss_written
+    mov eax, [rbx]
+    sub rbx, rax
+    jmp miss_go
+miss_chunk:
+    ; a string instruction, which often overwrites the whole page
+    xor r8d, r8d
+    mov r9d, 4096
+    jmp miss_code
 
 miss_fault:
     test r12d, KIND_JUDGED

@@ -11,7 +11,7 @@ from trivisor.insight.differential.compare import END, describe, differences
 from trivisor.insight.differential.generator import Generator
 from trivisor.insight.differential.native import NativeHost
 from trivisor.insight.differential.translated import TranslatedGuest
-from trivisor.translation.translator.recipe import asm, fragment
+from trivisor.translation.translator.recipe import forget_assembled
 
 _RENEW = 4000
 """Cases for one virtual processor: it keeps what it made of all code."""
@@ -84,8 +84,7 @@ class Hunt:
         if self._guest is not None:
             self._guest.close()
             self._guest = None
-            asm.cache_clear()
-            fragment.cache_clear()
+            forget_assembled()
 
     def close(self) -> None:
         """Give host resources back."""

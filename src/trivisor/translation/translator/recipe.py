@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from struct import pack_into, unpack_from
 from typing import NamedTuple
 
 from trivisor.translation.layout import SITE_SIZE, SYMBOLS, TLB_ENTRIES
-from trivisor.x86.assembler import assemble
+from trivisor.x86.assembler import Program, assemble
 
 ARITHMETIC = 0x3F
 """The arithmetic flags, in iced's RflagsBits order: OF SF ZF AF CF PF."""
@@ -44,6 +45,8 @@ KIND_CHUNK = 0x100
 
 CHECK_TAIL = 8
 """Bytes from the end of a check's jump to the end of the check."""
+_JUMP_SIZE, _COMPARE_SIZE = 6, 7
+"""Bytes of a check's jump, and of the comparison before it, each of which ends in 32 bits."""
 
 
 class Form(NamedTuple):
@@ -134,42 +137,84 @@ def site_fields(site: int, user: bool) -> tuple[str, str]:
     return at, at + "+8"
 
 
-@lru_cache(maxsize=1 << 16)
-def site_refill(site: int, user: bool, write: bool, size: int) -> tuple[bytes, int, int]:
-    """What follows a site cache's miss, with r10 = address xor tag: a look at the TLB, which fills it.
-
-    Returns the code and where its jumps for a miss there too, and back to after the check, end.
-    """
+@lru_cache
+def _refill(user: bool, write: bool) -> Program:
+    """`site_refill` of site 0; labels end where what depends on the site does: 32 bits each."""
     view = "TLB_USER" if user else "TLB_KERNEL"
-    tag, host = site_fields(site, user)
+    tag, host = site_fields(0, user)
     entry = f"rsp+r11+{view}+{'TLB_WRITE' if write else 'TLB_READ'}"
-    program = assemble(
+    return assemble(
         f"""
-        xor r10, [{tag}]{_TLB_INDEX}
+        xor r10, [{tag}]
+    tag_1:{_TLB_INDEX}
         xor r10, [{entry}]
-        cmp r10, dword {4096 - size}
+        cmp r10, dword 4096
+    room:
         db 0x0f, 0x87, 0, 0, 0, 0
     missed:
         add r10, [rsp+r11+{view}+TLB_HOST]
-        inc dword [rsp+SITE_MISSES+{4 * site}]
+        inc dword [rsp+SITE_MISSES]
+    count:
         mov r11, [{entry}]
         mov [{tag}], r11
+    tag_2:
         mov r11, r10
         and r11, -4096
         mov [{host}], r11
+    host:
         db 0xe9, 0, 0, 0, 0
     back:
         """,
         bits=64,
         symbols=SYMBOLS,
     )
-    return program.code, program.labels["missed"], program.labels["back"]
 
 
-@lru_cache(maxsize=1 << 14)
+def site_refill(site: int, user: bool, write: bool, size: int) -> tuple[bytearray, int, int]:
+    """What follows a site cache's miss, with r10 = address xor tag: a look at the TLB, which fills it.
+
+    Returns the code and where its jumps for a miss there too, and back to after the check, end.
+    """
+    program = _refill(user, write)
+    code, labels = bytearray(program.code), program.labels
+    for label in ("tag_1", "tag_2", "host"):
+        _add(code, labels[label], site * SITE_SIZE)
+    _add(code, labels["count"], site * 4)
+    _add(code, labels["room"], -size)
+    return code, labels["missed"], labels["back"]
+
+
+def _add(code: bytearray, end: int, value: int) -> None:
+    """Add to the 32 bits that end there."""
+    pack_into("<I", code, end - 4, unpack_from("<I", code, end - 4)[0] + value)
+
+
 def fragment(
     source: str, user: bool, first: int, prepared: int, form: Form | None = None, aligned: bool = False
 ) -> Fragment:
+    """Assembled text, as `_assembled` has it, with the site caches and the span that the form tells."""
+    if form is None:
+        return _assembled(source, user, first, prepared, None, aligned)
+    alike = Form(tuple(min(site, 0) for site in form.sites), 0, min(form.span, 1), form.write)
+    made = _assembled(source, user, first, prepared, alike, aligned)
+    code = bytearray(made.code)
+    misses = []
+    for miss in made.misses:
+        end, kind, site = miss.jump_end, miss.kind_and_size, miss.site
+        if miss.leads:
+            kind += form.span - 1 << 16
+            _add(code, end - _JUMP_SIZE, 1 - form.span)
+        if site == 0:
+            site = form.sites[min(kind >> 4 & 15, len(form.sites) - 1)]
+            _add(code, end - _JUMP_SIZE - _COMPARE_SIZE, site * SITE_SIZE)
+            _add(code, end + CHECK_TAIL, site * SITE_SIZE)
+        crossing = bytes(code[end + CHECK_TAIL : miss.rejoin]) if miss.crossing else b""
+        misses.append(miss._replace(kind_and_size=kind, site=site, crossing=crossing))
+    return made._replace(code=bytes(code), misses=tuple(misses))
+
+
+@lru_cache(maxsize=1 << 14)
+def _assembled(source: str, user: bool, first: int, prepared: int, form: Form | None, aligned: bool) -> Fragment:
     """Assemble text in which these lines stand for more:
 
     `retry` - an access that misses starts again here;
@@ -211,6 +256,7 @@ def fragment(
             site = -1
             if form is not None and "chunk" not in words[3:]:
                 site = form.sites[min(number, len(form.sites) - 1)]
+            if site >= 0:
                 tag, host = site_fields(site, user)
                 index = ""
             kinds.append((kind, size, retries, site))
@@ -262,6 +308,12 @@ def fragment(
         retries > (kinds[-1][2] if kinds else 0),
         checks,
     )
+
+
+def forget_assembled() -> None:
+    """Give back the memory of sequences that were assembled."""
+    asm.cache_clear()
+    _assembled.cache_clear()
 
 
 class Variant(NamedTuple):

@@ -202,11 +202,12 @@ class Translator:
             if then is not None:
                 turns[len(decoded) - 1] = then
         apart = {index for index, start in enumerate(starts) if rip + start in scattered}
-        tuning = Tuning(known.maker, decoded, self._next_site, apart, turns)
+        chosen = [entry for segment in segments for entry in segment.entries]
+        recipes = [recipe for recipe, _, _ in chosen]
+        tuning = Tuning(known.maker, decoded, recipes, self._next_site, apart, turns)
         if not (turns or tuning.pays or apart):
             return None
         self._next_site = tuning.next_site
-        chosen = [entry for segment in segments for entry in segment.entries]
         better = [
             entry if form is None else tuning.recipe(index).entry(_constants(*decoded[index]))
             for index, (entry, form) in enumerate(zip(chosen, tuning.forms, strict=True))

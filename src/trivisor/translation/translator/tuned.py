@@ -113,17 +113,21 @@ class Tuning:
         self,
         maker: InstructionMaker,
         decoded: list[Decoded],
+        recipes: list[Recipe],
         first_site: int,
         scattered: set[int],
         turns: Container[int] = (),
     ) -> None:
-        """`scattered`: indexes of the instructions whose site caches would miss; `turns`: those of a trace's jumps."""
+        """`recipes`: the plain ones of the instructions; `turns`: indexes of a trace's jumps.
+
+        `scattered`: those of the instructions whose site caches would miss.
+        """
         self._maker = maker
         self._decoded = decoded
         self._scattered = scattered
         self._turns = turns
         self._info = InstructionInfoFactory()
-        self._plain = [maker.make(*one) for one in decoded]
+        self._plain = recipes
         self.forms: list[Form | None] = [None] * len(decoded)
         self.next_site = first_site
         self._known_sites: dict[tuple[Address, bool, int], int] = {}

@@ -9,6 +9,7 @@ import pytest
 from tests.unit.translation.engine.guest import DATA, LARGE, PD, STACK, Machine, Make, P, U, W
 from trivisor.machine.exits import Kicked
 from trivisor.translation.host_signals import Sampler
+from trivisor.translation.translator.recipe import asm
 from trivisor.x86.control import CR4_SMAP
 
 ONE, TWO = 0x400000, 0x500000
@@ -52,6 +53,16 @@ def test_accesses_all_over_memory_go_back_to_the_tlb(machine: Make) -> None:
     m = machine("again: add rax, [rbx+rcx]\n add rcx, 4096\n and rcx, 0x1fffff\n jmp again")
     m.set(rbx=DATA, rcx=0)
     run_until_made(m, 2)  # once with a site cache, once without
+
+
+def test_a_group_all_over_memory_is_checked_by_the_tlb(machine: Make) -> None:
+    m = machine("again: add rax, [rbx+rcx]\n add rax, [rbx+rcx+8]\n add rcx, 4096\n and rcx, 0x1fffff\n jmp again")
+    m.set(rbx=DATA, rcx=0)
+    run_until_made(m, 2)
+    block = next(block for _, _, block in m.vcpu.blocks.code() if block.rip == m.origin and not block.dead)
+    code = bytes(m.vcpu.blocks.cache.writable[block.start : block.start + block.size])
+    assert code.count(asm("xor r10, [rsp+r11+TLB_KERNEL+TLB_READ]")) == 1
+    assert not m.vcpu.tuner._sites[block.number]
 
 
 def test_one_check_serves_pushes_and_pops(machine: Make) -> None:

@@ -50,7 +50,8 @@ class Translation:
     """
 
     __slots__ = (
-        "body", "code", "constants", "length", "links", "locations", "parked", "polled", "relocations", "rip", "sites",
+        "body", "code", "constants", "length", "links", "locations", "parked", "parks_first", "polled", "relocations",
+        "rip", "sites",
     )  # fmt: skip
 
     def __init__(self, rip: int, length: int) -> None:
@@ -62,6 +63,8 @@ class Translation:
         """It begins with the entry that checks r10 against `rip`."""
         self.parked = 0
         """Offset of the same without the check: flags are parked, and looked for interrupts."""
+        self.parks_first = False
+        """All its entries lead to where flags are parked."""
         self.polled = 0
         """... of the entry that looks for interrupts."""
         self.body = 0

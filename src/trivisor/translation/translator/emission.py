@@ -93,7 +93,7 @@ class Emission:
         self.locations = block.locations
         self.links = block.links
 
-    def emit(self, chosen: list[Entry], poll_at_end: bool, turns: Mapping[int, int]) -> None:
+    def emit(self, chosen: list[Entry], poll_at_end: bool, turns: Mapping[int, int], tuned: bool) -> None:
         """Emit everything.
 
         `turns` has the jumps that a trace goes past: by index, the linear address where it goes on.
@@ -107,16 +107,22 @@ class Emission:
                 live = ARITHMETIC
             lives.append(live)
             live = recipe.reads | (live & ~recipe.writes)
+        lives.reverse()
         block, out = self.block, self.out
         rip = at = block.rip
-        if not self.single:
-            self._prologue(bool(live))
+        parked = block.parks_first = tuned and bool(live) and self._parks_first(chosen, lives)
+        if parked:
+            self._prologue_that_parks()
+        elif not self.single:
+            self._prologue()
+            if live:
+                out += RESTORE
             block.polled = len(out)
             out += POLL
-        body = block.body = len(out)
-        parked = False
+            block.body = len(out)
+        body = block.body
         locations = self.locations
-        for index, ((recipe, constants, finished), needed) in enumerate(zip(chosen, reversed(lives), strict=True)):
+        for index, ((recipe, constants, finished), needed) in enumerate(zip(chosen, lives, strict=True)):
             start = len(out)
             if finished is not None and not (parked and recipe.reads | recipe.writes):
                 locations.append((start - body) | parked << 21 | (at - rip) << 22)
@@ -160,7 +166,28 @@ class Emission:
             if may_be_address(constants[which]):  # type: ignore[arg-type]
                 self.block.constants.append((start + offset, rip - self.block.rip + constants.places[which], width))
 
-    def _prologue(self, flags_live: bool) -> None:
+    def _parks_first(self, chosen: list[Entry], lives: list[int]) -> bool:
+        """Whether the first thing that concerns the flags, which are live, is that they are parked."""
+        for (recipe, _, _), live in zip(chosen, lives, strict=True):
+            if recipe.clobbers or recipe.reads | recipe.writes:
+                return recipe.clobbers and bool(recipe.reads | (live & ~recipe.writes))
+        recipe, constants, _ = chosen[-1]
+        if isinstance(recipe.ends, Jump):
+            after = self.block.rip + self.block.length
+            return not self._is_linkable(after + constants.relative & _MASK64, after - recipe.length)
+        return isinstance(recipe.ends, Indirect)
+
+    def _prologue_that_parks(self) -> None:
+        """The entries of a block that would have to park flags at once: who comes with parked ones goes past that."""
+        block, out = self.block, self.out
+        self._prologue()
+        out += b"\xeb" + bytes((len(PARK),))  # jmp past PARK
+        block.polled = block.body = len(out)
+        out += PARK
+        self.locations.append(len(PARK) | 1 << 21)
+        out += POLL
+
+    def _prologue(self) -> None:
         """The checked entry: on with the block if r10 is its address, else to the look-up.
 
         Flags are parked on the way here, so the comparison may destroy the host's: if r10 is another block's
@@ -176,8 +203,6 @@ class Emission:
         self.relocations.append(len(out) + 2 | TO_HELPER)
         out += b"\x0f\x85" + pack("<i", self.lookup - (self.base + len(out) + 6))
         self.block.parked = len(out)
-        if flags_live:
-            out += RESTORE
 
     def _in_host(self, parked: bool) -> None:
         """Have the flags in the host's."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from itertools import zip_longest
-from types import MappingProxyType
 from typing import NamedTuple
 
 from iced_x86 import ConstantOffsets, Decoder, Instruction, OpKind
@@ -205,8 +204,6 @@ class Translator:
         chosen = [entry for segment in segments for entry in segment.entries]
         recipes = [recipe for recipe, _, _ in chosen]
         tuning = Tuning(known.maker, decoded, recipes, self._next_site, apart, turns)
-        if not (turns or tuning.pays or apart):
-            return None
         self._next_site = tuning.next_site
         better = [
             entry if form is None else tuning.recipe(index).entry(_constants(*decoded[index]))
@@ -214,6 +211,8 @@ class Translator:
         ]
         last = segments[-1]
         made = self._emit(mode, near, Translation(rip, last.end - rip), better, last.polls, single=False, turns=turns)
+        if not (turns or tuning.pays or apart or made.parks_first):
+            return None
         made.sites = [
             (start, site)
             for start, form in zip(starts, tuning.forms, strict=True)
@@ -298,7 +297,9 @@ class Translator:
         polls: bool,
         *,
         single: bool,
-        turns: Mapping[int, int] = MappingProxyType({}),
+        turns: Mapping[int, int] | None = None,
     ) -> Translation:
-        Emission(mode, near, block, (self.cache.used + 15) & ~15, self.lookup, single).emit(chosen, polls, turns)
+        """`turns`: of a tuned block."""
+        emission = Emission(mode, near, block, (self.cache.used + 15) & ~15, self.lookup, single)
+        emission.emit(chosen, polls, turns or {}, tuned=turns is not None)
         return block

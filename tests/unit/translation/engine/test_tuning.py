@@ -6,8 +6,9 @@ import random
 
 import pytest
 
-from tests.unit.translation.engine.guest import DATA, LARGE, PD, STACK, Machine, Make, P, U, W
+from tests.unit.translation.engine.guest import CODE, DATA, LARGE, PD, STACK, Machine, Make, P, U, W
 from trivisor.machine.exits import Kicked
+from trivisor.translation import block_store
 from trivisor.translation.host_signals import Sampler
 from trivisor.translation.translator.recipe import asm
 from trivisor.x86.control import CR4_SMAP
@@ -205,6 +206,47 @@ def test_a_write_to_code_through_a_site_cache(machine: Make) -> None:
     m.restart()
     m.halt(r8=DATA, rbx=0x00C3_06B0, rcx=3)
     assert m["rax"] & 0xFF == 8
+
+
+# -- blocks that park the flags first -----------------------------------------------------------------------
+
+ARITHMETIC = 0x8D5
+_COMPARED = ((1, 2), (2, 1), (1, 1), (1 << 63, 1), ((1 << 63) - 1, (1 << 64) - 1), (0x10, 1))
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        f"call {CODE + 0x1000}",  # through the jump cache, with flags parked
+        "lea rcx, [rel on]\n jmp rcx\n on: push rcx\n pop rcx",
+        "jmp on\n ud2\n on: mov rcx, [rsi]",  # a link, with flags in the host's
+        "mov rcx, [rsi]\n jmp on\n ud2\n on: mov rcx, [rsi]",  # ... parked
+        "jmp on\n back: push rcx\n jmp after\n on: jmp back\n after: pop rcx",  # ... to the poll
+        f"lea rcx, [rel on]\n jmp {CODE + 0x1008}\n on: push rcx\n pop rcx",
+    ],
+)
+def test_flags_come_through_a_block_that_parks_them_first(
+    machine: Make, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(block_store, "any_way", lambda ways: None)
+    m = tuned(machine, f"start: cmp rax, rbx\n {way}\n pushfq\n pop rdx\n hlt")
+    m.put("ret\n align 8\n jmp rcx", CODE + 0x1000)
+    expected = machine("start: cmp rax, rbx\n pushfq\n pop rdx\n hlt")
+    for rax, rbx in _COMPARED:
+        for _ in range(2):  # the second time all links and the jump cache are there
+            m.halt("start", rax=rax, rbx=rbx, rsi=DATA, rsp=STACK)
+        expected.halt("start", rax=rax, rbx=rbx)
+        assert (m["rdx"] ^ expected["rdx"]) & ARITHMETIC == 0
+
+
+@pytest.mark.parametrize("loop", ["jmp again", "jmp on\n ud2\n on: lea rdi, [rdi+1]\n jmp again"])
+def test_an_interrupt_shows_flags_that_a_block_has_parked_first(machine: Make, loop: str) -> None:
+    for rax, rbx in _COMPARED:
+        m = tuned(machine, f"cmp rax, rbx\n pushfq\n pop rdx\n sti\n jmp again\n again: mov rcx, [rsi]\n {loop}")
+        m.board.clock.at(m.board.clock.now() + 10_000_000, lambda m=m: m.interrupt(0x40))  # type: ignore[misc]
+        frame = m.fault(rax=rax, rbx=rbx, rsi=DATA)
+        assert frame.vector == 0x40
+        assert (frame.rflags ^ m["rdx"]) & ARITHMETIC == 0
 
 
 _REGISTERS = ("rax", "rcx", "rbx", "rsi", "rdi", "r9", "r10", "r11", "r12", "r15")

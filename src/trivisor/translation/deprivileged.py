@@ -15,7 +15,8 @@ from trivisor.translation.emulator import segments
 from trivisor.translation.emulator.control_instructions import load_breakpoints
 from trivisor.translation.layout import OFFSETS
 from trivisor.x86.control import CR0_TS, CR4_FSGSBASE
-from trivisor.x86.descriptors import LDT, PRESENT
+from trivisor.x86.descriptors import LDT, PRESENT, SELECTOR_RPL
+from trivisor.x86.exceptions import GENERAL_PROTECTION, GuestException
 from trivisor.x86.paging import Access
 
 _LIMIT = 0xFFFFFFFF
@@ -115,7 +116,12 @@ class Deprivileged:
         if segment != CS:
             segments.load(self._vcpu, segment, selector)
             return
+        index = selector & ~SELECTOR_RPL
+        if not index:
+            raise GuestException(GENERAL_PROTECTION, 0)
         descriptor, _ = segments.fetch(self._vcpu, selector)
+        if descriptor.dpl != 3 and not descriptor.is_conforming:
+            raise GuestException(GENERAL_PROTECTION, index)
         segments.check_code(descriptor, selector, self._core)
         segments.set_code(self._core, selector, descriptor, 3)
         self._vcpu.mode_changed()

@@ -267,12 +267,16 @@ class Domain:
         self.view[info + VCPU_INFO_CR2 : info + VCPU_INFO_CR2 + 8] = address.to_bytes(8, "little")
         self.deliver(PAGE_FAULT, error_code)
 
-    def deliver(self, vector: int, error_code: int | None = None) -> None:
-        """Have the guest handle an exception."""
+    def deliver(
+        self, vector: int, error_code: int | None = None, *, selectors: tuple[int, int] | None = None
+    ) -> None:
+        """Have the guest handle an exception; `selectors` as `traps.enter_kernel` has them."""
         trap = self.state.traps.get(vector, NO_TRAP)
         if not trap.address:
             raise DomainCrash(f"exception {vector} at {self.cpu.rip:#x}, for which the guest has no handler")
-        traps.enter_kernel(self, trap.address, masks_events=trap.clears_events, error_code=error_code)
+        traps.enter_kernel(
+            self, trap.address, masks_events=trap.clears_events, error_code=error_code, selectors=selectors
+        )
 
     def crash(self, what: str) -> Exit:
         """The domain ends."""

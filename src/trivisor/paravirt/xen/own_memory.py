@@ -60,7 +60,7 @@ class OwnMemory:
     def __init__(self, memory: GuestMemory, frames: Frames) -> None:
         self._memory = memory
         self._frames = frames
-        self._next = 1  # frame 0 stays unused: as a page-table root it means none
+        self._next = 1  # frame 0 stays zeros: as a page-table root it means none, as a page of the GDT an empty one
         self.shared_info = self._take()
         self.grant_frames = [self._take() for _ in range(GRANT_FRAMES)]
         for frame in (self.shared_info, *self.grant_frames):
@@ -88,7 +88,7 @@ class OwnMemory:
         }  # fmt: skip
         for selector, raw in descriptors.items():
             frames.words[gdt * 512 + (selector >> 3) - FIRST_RESERVED_GDT_ENTRY] = raw
-        tables = [0] * _GDT_PAGES
+        tables = [_READ_ONLY_SUPERVISOR] * _GDT_PAGES
         tables[FIRST_RESERVED_GDT_ENTRY // 512] = gdt << 12 | _READ_ONLY_SUPERVISOR
         self.slots[_DOMAIN_SLOT - FIRST_XEN_SLOT] = self._tables(tables)
         self._gdt_entries = (self._next - 3) * 512
@@ -99,7 +99,7 @@ class OwnMemory:
     def private(self) -> list[tuple[int, bytes]]:
         """(physical address, content) of what is Xen's alone: the guest's entries of it are as they were at first."""
         after = self._map_at // 512 + -(-8 * self.entries // PAGE_SIZE)
-        parts = ((self._gdt, self._gdt + 1), (after, self.end))
+        parts = ((0, 1), (self._gdt, self._gdt + 1), (after, self.end))
         places = [(first * PAGE_SIZE, (end - first) * PAGE_SIZE) for first, end in parts]
         return [(at, self._memory.read(at, length)) for at, length in places]
 
@@ -174,7 +174,7 @@ class OwnMemory:
         return range(first, first + 8 * (FIRST_RESERVED_GDT_ENTRY // 512), 8)
 
     def set_gdt(self, gdt_frames: list[int]) -> None:
-        """Show these frames as the domain's pages of the GDT."""
+        """Show these frames as the domain's pages of the GDT, and where there is none, empty ones."""
         for index in range(FIRST_RESERVED_GDT_ENTRY // 512):
             frame = gdt_frames[index] if index < len(gdt_frames) else 0
-            self._frames.words[self._gdt_entries + index] = frame << 12 | _READ_ONLY_SUPERVISOR if frame else 0
+            self._frames.words[self._gdt_entries + index] = frame << 12 | _READ_ONLY_SUPERVISOR

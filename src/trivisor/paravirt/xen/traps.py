@@ -5,10 +5,10 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from trivisor.machine.deprivileged import CS, DS, ES, FS, GS, SS
+from trivisor.machine.deprivileged import CS, SS
 from trivisor.paravirt.xen.abi import FLAT_RING3_CS64, FLAT_RING3_SS, VGCF_IN_SYSCALL, VMASST_ARCHITECTURAL_IOPL
 from trivisor.paravirt.xen.errors import DomainCrash
-from trivisor.x86.exceptions import GuestException
+from trivisor.x86.exceptions import GENERAL_PROTECTION, GuestException
 from trivisor.x86.flags import AC, DF, FIXED, IF, IOPL, NT, RF, STATUS, TF, VM
 
 if TYPE_CHECKING:
@@ -27,17 +27,25 @@ _MASK64 = (1 << 64) - 1
 
 
 def enter_kernel(
-    domain: Domain, address: int, *, masks_events: bool, error_code: int | None = None, mask_flags: int = 0
+    domain: Domain,
+    address: int,
+    *,
+    masks_events: bool,
+    error_code: int | None = None,
+    mask_flags: int = 0,
+    selectors: tuple[int, int] | None = None,
 ) -> None:
     """Have the guest go on at `address` in its kernel, with a frame on its stack that tells where it was.
 
     The frame, from its lowest address: rcx, r11, the error code if there is
     one, rip, cs with the event mask in bits 32 to 39, rflags with IF for an
-    event mask of 0, rsp, ss.  `mask_flags` are flags to clear beside the usual ones.
+    event mask of 0, rsp, ss.  `mask_flags` are flags to clear beside the usual ones,
+    `selectors` what the frame has for cs and ss if not the processor's.
     """
     cpu, state = domain.cpu, domain.state
     registers = cpu.registers
-    selector, flags, pointer = cpu.selector(CS), cpu.rflags, registers[RSP]
+    selector, stack_selector = selectors or (cpu.selector(CS), cpu.selector(SS))
+    flags, pointer = cpu.rflags, registers[RSP]
     stack = pointer
     if state.in_kernel:
         selector &= ~3
@@ -49,7 +57,7 @@ def enter_kernel(
     shown = flags & ~(IF | IOPL) | (0 if mask else IF)
     if VMASST_ARCHITECTURAL_IOPL in state.assists:
         shown |= state.iopl << 12
-    tail = (cpu.rip, selector | mask << 32, shown, pointer, cpu.selector(SS))
+    tail = (cpu.rip, selector | mask << 32, shown, pointer, stack_selector)
     if error_code is None:
         frame = _FRAME.pack(registers[RCX], registers[R11], *tail)
     else:
@@ -89,50 +97,27 @@ def iret(domain: Domain) -> int:
     registers[RSP] = rsp
     cpu.rip = rip
     cpu.rflags = rflags & LOADED | IF | FIXED
+    registers[RCX], registers[R11] = rcx, r11
+    domain.view[domain.events.vcpu_info + 1] = 0 if rflags & IF else 1
+    code, stack = cs & 0xFFFF | 3, ss & 0xFFFF | 3
     if flags & VGCF_IN_SYSCALL:
         registers[RCX], registers[R11] = rip, rflags & LOADED | IF | FIXED
-        cpu.set_flat(FLAT_RING3_CS64, FLAT_RING3_SS)
-    else:
-        registers[RCX], registers[R11] = rcx, r11
-        if not _is_canonical(rip):
-            raise DomainCrash(f"iret to {rip:#x}, which is no address")
-        _load_segments(domain, cs & 0xFFFF | 3, ss & 0xFFFF | 3)
-    domain.view[domain.events.vcpu_info + 1] = 0 if rflags & IF else 1
+        code, stack = FLAT_RING3_CS64, FLAT_RING3_SS
+    try:
+        _load_segments(domain, code, stack)
+        if rip >> 47 not in (0, 0x1FFFF):
+            raise GuestException(GENERAL_PROTECTION, 0)
+    except GuestException as why:
+        # What the processor's own IRET would not go back to: the exception is as if it came from there (iret_to_guest).
+        domain.deliver(why.vector, why.error_code, selectors=(code, stack))
     return int(rax)
 
 
-def _is_canonical(address: int) -> bool:
-    return (address >> 47) in (0, 0x1FFFF)
-
-
 def _load_segments(domain: Domain, code: int, stack: int) -> None:
-    """CS and SS as the frame wants them; what cannot be loaded is the failsafe callback's."""
+    """CS and SS as the frame wants them; raises GuestException."""
     cpu = domain.cpu
     if domain.is_flat(code, stack):
         cpu.set_flat(code, stack)
         return
-    try:
-        cpu.load_segment(CS, code)
-        cpu.load_segment(SS, stack)
-    except GuestException:
-        failsafe(domain)
-
-
-def failsafe(domain: Domain) -> None:
-    """A segment register cannot be loaded on the way back to the guest: it gets all of them to look after.
-
-    The frame has ds, es, fs and gs below the usual one (callback.h, CALLBACKTYPE_failsafe).
-    """
-    cpu, callback = domain.cpu, domain.state.failsafe
-    selectors = [cpu.selector(segment) for segment in (DS, ES, FS, GS)]
-    enter_kernel(domain, callback.address, masks_events=callback.masks_events)
-    registers = cpu.registers
-    # The frame's rcx and r11 stand below the four selectors.
-    try:
-        top = cpu.load(registers[RSP], 16)
-        cpu.store(registers[RSP] - 32 & _MASK64, top + struct.pack("<4Q", *selectors))
-    except GuestException:
-        raise DomainCrash("the guest's kernel stack cannot be written") from None
-    registers[RSP] = registers[RSP] - 32 & _MASK64
-    for segment in (DS, ES, FS, GS):
-        cpu.load_segment(segment, 0)
+    cpu.load_segment(CS, code)
+    cpu.load_segment(SS, stack)

@@ -312,6 +312,39 @@ b10: syscall
     assert seen[8][1] & 6 == 6, "a write of user mode's"
 
 
+@pytest.mark.parametrize(
+    ("rip", "cs", "ss", "code"),
+    [
+        (1 << 47, 0xE033, 0xE02B, 0), ((1 << 64) - (1 << 47) - 1, 0xE033, 0xE02B, 0), (1 << 63, 0xE033, 0xE02B, 0),
+        (None, 0xE02B, 0xE02B, 0xE028), (None, 0xE033, 0xE033, 0xE030), (None, 0xE033, 0x3, 0),
+        (None, 0x3, 0xE02B, 0), (None, 0x33, 0xE02B, 0x30), (None, 0xE033, 0x33, 0x30), (None, 0xE00B, 0xE02B, 0xE008),
+        (None, 0xE033, 0xE013, 0xE010), (None, 0xFFFF, 0xE02B, 0xFFFC),
+    ],
+)  # fmt: skip
+def test_an_iret_that_cannot_be_done_is_a_fault_of_user_mode(boot, rip: int | None, cs: int, ss: int, code: int) -> None:
+    """Any process can ask for it, by sigreturn: its kernel hears of #GP there, and goes on."""
+    to_user = USER.replace("push 0xe02b", f"push {ss}").replace("push 0xe033", f"push {cs}")
+    if rip is not None:
+        to_user = to_user.replace("push user", f"mov rax, {rip}\n push rax")
+    guest = boot(
+        TRAPS.replace("mov [rsp], rbp", "mov [rsp], rbp\n mov qword [rsp + 8], 0xe033\n mov qword [rsp + 32], 0xe02b")
+        + "start: mov rbp, after\n" + to_user + """
+user: ud2
+after:
+    mov eax, 39
+    syscall
+entered:
+    mov [DATA + 16], rax
+    jmp shutdown
+"""
+    )
+    guest.finish()
+    vector, error, place, selector, flags, pointer = guest.words(8, 6)
+    assert (vector, error, place) == (13, code, guest.label("user") if rip is None else rip)
+    assert (selector & 0xFFFF, flags & 0x200, pointer) == (cs, 0x200, 0xFFFFFFFF8010A000)
+    assert guest[2] == 39
+
+
 def test_another_page_is_seen_once_the_translation_is_forgotten(boot) -> None:
     """update_va_mapping back and forth between two frames, read each time; then read-only, and not there."""
     guest = boot(

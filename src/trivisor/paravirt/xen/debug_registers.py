@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from trivisor.paravirt.xen.abi import HYPERVISOR_VIRT_END, HYPERVISOR_VIRT_START
+from trivisor.paravirt.xen.abi import EINVAL, ENODEV, EPERM, HYPERVISOR_VIRT_END, HYPERVISOR_VIRT_START
 from trivisor.paravirt.xen.shared_table import INDEX
 from trivisor.x86.control import CR4_DE, DR6_FIXED, DR6_VALID, DR7_FIXED, DR7_GD
 
@@ -37,22 +37,32 @@ def ports_hit(domain: Domain, port: int, size: int) -> int:
     return bits
 
 
-def set_debug_register(domain: Domain, number: int, value: int) -> bool:
-    """Keep a debug register; False for a value that it may not have."""
+def debug_register(domain: Domain, number: int) -> int | None:
+    """A debug register; None where there is none: 4 and 5 are 6 and 7, unless CR4.DE is on."""
+    if number > 7 or (number in (4, 5) and domain.state.cr4 & CR4_DE):
+        return None
+    return domain.cpu.dr[number + 2 if number in (4, 5) else number]
+
+
+def set_debug_register(domain: Domain, number: int, value: int) -> int:
+    """Keep a debug register; 0, or why not: ENODEV, EINVAL for bits that there are not, EPERM for what is not its."""
     cpu = domain.cpu
+    if debug_register(domain, number) is None:
+        return ENODEV
     if number < 4:
         if HYPERVISOR_VIRT_START <= value < HYPERVISOR_VIRT_END or value >> 47 not in (0, 0x1FFFF):
-            return False
+            return EPERM
         cpu.set_debug_register(number, value)
-    elif number in (4, 6):
-        if value >> 32:
-            return False
+        return 0
+    if value >> 32:
+        return EINVAL
+    if number in (4, 6):
         cpu.set_debug_register(6, value & DR6_VALID | DR6_FIXED)
-    else:
-        if value >> 32 or value & DR7_GD:
-            return False
-        if not domain.state.cr4 & CR4_DE and any(kind == _PORT for _, kind, _ in _enabled(value)):
-            return False
-        cpu.set_debug_register(7, value & 0xFFFF27FF | DR7_FIXED)
-        domain.table.words[INDEX["BREAKPOINTS"]] = value & 0xFF
-    return True
+        return 0
+    if value & DR7_GD:
+        return EPERM
+    if not domain.state.cr4 & CR4_DE and any(kind == _PORT for _, kind, _ in _enabled(value)):
+        return EPERM
+    cpu.set_debug_register(7, value & 0xFFFF27FF | DR7_FIXED)
+    domain.table.words[INDEX["BREAKPOINTS"]] = value & 0xFF
+    return 0

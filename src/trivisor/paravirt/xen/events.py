@@ -58,7 +58,8 @@ class EventChannels(Remembers):
         """Physical address of the processor's struct vcpu_info."""
         self._ports: dict[int, Port] = {}
         self._virqs: dict[int, int] = {}
-        self._polled: frozenset[int] = frozenset()
+        self._polled: frozenset[int] | None = None
+        """The ports of the poll that goes on; without ports, any."""
         self._poll_over = False
         self.on_pending: Callable[[], None] = lambda: None
         self.on_nmi: Callable[[], None] = lambda: None
@@ -73,7 +74,7 @@ class EventChannels(Remembers):
                 for number, port in self._ports.items()
             ],
             "vcpu_info": self.vcpu_info,
-            "polled": sorted(self._polled),
+            "polled": None if self._polled is None else sorted(self._polled),
             "poll_over": self._poll_over,
         }
 
@@ -102,7 +103,7 @@ class EventChannels(Remembers):
         self.vcpu_info = number(saved.get("vcpu_info"), "vcpu_info", 52)
         if self.vcpu_info & 7 or self.vcpu_info % PAGE_SIZE > PAGE_SIZE - VCPU_INFO_SIZE:
             raise ValueError("vcpu_info cannot be there")
-        self._polled = frozenset(number_list(saved, "polled", 12))
+        self._polled = None if saved.get("polled") is None else frozenset(number_list(saved, "polled", 12))
         self._poll_over = flag(saved, "poll_over")
 
     def rebind_back_end(self, port: int, notify: Callable[[], None]) -> None:
@@ -121,7 +122,7 @@ class EventChannels(Remembers):
     def acknowledge(self) -> int:
         """There is one interrupt only, the upcall; it has no number.  It ends a poll."""
         self._poll_over = False
-        self._polled = frozenset()
+        self._polled = None
         return 0
 
     def upcall_wanted(self) -> bool:
@@ -139,7 +140,7 @@ class EventChannels(Remembers):
 
     def end_poll(self) -> None:
         """The time of a poll is over."""
-        if self._polled:
+        if self._polled is not None:
             self._poll_over = True
             self.on_pending()
 
@@ -152,7 +153,7 @@ class EventChannels(Remembers):
         """An event has come on `port`."""
         view, at = self._view, self._shared + SHARED_EVTCHN_PENDING + (port >> 3)
         bit = 1 << (port & 7)
-        if port in self._polled:
+        if self._polled is not None and (port in self._polled or not self._polled):
             self._poll_over = True
             self.on_pending()
         if view[at] & bit:
@@ -217,14 +218,14 @@ class EventChannels(Remembers):
             found.status = EVTCHNSTAT_UNBOUND
             found.notify = None
 
-    def bind_loopback(self, remote_port: int) -> int:
-        """Bind a new port to one of the domain's own that waits for the domain itself."""
+    def bind_loopback(self, remote_port: int, own_id: int) -> int:
+        """Bind a new port to one of the domain's own that waits for the domain itself, whose number is `own_id`."""
         remote = self.get(remote_port)
-        if remote.status != EVTCHNSTAT_UNBOUND:
+        if remote.status != EVTCHNSTAT_UNBOUND or remote.remote_domain != own_id:
             raise HypercallError(EINVAL)
         port = self._free()
         self._ports[port] = Port(
-            EVTCHNSTAT_INTERDOMAIN, remote_port=remote_port, notify=partial(self.set_pending, remote_port)
+            EVTCHNSTAT_INTERDOMAIN, own_id, remote_port, notify=partial(self.set_pending, remote_port)
         )
         remote.status, remote.remote_port = EVTCHNSTAT_INTERDOMAIN, port
         remote.notify = partial(self.set_pending, port)

@@ -238,7 +238,7 @@ class XenMachine(Remembers):
         domain.descriptor_tables_changed()
         domain.io_privilege_changed()
         for number in (0, 1, 2, 3, 6, 7):
-            if not set_debug_register(domain, number, debug[number]):
+            if set_debug_register(domain, number, debug[number]):
                 raise ValueError(f"DR{number} cannot be so")
         domain.time.load(part(saved, "time"))
         domain.time.write(info + abi.VCPU_INFO_TIME)

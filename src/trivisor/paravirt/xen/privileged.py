@@ -12,14 +12,14 @@ from iced_x86 import Code, Instruction, Mnemonic, OpKind, Register, RegisterExt
 
 from trivisor.machine.deprivileged import FS, GS
 from trivisor.machine.vcpu import GeneralProtection
-from trivisor.paravirt.xen.abi import FORCED_EMULATION
-from trivisor.paravirt.xen.debug_registers import ports_hit, set_debug_register
+from trivisor.paravirt.xen.abi import ENODEV, FORCED_EMULATION
+from trivisor.paravirt.xen.debug_registers import debug_register, ports_hit, set_debug_register
 from trivisor.paravirt.xen.decode import fetch, memory_address
 from trivisor.paravirt.xen.errors import HypercallError
 from trivisor.paravirt.xen.hypercalls.mmu import load_kernel_root
 from trivisor.x86 import msr
 from trivisor.x86.control import CR0_TS, CR4_FSGSBASE, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, xcr0_is_valid
-from trivisor.x86.exceptions import DEBUG, GuestException
+from trivisor.x86.exceptions import DEBUG, INVALID_OPCODE, GuestException
 from trivisor.x86.iced_types import RegisterNumber
 
 if TYPE_CHECKING:
@@ -158,10 +158,17 @@ def _mov(domain: Domain, instruction: Instruction) -> bool:
     if target in _CR:
         return _write_control(domain, _CR[target], registers[_register_number(source)])
     if Register.DR0 <= source <= Register.DR7:
-        registers[_register_number(target)] = domain.cpu.dr[source - Register.DR0]
+        held = debug_register(domain, source - Register.DR0)
+        if held is None:
+            domain.deliver(INVALID_OPCODE)
+        else:
+            registers[_register_number(target)] = held
         return True
     if Register.DR0 <= target <= Register.DR7:
-        return set_debug_register(domain, target - Register.DR0, registers[_register_number(source)])
+        error = set_debug_register(domain, target - Register.DR0, registers[_register_number(source)])
+        if error == ENODEV:
+            domain.deliver(INVALID_OPCODE)
+        return error in (0, ENODEV)
     return False
 
 

@@ -16,6 +16,8 @@ def walk(domain: Domain, linear: int) -> int | None:
 
 def entry_address(domain: Domain, linear: int) -> tuple[int, int] | None:
     """(frame, index) of the level-1 entry for a linear address; None where no table of that level is."""
+    if linear >> 47 not in (0, 0x1FFFF):
+        return None
     words, state = domain.frames.words, domain.state
     table = state.kernel_root if state.in_kernel else state.user_root
     for shift in (39, 30, 21):

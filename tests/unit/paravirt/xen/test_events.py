@@ -121,6 +121,31 @@ def test_two_ports_of_the_domain_joined(guest) -> None:
     assert op(guest, abi.EVTCHNOP_BIND_INTERDOMAIN) == -ESRCH
 
 
+def test_who_waits_for_whom(guest) -> None:
+    """A port that waits for another domain is not the domain's own to bind, and the two ends know one another."""
+    guest.put("<HH", abi.DOMID_SELF, 0)
+    op(guest, abi.EVTCHNOP_ALLOC_UNBOUND)
+    foreign = guest.get("<HHI")[2]
+    for port in (foreign, ipi(guest), 4095, 0xFFFFFFFF):
+        guest.put("<HHI", abi.DOMID_SELF, 0, port)
+        assert op(guest, abi.EVTCHNOP_BIND_INTERDOMAIN) == -EINVAL
+    guest.put("<HH", abi.DOMID_SELF, abi.DOMID_SELF)
+    op(guest, abi.EVTCHNOP_ALLOC_UNBOUND)
+    first = guest.get("<HHI")[2]
+    guest.put("<HHI", abi.DOMID_SELF, 0, first)
+    assert op(guest, abi.EVTCHNOP_BIND_INTERDOMAIN) == 0
+    second = guest.get("<HHII")[3]
+    for port, other in ((first, second), (second, first)):
+        guest.put("<HHI", abi.DOMID_SELF, 0, port)
+        assert op(guest, abi.EVTCHNOP_STATUS) == 0
+        assert guest.get("<8xIIHHI") == (abi.EVTCHNSTAT_INTERDOMAIN, 0, guest.domain.number, 0, other)
+    guest.put("<I", first)
+    assert op(guest, abi.EVTCHNOP_CLOSE) == 0
+    guest.put("<HHI", abi.DOMID_SELF, 0, second)
+    assert op(guest, abi.EVTCHNOP_STATUS) == 0
+    assert guest.get("<8xIIH") == (abi.EVTCHNSTAT_UNBOUND, 0, guest.domain.number)
+
+
 def test_status(guest) -> None:
     port = ipi(guest)
     guest.put("<HHI", abi.DOMID_SELF, 0, port)

@@ -182,3 +182,56 @@ def test_the_processor_is_told_of_entries_that_were_present_and_are_others(guest
     for entry in (page << 12 | P | U, page << 12 | P | U | 0x20, other << 12 | P | U, other << 12 | P | W | U, 0, 0):
         assert guest.update(table, 5, entry) == 0
     assert guest.cpu.changed == [(table * 4096 + 40, 1)] * 3, "not of a new one, nor of an accessed bit"
+
+
+def test_addresses_that_have_no_entry_of_the_guests(guest) -> None:
+    third, second, table, data = (guest.frame() for _ in range(4))
+    guest.frames.words[third * 512], guest.frames.words[second * 512] = second << 12 | 7, table << 12 | 7
+    assert guest.update(guest.domain.state.kernel_root, 0, third << 12 | 7) == 0
+    assert guest.call("update_va_mapping", 0x5000, data << 12 | 7, abi.UVMF_INVLPG) == 0
+    assert guest.cpu.invalidated == [0x5000] and entries(guest.frames, table)[5] == data << 12 | 7
+    for linear in (1 << 48, 0x5000 | 1 << 63, 1 << 40, abi.HYPERVISOR_VIRT_START, abi.HYPERVISOR_VIRT_END - 1):
+        assert guest.call("update_va_mapping", linear, 0, 0) == -abi.EINVAL
+    for entry in (table << 12 | 3, (1 << 52) - 1, data << 12 | 0x9F):
+        assert guest.call("update_va_mapping", 0x5000, entry, 0) in (-abi.EINVAL, -abi.EPERM)
+    flushes = guest.cpu.flushes
+    assert guest.call("update_va_mapping", 0x5000, 0, (1 << 64) - 4 | abi.UVMF_TLB_FLUSH) == 0
+    assert guest.cpu.flushes == flushes + 1
+    for domain, result in ((abi.DOMID_SELF, 0), (guest.domain.number, 0), (0, -abi.ESRCH), (0xFFFF, -abi.ESRCH)):
+        assert guest.call("update_va_mapping_otherdomain", 0x5000, 0, 0, domain) == result
+
+
+HUGE = (1 << 64) - 1
+
+
+def test_mmuext_op_on_what_there_is_not(guest) -> None:
+    data, state = guest.frame(), guest.domain.state
+    root = state.kernel_root
+    before = bytes(guest.frames.references)
+    for command in range(19):
+        for first, second in ((HUGE, HUGE), (0, HUGE), (1 << 52, 0), (guest.domain.own.shared_info, HUGE)):
+            result = guest.extended(command, first, second)
+            harmless = command in range(6, 12) or (command, first) == (abi.MMUEXT_NEW_USER_BASEPTR, 0)
+            harmless |= (command, second) == (abi.MMUEXT_SET_LDT, 0) and not first & 0xFFF
+            harmless |= command == abi.MMUEXT_CLEAR_PAGE and first == guest.domain.own.shared_info
+            assert result == 0 if harmless else result < 0, (command, first, second)
+    assert bytes(guest.frames.references) == before and state.kernel_root == root
+    for command in (19, 0x7FFFFFFF, 0xFFFFFFFF):
+        assert guest.extended(command, data) == -abi.ENOSYS
+    assert guest.extended(abi.MMUEXT_FLUSH_CACHE) == -abi.EACCES
+    assert guest.extended(abi.MMUEXT_SET_LDT, 0x1000, 8193) == guest.extended(abi.MMUEXT_SET_LDT, 8, 1) == -abi.EINVAL
+    assert guest.call("mmuext_op", 0xDEAD0000, 1, 0, abi.DOMID_SELF) == -abi.EFAULT
+    assert guest.call("mmuext_op", 0x10000, 1, 0, 5) == guest.call("mmu_update", 0x10000, 1, 0, 5) == -abi.ESRCH
+    assert guest.call("mmu_update", 0x10000, 0, 0, 3 << 16 | abi.DOMID_SELF) == -abi.ESRCH
+    assert guest.call("mmuext_op", 0xDEAD0000, 0, 0, abi.DOMID_SELF) == 0
+
+
+def test_copies_and_clears_of_pages(guest) -> None:
+    source, target, table = (guest.frame() for _ in range(3))
+    assert guest.extended(abi.MMUEXT_PIN_L1_TABLE, table) == 0
+    guest.frames.words[source * 512 + 511] = 7
+    assert guest.extended(abi.MMUEXT_COPY_PAGE, target, source) == 0 and entries(guest.frames, target)[511] == 7
+    assert guest.extended(abi.MMUEXT_CLEAR_PAGE, target) == 0 and not any(entries(guest.frames, target))
+    assert guest.extended(abi.MMUEXT_COPY_PAGE, target, table) == 0, "tables may be read"
+    assert guest.extended(abi.MMUEXT_COPY_PAGE, table, source) == -abi.EINVAL
+    assert [guest.frames.references[frame] for frame in (source, target, table)] == [1, 1, 2]

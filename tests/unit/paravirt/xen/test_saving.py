@@ -101,7 +101,7 @@ def busy(guest: Guest) -> Guest:
     assert guest.call("event_channel_op", abi.EVTCHNOP_BIND_IPI, A) == 0
     guest.put("<HH", abi.DOMID_SELF, abi.DOMID_SELF)
     assert guest.call("event_channel_op", abi.EVTCHNOP_ALLOC_UNBOUND, A) == 0
-    events.bind_loopback(guest.get("<HHI")[2])
+    events.bind_loopback(guest.get("<HHI")[2], domain.number)
     domain.timers.single.set(5_000_000)
     domain.timers.start_periodic(2_000_000)
     domain.timers.poll.set(9_000_000)

@@ -77,7 +77,7 @@ class _Channels:
     def _bind_interdomain(self, argument: int) -> int:
         remote, port = self._read(argument, "<H2xI")
         self._domain.check_self(remote, ESRCH)
-        return self._answer(argument + 8, self._domain.events.bind_loopback(port))
+        return self._answer(argument + 8, self._domain.events.bind_loopback(port, self._domain.number))
 
     def _bind_virq(self, argument: int) -> int:
         virq, vcpu = self._read(argument, "<II")
@@ -99,9 +99,7 @@ class _Channels:
         own, remote = self._read(argument, "<HH")
         self._domain.check_self(own, ESRCH)
         if remote == abi.DOMID_SELF:
-            from trivisor.paravirt.xen.domain import OWN_ID
-
-            remote = OWN_ID
+            remote = self._domain.number
         return self._answer(argument + 4, self._domain.events.allocate_unbound(remote))
 
     def _close(self, argument: int) -> int:

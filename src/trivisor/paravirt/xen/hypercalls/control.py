@@ -74,7 +74,9 @@ class _Control:
                 return abi.PAGE_SIZE
             case abi.XENVER_GUEST_HANDLE:
                 cpu.store(argument, struct.pack("<QQ", 0, 0))
-            case abi.XENVER_COMMANDLINE | abi.XENVER_BUILD_ID:
+            case abi.XENVER_COMMANDLINE:
+                cpu.store(argument, b"<denied>\0")
+            case abi.XENVER_BUILD_ID:
                 raise HypercallError(EPERM)
             case _:
                 raise HypercallError(ENOSYS)
@@ -110,7 +112,7 @@ class _Control:
         else:
             operation, _, *arguments = struct.unpack("<8Q", self._domain.cpu.load(at, MULTICALL_SIZE))
         if operation == HYPERCALL_NUMBERS["multicall"]:
-            return -ENOSYS
+            return -EINVAL
         return self._domain.call(operation, tuple(arguments))
 
     def console_io(self, command: int, count: int, buffer: int, *_: int) -> int:
@@ -148,6 +150,9 @@ class _Control:
                 domain.io_privilege_changed()
                 return 0
             case abi.PHYSDEVOP_SET_IOBITMAP:
+                (ports,) = struct.unpack("<8xI", domain.cpu.load(argument, 12))  # none of them is there
+                if ports > 65536:
+                    raise HypercallError(EINVAL)
                 return 0
             case abi.PHYSDEVOP_IRQ_STATUS_QUERY | abi.PHYSDEVOP_EOI:
                 raise HypercallError(EINVAL)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from trivisor.paravirt.xen import abi
 from trivisor.paravirt.xen.abi import EINVAL, ENOSYS, EPERM, ESRCH, HYPERCALL_NUMBERS
 from trivisor.paravirt.xen.errors import HypercallError, Preempted
 from trivisor.paravirt.xen.own_memory import NO_FRAME
+from trivisor.x86.exceptions import GuestException
 
 if TYPE_CHECKING:
     from trivisor.paravirt.xen.domain import Domain
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 _E820_RAM = 1
 _AT_A_TIME = 512
+_MOST_EXTENTS = 0xFFFFFFFF >> abi.MEMOP_EXTENT_SHIFT
+"""As many as the rest of a preempted call can tell of."""
 _MACH2PHYS_SIZE = 0x4000000000
 
 
@@ -29,9 +33,9 @@ class _Memory:
         self._domain = domain
         self._operations = {
             abi.XENMEM_MAXIMUM_RAM_PAGE: lambda _: domain.frames.count - 1,
-            abi.XENMEM_CURRENT_RESERVATION: lambda _: domain.frames.owned,
-            abi.XENMEM_MAXIMUM_RESERVATION: lambda _: domain.pages,
-            abi.XENMEM_MAXIMUM_GPFN: lambda _: domain.pages - 1,
+            abi.XENMEM_CURRENT_RESERVATION: self._of_self(lambda: domain.frames.owned),
+            abi.XENMEM_MAXIMUM_RESERVATION: self._of_self(lambda: domain.pages),
+            abi.XENMEM_MAXIMUM_GPFN: self._of_self(lambda: domain.pages - 1),
             abi.XENMEM_MEMORY_MAP: self._memory_map,
             abi.XENMEM_MACHPHYS_MAPPING: self._machphys_mapping,
             abi.XENMEM_MACHPHYS_MFN_LIST: self._machphys_mfn_list,
@@ -51,23 +55,34 @@ class _Memory:
             raise HypercallError(ENOSYS)
         return handler(argument)
 
+    def _of_self(self, answer: Callable[[], int]) -> Callable[[int], int]:
+        """An operation that tells a number about the domain whose id is the argument."""
+
+        def operation(argument: int) -> int:
+            self._domain.check_self(int.from_bytes(self._domain.cpu.load(argument, 2), "little"), ESRCH)
+            return answer()
+
+        return operation
+
     def _reservation(self, operation: int, argument: int, done: int) -> int:
-        """struct xen_memory_reservation; returns how many extents were done, short of all when one cannot be."""
-        domain = self._domain
-        start, count, order, _, who = struct.unpack("<QQIIH", domain.cpu.load(argument, 26))
-        domain.check_self(who, ESRCH)
-        if order:  # frames that follow each other are for domains with hardware of their own
+        """struct xen_memory_reservation; returns how many extents were done, short of all whatever went wrong."""
+        try:
+            start, count, order, _, who = struct.unpack("<QQIIH", self._domain.cpu.load(argument, 26))
+            self._domain.check_self(who, ESRCH)
+        except (GuestException, HypercallError):
             return done
-        for number in range(done, min(count, done + _AT_A_TIME)):
+        # Frames that follow each other are for domains with hardware of their own.
+        if order or done >= count or count > _MOST_EXTENTS:
+            return done
+        end: int = min(count, done + _AT_A_TIME)
+        for number in range(done, end):
             try:
                 self._extent(operation, start + 8 * number)
-            except HypercallError:
+            except (GuestException, HypercallError):
                 return number
-        if done + _AT_A_TIME < count:
-            if done + _AT_A_TIME >= 1 << 26:
-                return done + _AT_A_TIME
-            raise Preempted(operation | done + _AT_A_TIME << abi.MEMOP_EXTENT_SHIFT, argument)
-        return int(count)
+        if end < count:
+            raise Preempted(operation | end << abi.MEMOP_EXTENT_SHIFT, argument)
+        return end
 
     def _extent(self, operation: int, address: int) -> None:
         domain = self._domain

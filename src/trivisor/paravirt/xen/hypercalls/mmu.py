@@ -6,7 +6,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from trivisor.paravirt.xen import abi
-from trivisor.paravirt.xen.abi import EINVAL, ENOSYS, EPERM, ESRCH, HYPERCALL_NUMBERS
+from trivisor.paravirt.xen.abi import EACCES, EINVAL, ENOSYS, ESRCH, HYPERCALL_NUMBERS
 from trivisor.paravirt.xen.errors import HypercallError, Preempted
 from trivisor.paravirt.xen.frames import L1, L4
 from trivisor.paravirt.xen.page_tables import ACCESSED, DIRTY
@@ -177,7 +177,7 @@ class _Mmu:
             if first >> 47 in (0, 0x1FFFF):
                 self._domain.cpu.invalidate(first)
         elif command in (abi.MMUEXT_FLUSH_CACHE, abi.MMUEXT_FLUSH_CACHE_GLOBAL):
-            raise HypercallError(EPERM)  # for domains with hardware of their own
+            raise HypercallError(EACCES)  # for domains with hardware of their own
         elif command in self._operations:
             self._operations[command](first, second)
         else:

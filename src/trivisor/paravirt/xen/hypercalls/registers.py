@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from trivisor.machine.deprivileged import FS, GS
 from trivisor.paravirt.xen import abi, traps
-from trivisor.paravirt.xen.abi import EINVAL, ENOSYS, EPERM, HYPERCALL_NUMBERS
-from trivisor.paravirt.xen.debug_registers import set_debug_register
+from trivisor.paravirt.xen.abi import EINVAL, ENODEV, ENOSYS, HYPERCALL_NUMBERS
+from trivisor.paravirt.xen.debug_registers import debug_register, set_debug_register
 from trivisor.paravirt.xen.descriptors import check_descriptor
-from trivisor.paravirt.xen.errors import HypercallError
+from trivisor.paravirt.xen.errors import HypercallError, Preempted
 from trivisor.paravirt.xen.frames import DESCRIPTORS, WRITABLE
 from trivisor.paravirt.xen.page_tables import PRESENT
 from trivisor.paravirt.xen.vcpu_state import NO_CALLBACK, Callback, Trap
@@ -21,7 +21,20 @@ if TYPE_CHECKING:
     from trivisor.paravirt.xen.hypercalls import Handler
 
 _TRAP = struct.Struct("<BBHI4xQ")
+_TRAPS_AT_A_TIME = 256
+_MASK64 = (1 << 64) - 1
 _GDT_ENTRIES = abi.FIRST_RESERVED_GDT_ENTRY
+
+
+_CALLBACKS = {
+    abi.CALLBACKTYPE_EVENT: "event",
+    abi.CALLBACKTYPE_FAILSAFE: "failsafe",
+    abi.CALLBACKTYPE_SYSCALL: "syscall",
+    abi.CALLBACKTYPE_SYSCALL32: "syscall32",
+    abi.CALLBACKTYPE_SYSENTER: "sysenter",
+    abi.CALLBACKTYPE_NMI: "nmi",
+}
+"""Where `VcpuState` has them."""
 
 
 def is_canonical(address: int) -> bool:
@@ -60,26 +73,27 @@ class _Registers:
             domain.state.traps.clear()
             domain.state.entries_changed()
             return 0
-        for number in range(257):
-            raw = domain.cpu.load(table + number * abi.TRAP_INFO_SIZE, abi.TRAP_INFO_SIZE)
+        for address_of in range(table, table + _TRAPS_AT_A_TIME * abi.TRAP_INFO_SIZE, abi.TRAP_INFO_SIZE):
+            raw = domain.cpu.load(address_of, abi.TRAP_INFO_SIZE)
             vector, flags, selector = raw[0], raw[1], int.from_bytes(raw[2:4], "little")
             address = int.from_bytes(raw[8:16], "little")
             if not address:
-                break
+                return 0
             if not is_canonical(address):
                 raise HypercallError(EINVAL)
             domain.state.traps[vector] = Trap(
                 address, selector | 3, flags & abi.TRAP_DPL, bool(flags & abi.TRAP_CLEARS_EVENTS)
             )
             domain.state.entries_changed()
-        return 0
+        raise Preempted(table + _TRAPS_AT_A_TIME * abi.TRAP_INFO_SIZE & _MASK64)
 
     def set_gdt(self, frame_list: int, entries: int, *_: int) -> int:
         domain = self._domain
+        entries &= 0xFFFFFFFF
         if entries > _GDT_ENTRIES:
             raise HypercallError(EINVAL)
         count = -(-entries // 512)
-        frames = list(struct.unpack(f"<{count}Q", domain.cpu.load(frame_list, 8 * count)))
+        frames = list(struct.unpack(f"<{count}Q", domain.cpu.load(frame_list, 8 * count))) if count else []
         taken: list[int] = []
         try:
             for frame in frames:
@@ -125,13 +139,11 @@ class _Registers:
         return 0
 
     def set_callbacks(self, event: int, failsafe: int, syscall: int, *_: int) -> int:
-        if not (is_canonical(event) and is_canonical(failsafe) and is_canonical(syscall)):
-            raise HypercallError(EINVAL)
-        state = self._domain.state
-        state.event = Callback(event, True)
-        state.failsafe = Callback(failsafe, state.failsafe.masks_events)
-        state.syscall = Callback(syscall, state.syscall.masks_events)
-        state.entries_changed()
+        """callback_op for three of them, without flags; one that is no address is left as it was."""
+        for name, address in (("event", event), ("failsafe", failsafe), ("syscall", syscall)):
+            if is_canonical(address):
+                setattr(self._domain.state, name, Callback(address, False))
+        self._domain.state.entries_changed()
         return 0
 
     def callback_op(self, operation: int, argument: int, *_: int) -> int:
@@ -144,45 +156,47 @@ class _Registers:
             return 0
         if operation == abi.CALLBACKOP_UNREGISTER:
             (kind,) = struct.unpack("<H", domain.cpu.load(argument, 2))
-            if kind not in (abi.CALLBACKTYPE_NMI, abi.CALLBACKTYPE_SYSENTER, abi.CALLBACKTYPE_SYSCALL32):
+            if kind not in _CALLBACKS:
+                raise HypercallError(ENOSYS)
+            if kind != abi.CALLBACKTYPE_NMI:
                 raise HypercallError(EINVAL)
             self._set_callback(kind, NO_CALLBACK)
             return 0
         raise HypercallError(ENOSYS)
 
     def _set_callback(self, kind: int, callback: Callback) -> None:
-        names = {
-            abi.CALLBACKTYPE_EVENT: "event",
-            abi.CALLBACKTYPE_FAILSAFE: "failsafe",
-            abi.CALLBACKTYPE_SYSCALL: "syscall",
-            abi.CALLBACKTYPE_SYSCALL32: "syscall32",
-            abi.CALLBACKTYPE_SYSENTER: "sysenter",
-            abi.CALLBACKTYPE_NMI: "nmi",
-        }
-        if kind not in names:
+        if kind not in _CALLBACKS:
             raise HypercallError(ENOSYS)
-        setattr(self._domain.state, names[kind], callback)
+        setattr(self._domain.state, _CALLBACKS[kind], callback)
         self._domain.state.entries_changed()
 
-    def nmi_op(self, operation: int, *_: int) -> int:
-        """There is no NMI for this domain to be told of but that it sends itself, which goes by callback_op."""
-        raise HypercallError(ENOSYS)
+    def nmi_op(self, operation: int, argument: int, *_: int) -> int:
+        """The older form of callback_op for NMIs, of which none comes."""
+        if operation == abi.XENNMI_REGISTER_CALLBACK:
+            (address,) = struct.unpack("<Q8x", self._domain.cpu.load(argument, 16))
+            if not is_canonical(address):
+                raise HypercallError(EINVAL)
+            self._set_callback(abi.CALLBACKTYPE_NMI, Callback(address, True))
+        elif operation == abi.XENNMI_UNREGISTER_CALLBACK:
+            self._set_callback(abi.CALLBACKTYPE_NMI, NO_CALLBACK)
+        else:
+            raise HypercallError(ENOSYS)
+        return 0
 
     def fpu_taskswitch(self, wanted: int, *_: int) -> int:
         self._domain.cpu.fpu_disabled = bool(wanted & 0xFFFFFFFF)
         return 0
 
     def set_debugreg(self, number: int, value: int, *_: int) -> int:
-        if number > 7:
-            raise HypercallError(EINVAL)
-        if not set_debug_register(self._domain, number, value):
-            raise HypercallError(EPERM)
+        if error := set_debug_register(self._domain, number & 0xFFFFFFFF, value):
+            raise HypercallError(error)
         return 0
 
     def get_debugreg(self, number: int, *_: int) -> int:
-        if number > 7:
-            raise HypercallError(EINVAL)
-        return self._domain.cpu.dr[number + 2 if number in (4, 5) else number]
+        value = debug_register(self._domain, number & 0xFFFFFFFF)
+        if value is None:
+            raise HypercallError(ENODEV)
+        return value
 
     def set_segment_base(self, which: int, base: int, *_: int) -> int:
         domain, cpu = self._domain, self._domain.cpu

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from trivisor.machine.stop import Crash, PowerOff, Reset
 from trivisor.paravirt.xen import abi
-from trivisor.paravirt.xen.abi import EINVAL, ENOENT, ENOSYS, EPERM, ETIME, HYPERCALL_NUMBERS
+from trivisor.paravirt.xen.abi import EEXIST, EINVAL, ENOENT, ENOSYS, EPERM, ESRCH, ETIME, HYPERCALL_NUMBERS
 from trivisor.paravirt.xen.errors import HypercallError
+from trivisor.paravirt.xen.grants import BACK_END_DOMAIN
 from trivisor.paravirt.xen.timers import LONGEST_PERIOD, SHORTEST_PERIOD
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class _Scheduling:
         self._operations = {
             abi.VCPUOP_IS_UP: lambda _: 1,
             abi.VCPUOP_UP: lambda _: 0,
+            abi.VCPUOP_DOWN: self._down,
+            abi.VCPUOP_GET_PHYSID: _not_pinned,
             abi.VCPUOP_INITIALISE: _already_up,
             abi.VCPUOP_GET_RUNSTATE_INFO: self._get_runstate,
             abi.VCPUOP_REGISTER_RUNSTATE_MEMORY_AREA: self._register_runstate,
@@ -65,8 +68,10 @@ class _Scheduling:
             case abi.SCHEDOP_POLL:
                 return self._do_poll(argument)
             case abi.SCHEDOP_REMOTE_SHUTDOWN:
-                raise HypercallError(EPERM)
+                (who,) = struct.unpack("<H", domain.cpu.load(argument, 2))
+                raise HypercallError(EPERM if who in (BACK_END_DOMAIN, domain.number) else ESRCH)
             case abi.SCHEDOP_SHUTDOWN_CODE:
+                domain.cpu.load(argument, 4)  # the reason that a later shutdown is to have in its place: it has its own
                 return 0
         raise HypercallError(ENOSYS)
 
@@ -102,6 +107,9 @@ class _Scheduling:
         if any(port >= abi.EVTCHN_2L_PORTS for port in ports):
             raise HypercallError(EINVAL)
         self._timers.poll.stop()
+        view, info = domain.view, domain.events.vcpu_info
+        if view[info] and not view[info + 1]:
+            return 0  # the upcall comes first
         if not domain.events.poll(ports):
             return 0
         if timeout:
@@ -151,6 +159,12 @@ class _Scheduling:
             raise HypercallError(ENOSYS)
         return handler(argument)
 
+    def _down(self, _argument: int) -> int:
+        """The last processor goes: that is a power-off."""
+        self._domain.platform.stop(PowerOff())
+        self._domain.block()
+        return 0
+
     def _runstate(self) -> bytes:
         """It has run all the time: waiting for events is not told apart."""
         now = self._domain.time.now()
@@ -189,7 +203,9 @@ class _Scheduling:
         raise HypercallError(ENOSYS)
 
 
-def _already_up(_argument: int) -> int:
-    from trivisor.paravirt.xen.abi import EEXIST
+def _not_pinned(_argument: int) -> int:
+    raise HypercallError(EINVAL)
 
+
+def _already_up(_argument: int) -> int:
     raise HypercallError(EEXIST)

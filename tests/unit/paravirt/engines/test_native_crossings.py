@@ -448,7 +448,7 @@ def test_multicalls_of_what_is_done_natively_and_not(boot: Boot, at: int) -> Non
     version, no_entry = outcomes[0][1], (1 << 64) - abi.ENOENT
     assert version == 4 << 16 | 17
     assert outcomes[0] == [
-        0, version, no_entry, 0, _EINVAL, _ENOSYS, 4096, _ENOSYS, 0, _ENOSYS, 0, 0, 1, 0,
+        0, version, no_entry, 0, _EINVAL, _EINVAL, 4096, _ENOSYS, 0, _ENOSYS, 0, 0, 1, 0,
     ]  # fmt: skip
 
 

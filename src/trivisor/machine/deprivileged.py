@@ -101,6 +101,14 @@ class DeprivilegedCpu(Protocol):
     fpu_disabled: bool
     """CR0.TS: x87, SSE and AVX instructions raise #NM."""
 
+    @property
+    def forgets_at_once(self) -> bool:
+        """Whether it uses no translation that the page tables do not have, unless `entry_changed` says that it may.
+
+        Of entries that are not changed but lost with their table, only those count that the kernel's space has or the
+        user's had when it was entered last.
+        """
+
     interrupt_flag_ignored: bool
     """CLI and STI by the guest's kernel do nothing; else they raise #GP."""
 

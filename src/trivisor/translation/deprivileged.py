@@ -22,6 +22,8 @@ from trivisor.x86.paging import Access
 _LIMIT = 0xFFFFFFFF
 _IGNORE_CLI = OFFSETS["IGNORE_CLI"] // 8
 _ROOTS = tuple(OFFSETS[name] // 8 for name in ("ROOT_USER", "ROOT_KERNEL"))
+_ADDRESS = (1 << 52) - PAGE_SIZE
+_EMPTY = bytes(PAGE_SIZE)
 _FLAT_CODE, _FLAT_DATA = 0xA0FB, 0xC0F3
 """Attributes of flat 64-bit segments of ring 3."""
 
@@ -76,6 +78,10 @@ class Deprivileged:
     def xcr0(self, value: int) -> None:
         self._core.xcr0 = value
         self._vcpu.mode_changed()
+
+    @property
+    def forgets_at_once(self) -> bool:
+        return True
 
     @property
     def fsgsbase(self) -> bool:
@@ -165,7 +171,11 @@ class Deprivileged:
         self._vcpu.invalidate_page(linear)
 
     def entry_changed(self, address: int, level: int, old: int, new: int) -> bool:
-        return level > 1 or self._vcpu.entry_changed(address, old)
+        if level == 1:
+            return self._vcpu.entry_changed(address, old)
+        # Through an empty table nothing is known: what was went with its entries.
+        table = old & _ADDRESS
+        return bool(self._view[table : table + PAGE_SIZE] != _EMPTY)
 
     # -- memory ---------------------------------------------------------------------------------------------
 
@@ -198,6 +208,8 @@ class Deprivileged:
         self._view[physical : physical + len(data)] = data
 
     def memory_written(self, address: int, length: int) -> None:
+        if self._words[_ROOTS[0]] == address:
+            self._words[_ROOTS[0]] = MASK64  # the user's TLB is of a table that has given place to another
         if self._mmu.code_lines[address >> 12]:
             self._vcpu.memory_written(address, length)
 

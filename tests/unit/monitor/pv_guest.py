@@ -26,7 +26,7 @@ NOTES = {
     6: b"test\0", 5: b"xen-3.0\0", 3: struct.pack("<Q", BASE), 4: bytes(8), 1: struct.pack("<Q", BASE + 0x1000000),
 }  # fmt: skip
 LOAD = (1 << 64) - 2
-END, STORE = (1 << 64) - 1, (1 << 64) - 3
+END, STORE, CALL = (1 << 64) - 1, (1 << 64) - 3, (1 << 64) - 4
 
 STORES = (
     "mov [rdi], rdx", "xchg [rdi], rdx", "lock cmpxchg [rdi], rdx", "lock and byte [rdi], 0xfd",
@@ -37,7 +37,7 @@ STORES = (
 """Stores to rdi, r12 and r13 alike, of rdx and r8 alike; rcx is 0."""
 
 # Each record: number, four arguments, result, and for a store rdx and flags.  Number LOAD is a load from the first
-# argument; STORE is the store to it whose number is the second, of the third, with rax = the fourth.
+# argument; STORE is the store to it whose number is the second, of the third, with rax = the fourth; CALL calls it.
 GUEST = f"""
     jmp start
 fault:
@@ -59,6 +59,8 @@ next:
     mov r10, [rbx+32]
     cmp rax, -3
     je store
+    cmp rax, -4
+    je code
     syscall
     jmp result
 store:
@@ -82,6 +84,9 @@ stored:
     xor rdx, rdi
     xor rdx, r8
     mov [rbx+48], rdx
+    jmp result
+code:
+    call rdi
     jmp result
 load:
     mov rax, [rdi]

@@ -308,10 +308,20 @@ class Domain:
         self.cpu.interrupt_flag_ignored = self.kernel_may_do_io
 
     def flush(self) -> None:
-        """Empty the TLBs."""
+        """Have the processor use nothing any more that page tables do not have."""
         self.frames.epoch += 1
-        self.table.words[INDEX["STALE"]] = 0
-        self.cpu.flush()
+        if self._may_be_stale:
+            self.table.words[INDEX["STALE"]] = 0
+            self.cpu.flush()
+
+    def invalidate(self, linear: int) -> None:
+        """The same for one linear address."""
+        if self._may_be_stale:
+            self.cpu.invalidate(linear)
+
+    @property
+    def _may_be_stale(self) -> bool:
+        return bool(self.table.words[INDEX["STALE"]]) or not self.cpu.forgets_at_once
 
     def descriptor_tables_changed(self) -> None:
         """The GDT or the LDT is another, or its content is."""

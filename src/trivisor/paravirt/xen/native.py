@@ -20,6 +20,7 @@ from trivisor.paravirt.xen.native_privileged import PRIVILEGED
 from trivisor.paravirt.xen.native_table_writes import TABLE_WRITES
 from trivisor.paravirt.xen.native_timers import TIMERS
 from trivisor.paravirt.xen.native_traps import SET_FLAT, TRAPS
+from trivisor.paravirt.xen.page_tables import ACCESSED, DIRTY
 from trivisor.paravirt.xen.shared_table import SYMBOLS, SharedTable
 
 
@@ -143,6 +144,10 @@ xen_gs_user_selector:
     jmp xen_done
 """
 
+_COMPARED = 8
+"""Entries at a time."""
+assert (511 - LAST_XEN_SLOT) % _COMPARED == 0
+
 _SPACES = f"""
 ; mmuext_op: one or two operations that change the address space, flush, or forget a page.
 xen_mmuext_op:
@@ -231,8 +236,7 @@ xen_extended_do:
     inc rdx
     cmp rdx, 1
     ja xen_extended_done
-    mov rdi, rbp
-    call invalidate_page
+    call xen_forget_page
     jmp xen_extended_done
 xen_new_root:
     mov r10, [rbx+X_KERNEL_ROOT]
@@ -250,12 +254,23 @@ xen_new_root:
     add rdx, [rbp+RAM_BASE]
     lea rsi, [r10+8*{LAST_XEN_SLOT + 1}]
     lea rdi, [rdx+8*{LAST_XEN_SLOT + 1}]
-    mov ecx, {511 - LAST_XEN_SLOT}
-    cld
-    repe cmpsq
-    jne xen_flush
+    mov ecx, {(511 - LAST_XEN_SLOT) // _COMPARED}
+xen_same_half:
+    xor eax, eax
+    {"".join(f'''
+    mov r8, [rsi+{at}]
+    xor r8, [rdi+{at}]
+    or rax, r8''' for at in range(0, 8 * _COMPARED, 8))}
+    and rax, {~(ACCESSED | DIRTY)}
+    jnz xen_other_half
+    add rsi, {8 * _COMPARED}
+    add rdi, {8 * _COMPARED}
+    dec ecx
+    jnz xen_same_half
     call supervised_flush_lower
     jmp xen_extended_done
+xen_other_half:
+    mov qword [rbx+X_STALE], 1
 xen_flush:
     call xen_forget
     jmp xen_extended_done

@@ -163,9 +163,8 @@ xen_update_va_mapping:
     cmp eax, {abi.UVMF_INVLPG}
     jb xen_update_va_flush
     ja xen_updated_va
-    mov rdi, rbp
     mov rsi, [rbp+GPR_RDI]
-    call invalidate_page
+    call xen_forget_page
     jmp xen_updated_va
 xen_update_va_flush:
     test eax, eax

@@ -138,7 +138,7 @@ def _clts(domain: Domain, instruction: Instruction) -> bool:
 
 
 def _invlpg(domain: Domain, instruction: Instruction) -> bool:
-    domain.cpu.invalidate(memory_address(domain.cpu, instruction))
+    domain.invalidate(memory_address(domain.cpu, instruction))
     return True
 
 

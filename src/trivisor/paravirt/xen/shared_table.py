@@ -47,7 +47,7 @@ _NAMES = (
     *(f"CALL_{name}" for name in ARGUMENTS),
     "LINGERING_KERNEL",  # frames of level-4 tables that are kept validated for a while (page_tables.py); 0: none
     "LINGERING_USER",
-    "STALE",  # 1: TLBs may have more of the kernel's half than the page tables, but for single entries of level 1
+    "STALE",  # 1: TLBs may have what page tables do not have any more (`DeprivilegedCpu.entry_changed`)
     "ENTRY",  # what native_traps.py enters the kernel with
     "ENTRY_MASKS",
     "ENTRY_ERROR",

@@ -35,6 +35,7 @@ class StillCpu:
         self.fpu_disabled = False
         self.fsgsbase = False
         self.interrupt_flag_ignored = False
+        self.forgets_at_once = False
         self.other_gs = 0
         self.memory = bytearray(_ROOM)
         self.selectors = [0, abi.FLAT_RING3_CS64, abi.FLAT_RING3_SS, 0, 0, 0]

@@ -178,6 +178,10 @@ class Deprivileged:
         if self._run.cr3 != root:
             self._run.cr3 = root
 
+    @property
+    def forgets_at_once(self) -> bool:
+        return False
+
     def flush(self) -> None:
         self.flush_wanted = True
 

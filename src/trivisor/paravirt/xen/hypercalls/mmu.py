@@ -135,7 +135,7 @@ class _Mmu:
         if kind == abi.UVMF_TLB_FLUSH:
             self._domain.flush()
         elif kind == abi.UVMF_INVLPG:
-            self._domain.cpu.invalidate(linear)
+            self._domain.invalidate(linear)
         return 0
 
     def update_va_mapping_otherdomain(self, linear: int, entry: int, flags: int, domain: int, *_: int) -> int:
@@ -175,7 +175,7 @@ class _Mmu:
             self._domain.flush()
         elif command in (abi.MMUEXT_INVLPG_LOCAL, abi.MMUEXT_INVLPG_MULTI, abi.MMUEXT_INVLPG_ALL):
             if first >> 47 in (0, 0x1FFFF):
-                self._domain.cpu.invalidate(first)
+                self._domain.invalidate(first)
         elif command in (abi.MMUEXT_FLUSH_CACHE, abi.MMUEXT_FLUSH_CACHE_GLOBAL):
             raise HypercallError(EACCES)  # for domains with hardware of their own
         elif command in self._operations:

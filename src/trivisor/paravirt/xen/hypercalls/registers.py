@@ -109,7 +109,7 @@ class _Registers:
         domain.own.set_gdt(frames)
         for address in domain.own.gdt_entries:
             domain.cpu.entry_changed(address, 1, 0, PRESENT)
-        domain.flush()
+        domain.cpu.flush()  # whatever `STALE` says: it tells of the guest's tables
         domain.descriptor_tables_changed()
         return 0
 

@@ -143,7 +143,7 @@ def _assemble_xen(
             xen.attach_network(lambda deliver: UserNetwork(deliver, network.forwards))
         for disk in plan.hardware.disks:
             xen.attach_disk(DiskFile(disk.path, readonly=disk.readonly))
-        vcpu, cpu = xen_processor(xen, plan.engine, kept_directory() if plan.keep else None)
+        vcpu, cpu = xen_processor(xen, plan.engine, begin_keeping(plan.keep))
     except BaseException:
         xen.close()
         raise
@@ -212,10 +212,10 @@ def make_vcpu(technique: str, board: Pc, hardware: Hardware, cpuid: GuestCpuid |
 
     `keep`: machine code may be taken from the user's cache, and left there.
     """
-    from trivisor.translation.cpu import TranslationVcpu
-
-    keep_in = kept_directory() if keep else None
+    keep_in = begin_keeping(keep)
     if technique == "translation":
+        from trivisor.translation.cpu import TranslationVcpu
+
         return TranslationVcpu(board, hardware.cpu, cpuid, keep_in)
     assert technique == "hardware"
     from trivisor.hardware.kvm.system import KvmUnavailable
@@ -286,6 +286,16 @@ def keeper_for(vcpu: Vcpu, guest: bytes, booted: bytes = b"") -> Keeper | None:
     if not guest or directory is None or not isinstance(vcpu, TranslationVcpu):
         return None
     return Keeper(vcpu.blocks, directory, guest, booted)
+
+
+def begin_keeping(keep: bool) -> Path | None:
+    """Where an engine's machine code is kept, if it is to be; before its modules are imported, which assemble some."""
+    directory = kept_directory() if keep else None
+    if directory is not None:
+        from trivisor.translation.assembled import PIECES
+
+        PIECES.take_kept(directory)
+    return directory
 
 
 def kept_directory() -> Path | None:

@@ -19,7 +19,7 @@ from trivisor.machine.memory import MAXIMUM_RAM, GuestMemory
 from trivisor.machine.saved_values import part, text
 from trivisor.machine.saving import Remembers, Saved
 from trivisor.machine.state_values import load_cpuid, load_state, save_cpuid, save_state
-from trivisor.monitor.assembly import Assembly, keeper_for, kept_directory, make_vcpu, make_xen_machine
+from trivisor.monitor.assembly import Assembly, begin_keeping, keeper_for, make_vcpu, make_xen_machine
 from trivisor.monitor.handover import EXCHANGEABLE
 from trivisor.monitor.plan import DEVICES, Hardware
 from trivisor.monitor.snapshot_file import SnapshotFile
@@ -177,7 +177,7 @@ def _restore_xen(
     xen.clear()
     loading = file.begin_loading(xen.memory)
     try:
-        vcpu, cpu = xen_processor(xen, "translation", kept_directory() if keep else None, cpuid)
+        vcpu, cpu = xen_processor(xen, "translation", begin_keeping(keep), cpuid)
     except BaseException:
         loading.cancel()
         xen.close()

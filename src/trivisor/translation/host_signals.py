@@ -12,12 +12,12 @@ from __future__ import annotations
 import ctypes
 import mmap
 import signal
+import struct
 import threading
 
 from trivisor.machine.host_timer import HostTimer
+from trivisor.translation.assembled import assembled
 from trivisor.translation.code_cache import CodeCache
-from trivisor.translation.layout import SYMBOLS
-from trivisor.x86.assembler import assemble
 
 FAULTS = (signal.SIGSEGV, signal.SIGFPE, signal.SIGBUS, signal.SIGILL)
 TIMER_SIGNAL = signal.SIGRTMIN + 9
@@ -35,14 +35,16 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
 # ucontext_t of x86-64 Linux (asm/sigcontext.h): offsets of the saved rsp, rip and exception vector.
-_HANDLER = """
+_HANDLER = f"""
+MAXIMUM_REGIONS equ {_MAXIMUM_REGIONS}
+SAMPLES_AT_ONCE equ {SAMPLES_AT_ONCE}
 REGISTER_RSP equ 160
 REGISTER_RIP equ 168
 REGISTER_TRAPNO equ 200
 ; handler(edi = signal, rsi = siginfo, rdx = ucontext)
 fault:
     mov rax, [rdx+REGISTER_RIP]
-    mov rcx, REGIONS
+    mov rcx, [rel regions]
     mov r8d, MAXIMUM_REGIONS
 next:
     cmp rax, [rcx]
@@ -54,7 +56,7 @@ other:
     dec r8d
     jnz next
     ; not ours: go on to the handler that was there before, or to the default action
-    mov rcx, PREVIOUS
+    mov rcx, [rel previous]
     movsxd r8, edi
     mov rax, [rcx+r8*8]
     cmp rax, 1
@@ -63,7 +65,7 @@ other:
 default_action:
     ; restore the default and return: the instruction faults again, now fatally
     push rdi
-    mov rsi, DEFAULT_ACTION
+    mov rsi, [rel no_action]
     xor edx, edx
     mov r10d, 8
     mov eax, 13
@@ -118,6 +120,14 @@ timer:
     mov [rax+ARMED], rcx
     mov [rax+POLL], rcx
     ret
+    align 8
+; host addresses of the tables, filled in
+regions:
+    dq 0
+previous:
+    dq 0
+no_action:
+    dq 0
 """
 
 
@@ -152,20 +162,13 @@ class HostSignals:
         self._words = memoryview(self._tables).cast("Q")
         self._previous_at = _MAXIMUM_REGIONS * 4
         self._code = CodeCache(4096)
-        program = assemble(
-            _HANDLER,
-            origin=self._code.base,
-            symbols={
-                **SYMBOLS,
-                "REGIONS": address,
-                "MAXIMUM_REGIONS": _MAXIMUM_REGIONS,
-                "SAMPLES_AT_ONCE": SAMPLES_AT_ONCE,
-                "PREVIOUS": address + 8 * self._previous_at,
-                "DEFAULT_ACTION": address + 8 * (self._previous_at + 128),
-            },
-        )
-        self._code.append(program.code)
-        self._labels = program.labels
+        handler = assembled(_HANDLER)
+        code = bytearray(handler.code)
+        places = {"regions": 0, "previous": self._previous_at, "no_action": self._previous_at + 128}
+        for label, at in places.items():
+            struct.pack_into("<Q", code, handler.labels[label], address + 8 * at)
+        self._entries = {label: self._code.base + at for label, at in handler.labels.items()}
+        self._code.append(code)
         for number in FAULTS:
             old = self._install(number, "fault", _SA_SIGINFO | _SA_NODEFER)
             self._words[self._previous_at + number] = old.handler
@@ -173,7 +176,7 @@ class HostSignals:
         self._install(SAMPLE_SIGNAL, "sample", _SA_SIGINFO | _SA_RESTART)
 
     def _install(self, number: int, label: str, flags: int) -> SigAction:
-        new = SigAction(self._labels[label], flags | _SA_RESTORER, self._labels["restorer"], 0)
+        new = SigAction(self._entries[label], flags | _SA_RESTORER, self._entries["restorer"], 0)
         old = SigAction()
         if _libc.syscall(_SYS_RT_SIGACTION, number, ctypes.byref(new), ctypes.byref(old), 8):
             raise OSError(ctypes.get_errno(), f"cannot handle host signal {number}")

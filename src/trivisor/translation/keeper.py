@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from trivisor.translation import kept
+from trivisor.translation.assembled import PIECES
 from trivisor.translation.block_store import BlockStore
 
 WORTH_WRITING, WORTH_WRITING_RESTORED = 1000, 100
@@ -48,6 +49,7 @@ class Keeper:
 
     def save(self) -> None:
         """Write this run's translations down, if they are worth it; `state` tells if that cannot be done."""
+        PIECES.keep()
         blocks = self._blocks
         new = blocks.made - self._written
         before = self._archive.count if self._archive is not None else 0

@@ -49,6 +49,9 @@ LIMIT = 48 << 20
 TOTAL_LIMIT = 512 << 20
 """Bytes of all files; beyond, those that were not used for the longest time are removed."""
 _LEFT_OVER_SECONDS = 3600.0
+_UNUSED_SECONDS = 30 * 86400.0
+"""After which files that small are removed."""
+_DIGEST_SIZE = 32
 _record = Struct(TEMPLATE_FORMAT).pack_into
 
 
@@ -194,6 +197,27 @@ def write_whole(path: Path, *parts: bytes) -> None:
         with suppress(OSError):
             os.unlink(name)
         raise
+
+
+def read_checked(path: Path, limit: int) -> bytes:
+    """A file of at most `limit` bytes that begins with the digest of the rest; raises OSError or Ignored."""
+    with opened(path) as (file, length):
+        if length > limit:
+            raise Ignored("too long")
+        content = file.read()
+    digest, body = content[:_DIGEST_SIZE], content[_DIGEST_SIZE:]
+    if hashlib.sha256(body).digest() != digest:
+        raise Ignored("damaged")
+    return body
+
+
+def write_checked(path: Path, body: bytes) -> None:
+    """Write what `read_checked` reads, and remove such files beside it of versions that are gone; raises OSError."""
+    write_whole(path, hashlib.sha256(body).digest(), body)
+    for file in path.parent.glob("*" + path.suffix):
+        with suppress(OSError):
+            if time.time() - file.stat().st_mtime > _UNUSED_SECONDS:
+                file.unlink()
 
 
 def _clean(newest: Path) -> None:

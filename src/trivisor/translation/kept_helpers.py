@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,9 +15,7 @@ from trivisor.translation import kept
 from trivisor.translation.natives import Helpers, assembled_helpers
 
 _SUFFIX = ".helpers"
-_DIGEST_SIZE = 32
 _LIMIT = 4 << 20
-_UNUSED_SECONDS = 30 * 86400.0
 
 
 def kept_helpers(directory: Path, xsave_mask: int, supervision: str = "") -> Helpers:
@@ -30,27 +27,11 @@ def kept_helpers(directory: Path, xsave_mask: int, supervision: str = "") -> Hel
     made = assembled_helpers(xsave_mask, supervision)
     body = json.dumps(made.labels).encode() + b"\0" + made.code
     with suppress(OSError):  # no place for it: the next run assembles again
-        kept.write_whole(path, hashlib.sha256(body).digest(), body)
-        _clean(directory)
+        kept.write_checked(path, body)
     return made
 
 
 def _read(path: Path) -> Helpers:
     """Raises OSError, Ignored or ValueError for what cannot be taken."""
-    with kept.opened(path) as (file, length):
-        if length > _LIMIT:
-            raise ValueError("too long")
-        content = file.read()
-    digest, body = content[:_DIGEST_SIZE], content[_DIGEST_SIZE:]
-    if hashlib.sha256(body).digest() != digest:
-        raise ValueError("damaged")
-    labels, _, code = body.partition(b"\0")
+    labels, _, code = kept.read_checked(path, _LIMIT).partition(b"\0")
     return Helpers(code, json.loads(labels))
-
-
-def _clean(directory: Path) -> None:
-    """Remove those of versions that are gone."""
-    for file in directory.glob("*" + _SUFFIX):
-        with suppress(OSError):
-            if time.time() - file.stat().st_mtime > _UNUSED_SECONDS:
-                file.unlink()

@@ -27,7 +27,6 @@ from trivisor.translation.natives import (
 )
 from trivisor.translation.natives.common import CONSTANTS
 from trivisor.translation.shapes import SHAPE_SYMBOLS
-from trivisor.x86.assembler import assemble
 
 
 class Helpers(NamedTuple):
@@ -43,6 +42,8 @@ def assembled_helpers(xsave_mask: int, supervision: str = "") -> Helpers:
 
     `supervision` is a hypervisor's own (`machine.deprivileged.NativeSupervision`).
     """
+    from trivisor.x86.assembler import assemble  # slow to import, and the helpers are kept
+
     source = "\n".join(
         (
             CONSTANTS,

@@ -14,8 +14,8 @@ from functools import lru_cache
 from struct import pack_into, unpack_from
 from typing import NamedTuple
 
-from trivisor.translation.layout import SITE_SIZE, SYMBOLS, TLB_ENTRIES
-from trivisor.x86.assembler import Program, assemble
+from trivisor.translation.assembled import Piece, assembled
+from trivisor.translation.layout import SITE_SIZE, TLB_ENTRIES
 
 ARITHMETIC = 0x3F
 """The arithmetic flags, in iced's RflagsBits order: OF SF ZF AF CF PF."""
@@ -24,7 +24,7 @@ ARITHMETIC = 0x3F
 @lru_cache(maxsize=1 << 16)
 def asm(source: str) -> bytes:
     """Assemble a fixed sequence; the state block's fields are symbols."""
-    return assemble(source, bits=64, symbols=SYMBOLS).code
+    return assembled(source).code
 
 
 PARK = asm("mov r11, rax\n lahf\n seto al\n mov [rsp+FLAGS_AX], ax\n mov rax, r11")
@@ -138,12 +138,12 @@ def site_fields(site: int, user: bool) -> tuple[str, str]:
 
 
 @lru_cache
-def _refill(user: bool, write: bool) -> Program:
+def _refill(user: bool, write: bool) -> Piece:
     """`site_refill` of site 0; labels end where what depends on the site does: 32 bits each."""
     view = "TLB_USER" if user else "TLB_KERNEL"
     tag, host = site_fields(0, user)
     entry = f"rsp+r11+{view}+{'TLB_WRITE' if write else 'TLB_READ'}"
-    return assemble(
+    return assembled(
         f"""
         xor r10, [{tag}]
     tag_1:{_TLB_INDEX}
@@ -164,9 +164,7 @@ def _refill(user: bool, write: bool) -> Program:
     host:
         db 0xe9, 0, 0, 0, 0
     back:
-        """,
-        bits=64,
-        symbols=SYMBOLS,
+        """
     )
 
 
@@ -288,7 +286,7 @@ def _assembled(source: str, user: bool, first: int, prepared: int, form: Form | 
             escapes += 1
         else:
             lines.append(line)
-    program = assemble("\n".join(lines), bits=64, symbols=SYMBOLS)
+    program = assembled("\n".join(lines))
     labels = program.labels
     return Fragment(
         program.code,

@@ -80,9 +80,15 @@ class Image:
     def read(self, offset: int, length: int) -> bytes:
         """Return exactly `length` bytes from `offset`; raises ImageError where the file is shorter."""
         self._expect(offset, length)
-        data = bytearray(length)
-        self._read_into(memoryview(data), offset)
-        return bytes(data)
+        try:
+            data = os.pread(self._descriptor, length, offset)
+        except OSError as error:
+            raise self.fail(f"cannot be read: {error.strerror}") from error
+        if len(data) < length:  # at its end, or because the host gives no more than 2 GiB at once
+            rest = bytearray(length - len(data))
+            self._read_into(memoryview(rest), offset + len(data))
+            data += rest
+        return data
 
     def stream(self) -> BinaryIO:
         """Return a file object of its own on the file, from its beginning; the caller closes it."""

@@ -7,9 +7,12 @@ length when unpacked, in four bytes that are no part of the compressed data.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
+from functools import partial
 
 from trivisor.boot.image import Image
 from trivisor.boot.pieces import Pieces
+from trivisor.machine.jobs import Jobs
 
 _SETUP_SECTORS = 0x1F1
 _VERSION = 0x206
@@ -20,6 +23,8 @@ _LZ4_LEGACY = b"\x02\x21\x4c\x18"
 _LZ4_BLOCK = 8 << 20
 """The legacy format's blocks unpack to this, but for the last (LZ4 frame format, "Legacy frame")."""
 _LARGEST = 1 << 30
+_THREADS = 2
+"""Unpacking gives up the GIL."""
 
 
 def kernel_payload(image: Image) -> Pieces:
@@ -37,58 +42,63 @@ def kernel_payload(image: Image) -> Pieces:
     if size > _LARGEST:
         raise image.fail(f"is damaged: its kernel would be {size >> 20} MiB; get a whole copy")
     try:
+        packed = memoryview(payload)[:-4]
         if payload.startswith(_LZ4_LEGACY):
-            return Pieces(_unpack_lz4(memoryview(payload)[:-4], size))
-        return Pieces([_unpack(image, payload[:-4], size)])
+            return Pieces(_unpack_lz4(packed, size))
+        return Pieces([_unpack(image, packed, size)])
     except (OSError, ValueError, RuntimeError, EOFError, struct.error) as error:
         raise image.fail(f"is damaged: its kernel cannot be unpacked ({error}); get a whole copy") from error
 
 
-def _unpack(image: Image, data: bytes, size: int) -> bytes:
-    if data.startswith(b"\x7fELF"):
-        return data
-    if data.startswith(b"\x1f\x8b"):
+def _unpack(image: Image, data: memoryview, size: int) -> bytes:
+    begin = bytes(data[:6])
+    if begin.startswith(b"\x7fELF"):
+        return bytes(data)
+    if begin.startswith(b"\x1f\x8b"):
         import zlib
 
         try:
             return zlib.decompressobj(wbits=31).decompress(data, size)
         except zlib.error as error:
             raise ValueError(str(error)) from error
-    if data.startswith((b"\xfd7zXZ\0", b"\x5d\0\0")):
+    if begin.startswith((b"\xfd7zXZ\0", b"\x5d\0\0")):
         import lzma
 
         try:
             return lzma.LZMADecompressor().decompress(data, size)
         except lzma.LZMAError as error:
             raise ValueError(str(error)) from error
-    if data.startswith(b"BZh"):
+    if begin.startswith(b"BZh"):
         import bz2
 
         return bz2.BZ2Decompressor().decompress(data, size)
-    if data.startswith(b"\x28\xb5\x2f\xfd"):
+    if begin.startswith(b"\x28\xb5\x2f\xfd"):
         import zstandard
 
         try:
             return zstandard.ZstdDecompressor().decompressobj().decompress(data)[:size]
         except zstandard.ZstdError as error:
             raise ValueError(str(error)) from error
-    raise image.fail(f"has a kernel packed in a way that is not known here (it begins with {data[:4].hex(' ')})")
+    raise image.fail(f"has a kernel packed in a way that is not known here (it begins with {begin[:4].hex(' ')})")
 
 
 def _unpack_lz4(data: memoryview, size: int) -> list[bytes]:
-    import lz4.block
-
-    pieces: list[bytes] = []
+    """The blocks, each unpacked in one of a few threads."""
+    work: list[Callable[[], bytes]] = []
     at = len(_LZ4_LEGACY)
-    done = 0
-    while at + 4 <= len(data) and done < size:
+    while at + 4 <= len(data) and len(work) * _LZ4_BLOCK < size:
         (length,) = struct.unpack_from("<I", data, at)
         at += 4
-        try:
-            block: bytes = lz4.block.decompress(data[at : at + length], uncompressed_size=_LZ4_BLOCK)
-        except lz4.block.LZ4BlockError as error:
-            raise ValueError(str(error)) from error
-        pieces.append(block)
+        work.append(partial(_unpack_lz4_block, data[at : at + length]))
         at += length
-        done += len(block)
-    return pieces
+    return Jobs(work, _THREADS).results()
+
+
+def _unpack_lz4_block(data: memoryview) -> bytes:
+    import lz4.block
+
+    try:
+        block: bytes = lz4.block.decompress(data, uncompressed_size=_LZ4_BLOCK)
+    except lz4.block.LZ4BlockError as error:
+        raise ValueError(str(error)) from error
+    return block

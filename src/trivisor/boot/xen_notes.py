@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from mmap import ACCESS_READ, mmap
 from typing import NamedTuple
 
-from trivisor.boot.image import Image, ImageKind
+from trivisor.boot.image import Image, ImageError, ImageKind
 from trivisor.boot.payload import kernel_payload
 from trivisor.boot.pieces import Pieces
 
@@ -42,6 +42,12 @@ class XenKernel(NamedTuple):
     features: frozenset[str] = frozenset()
     """What it cannot run without."""
     guest_os: str = ""
+    path: str = ""
+    """The image file, as the user gave it."""
+
+    def fail(self, what: str) -> ImageError:
+        """Return the error to raise about it."""
+        return ImageError(f"{self.path}: {what}")
 
     def address(self, physical: int) -> int:
         """The linear address of the domain's physical one."""
@@ -85,6 +91,7 @@ def read_xen_kernel(image: Image) -> XenKernel:
         unmapped_module=bool(numbers.get(_MOD_START_PFN, 0)),
         features=_required(notes),
         guest_os=_text(notes.get(_GUEST_OS, b"")),
+        path=image.path,
     )
 
 

@@ -33,6 +33,8 @@ class DefaultGuest(NamedTuple):
     kernel: Path
     busybox: Path
     version: str
+    digest: bytes
+    """SHA-256 of the kernel's file."""
     drivers: tuple[Path, ...] = ()
     """The kernel's modules for our devices, named like "xen-blkfront.ko"."""
 
@@ -84,7 +86,8 @@ def _cached(cache: Path, drivers: bool = False) -> DefaultGuest | None:
             if (found.st_size, found.st_mtime_ns) != (known["size"], known["mtime_ns"]):
                 return None
             paths.append(path)
-        return DefaultGuest(paths[0], paths[1], str(record["version"]), tuple(paths[2:]))
+        digest = bytes.fromhex(record["kernel"]["sha256"])
+        return DefaultGuest(paths[0], paths[1], str(record["version"]), digest, tuple(paths[2:]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -134,11 +134,12 @@ class GuestCpuid(NamedTuple):
     @property
     def xcr0_supported(self) -> int:
         """The XCR0 bits that the guest may set; 0 without XSAVE."""
-        if "xsave" not in self.features:
-            return 0
-        avx = control.XCR0_AVX if "avx" in self.features else 0
-        pkru = control.XCR0_PKRU if "pku" in self.features else 0
-        return control.XCR0_X87 | control.XCR0_SSE | avx | pkru | self.hidden_xcr0
+        return xcr0_of(self.features) | (self.hidden_xcr0 if "xsave" in self.features else 0)
+
+    @property
+    def xcr0_on_host(self) -> int:
+        """The components of its XCR0 that are in the host's registers while it runs."""
+        return xcr0_on_host(self.xcr0_supported)
 
     @property
     def empty_leaves(self) -> range:
@@ -174,6 +175,36 @@ class GuestCpuid(NamedTuple):
         return (answer[EAX], size, answer[ECX], answer[EDX])
 
 
+def xcr0_of(names: Collection[str]) -> int:
+    """The XCR0 bits of a processor with these features; 0 without XSAVE."""
+    if "xsave" not in names:
+        return 0
+    avx = control.XCR0_AVX if "avx" in names else 0
+    pkru = control.XCR0_PKRU if "pku" in names else 0
+    return control.XCR0_X87 | control.XCR0_SSE | avx | pkru
+
+
+def xcr0_on_host(xcr0: int) -> int:
+    """Those of a guest's XCR0 bits whose components are in the host's registers while it runs."""
+    return xcr0 & host_xgetbv() & ~control.XCR0_PKRU if xcr0 else 0  # PKRU is never the host's
+
+
+def guest_features(
+    host: Query, *, host_xcr0: int | None = None, extra: Collection[str] = (), without: Collection[str] = ()
+) -> frozenset[str]:
+    """`GuestCpuid.features` of the processor that `guest_cpuid` makes; ValueError as there."""
+    available = COPIED & features(host)
+    if unknown := set(extra) - OPTIONAL - EMULATED - available | set(without) - set(FEATURES):
+        raise ValueError(f"no CPU feature to switch: {', '.join(sorted(unknown))}")
+    if host_xcr0 is None:
+        host_xcr0 = host_xgetbv()
+    if host_xcr0 & 6 != 6:
+        available -= {"avx"}
+    if not host_xcr0 & 1:
+        available -= {"xsave"}
+    return _closed((available | EMULATED | set(extra)) - set(without))
+
+
 def guest_cpuid(
     host: Query,
     *,
@@ -192,16 +223,7 @@ def guest_cpuid(
     decides what the two makers' processors do differently, such as SYSCALL in 32-bit code.
     ValueError for a name that cannot be switched.
     """
-    available = COPIED & features(host)
-    if unknown := set(extra) - OPTIONAL - EMULATED - available | set(without) - set(FEATURES):
-        raise ValueError(f"no CPU feature to switch: {', '.join(sorted(unknown))}")
-    if host_xcr0 is None:
-        host_xcr0 = host_xgetbv()
-    if host_xcr0 & 6 != 6:
-        available -= {"avx"}
-    if not host_xcr0 & 1:
-        available -= {"xsave"}
-    chosen = _closed((available | EMULATED | set(extra)) - set(without))
+    chosen = guest_features(host, host_xcr0=host_xcr0, extra=extra, without=without)
     table = _feature_leaves(chosen)
     _merge(table, _identity(apic_id, vendor))
     _merge(table, _topology(apic_id))

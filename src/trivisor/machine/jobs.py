@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 Result = TypeVar("Result")
+NAME = "job"
+"""Of the threads."""
 
 
 class Jobs(Generic[Result]):
@@ -20,7 +22,7 @@ class Jobs(Generic[Result]):
         self._done: dict[int, Result] = {}
         self._failures: dict[int, BaseException] = {}
         self._cancelled = False
-        self._threads = [threading.Thread(target=self._work, name="job") for _ in range(min(threads, len(work)))]
+        self._threads = [threading.Thread(target=self._work, name=NAME) for _ in range(min(threads, len(work)))]
         for thread in self._threads:
             thread.start()
 
@@ -39,12 +41,16 @@ class Jobs(Generic[Result]):
         self._join()
         if self._failures:
             raise self._failures[min(self._failures)]
-        return [self._done[number] for number in sorted(self._done)]
+        return self._in_order()
 
-    def cancel(self) -> None:
-        """Wait for those that have begun, and leave the rest undone; harmless after `results`."""
+    def cancel(self) -> list[Result]:
+        """Wait for those that have begun, and leave the rest undone; what was done.  Harmless after `results`."""
         self._cancelled = True
         self._join()
+        return self._in_order()
+
+    def _in_order(self) -> list[Result]:
+        return [self._done[number] for number in sorted(self._done)]
 
     def _join(self) -> None:
         for thread in self._threads:

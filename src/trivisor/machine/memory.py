@@ -57,6 +57,11 @@ def host_map(length: int, protection: int, *, at: int | None = None, descriptor:
     return address
 
 
+def prefer_huge_pages(address: int, length: int) -> None:
+    """Have the host back a mapping with large pages where it can: it is used from end to end."""
+    _libc.madvise(address, length, _MADV_HUGEPAGE)
+
+
 def host_unmap(address: int, length: int) -> None:
     """Give back what `host_map` returned."""
     _libc.munmap(address, length)
@@ -82,7 +87,7 @@ class GuestMemory:
         self.base = host_map(self.span, _PROT_NONE)
         for start, length in self.regions():
             host_map(length, mmap.PROT_READ | mmap.PROT_WRITE, at=self.base + start)
-            _libc.madvise(self.base + start, length, _MADV_HUGEPAGE)
+            prefer_huge_pages(self.base + start, length)
         self._closed = False
         self.view = memoryview((ctypes.c_ubyte * self.span).from_address(self.base)).cast("B")
         """The whole span; touching the hole through it is fatal, so check with `is_ram` first."""

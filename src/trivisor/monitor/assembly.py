@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trivisor.boot import Image, ImageKind, firmware, load_image
+from trivisor.boot.xen_notes import XenKernel, read_xen_kernel
 from trivisor.devices.disk_file import DiskFile
 from trivisor.machine import tsc
 from trivisor.machine.clock import Clock
 from trivisor.machine.cpuid import GuestCpuid
+from trivisor.machine.jobs import Jobs
 from trivisor.machine.memory import LOW_RAM_LIMIT, PHYSICAL_ADDRESS_BITS, GuestMemory
 from trivisor.machine.state import CpuState
-from trivisor.machine.user_cache import user_cache
 from trivisor.machine.vcpu import Surroundings, Vcpu
+from trivisor.monitor.keeping import begin_keeper, begin_keeping, guest_digest, keeper_for
 from trivisor.monitor.plan import BootPlan, Hardware
 from trivisor.monitor.techniques import TechniqueUnavailable
 from trivisor.monitor.xen_processor import xen_processor
 from trivisor.x86 import mtrr
+from trivisor.x86.cpuid import USUAL_CPU
 
 if TYPE_CHECKING:
     from trivisor.paravirt.xen.machine import XenMachine
@@ -68,6 +72,18 @@ class Assembly:
         """The Xen guest that it all is for, if it is for one."""
         self._closed = False
 
+    def begin_with_kept(self) -> None:
+        """Have a processor that has not run yet begin with the translations that its keeper has read."""
+        from trivisor.translation.cpu import TranslationVcpu
+
+        if self.keeper is None:
+            return
+        if isinstance(self.vcpu, TranslationVcpu):
+            self.kept_as = self.keeper.serve(self.vcpu.blocks)
+        else:  # another engine has turned out to be better
+            self.keeper.close()
+            self.keeper = None
+
     def statistics(self) -> dict[str, Any]:
         """The processor's counters, and those of a hypervisor of ours."""
         return {**self.vcpu.statistics(), **({} if self.xen is None else self.xen.statistics())}
@@ -98,11 +114,15 @@ def assemble(
     """
     if technique == "paravirt":
         return _assemble_xen(plan, memory_size, serial_output, on_stop)
-    from trivisor.pc import Pc  # with all the devices that a PV domain has no use for
+    with ExitStack() as undo:
+        keeper = begin_keeper(plan, plan.hardware.cpu) if technique == "translation" else None
+        if keeper is not None:
+            undo.callback(keeper.close)
+        memory = GuestMemory(memory_size)
+        undo.callback(memory.close)
+        from trivisor.pc import Pc  # with all the devices that a PV domain has no use for
 
-    memory = GuestMemory(memory_size)
-    frequency = tsc.frequency()
-    try:
+        frequency = tsc.frequency()
         board = Pc(
             memory,
             Clock(),
@@ -115,15 +135,15 @@ def assemble(
             absent=plan.hardware.cpu.removed,
         )
         vcpu = make_vcpu(technique, board, plan.hardware, keep=plan.keep)
-    except BaseException:
-        memory.close()
-        raise
-    machine = Assembly(memory, board, vcpu)
+        undo.pop_all()
+    machine = Assembly(memory, board, vcpu, keeper)
     try:
-        if plan.keep:
-            machine.kept_as = _guest_digest(plan.kernel)
-            machine.keeper = keeper_for(vcpu, machine.kept_as)
         vcpu.state = _load(plan, machine, board)
+        if keeper is not None:
+            machine.begin_with_kept()
+        elif plan.keep:
+            machine.kept_as = guest_digest(plan)
+            machine.keeper = keeper_for(vcpu, machine.kept_as)
     except BaseException:
         machine.close()
         raise
@@ -134,8 +154,14 @@ def _assemble_xen(
     plan: BootPlan, memory_size: int, console_output: Callable[[bytes], None], on_stop: Callable[[], None]
 ) -> Assembly:
     """A PV domain whose ring 3 is run by the translation engine, or by the host's processor."""
-    xen = make_xen_machine(memory_size, tsc.frequency(), console_output, on_stop)
-    try:
+    with ExitStack() as undo:
+        reading = Jobs([partial(_read_xen_kernel, plan.kernel)])
+        undo.callback(reading.cancel)
+        keeper = begin_keeper(plan, USUAL_CPU, b"xen") if plan.engine != "direct" else None
+        if keeper is not None:
+            undo.callback(keeper.close)
+        xen = make_xen_machine(memory_size, tsc.frequency(), console_output, on_stop)
+        undo.callback(xen.close)
         network = plan.hardware.network
         if network is not None:
             from trivisor.devices.user_network import UserNetwork  # sockets are slow to import
@@ -144,24 +170,26 @@ def _assemble_xen(
         for disk in plan.hardware.disks:
             xen.attach_disk(DiskFile(disk.path, readonly=disk.readonly))
         vcpu, cpu = xen_processor(xen, plan.engine, begin_keeping(plan.keep))
-    except BaseException:
-        xen.close()
-        raise
-    machine = Assembly(xen.memory, xen.platform, vcpu, xen=xen)
+        undo.pop_all()
+    machine = Assembly(xen.memory, xen.platform, vcpu, keeper, xen)
     try:
-        if plan.keep:
-            machine.kept_as = _guest_digest(plan.kernel, b"xen")
-            machine.keeper = keeper_for(vcpu, machine.kept_as)
         xen.domain.observers = lambda kind: vcpu.observed.get(kind, [])
         initrd = plan.initrd.read_bytes() if isinstance(plan.initrd, Path) else plan.initrd
-        with Image(plan.kernel) as image:
-            state = xen.start(cpu, image, initrd, plan.command_line)
+        (kernel,) = reading.results()
+        state = xen.start(cpu, kernel, initrd, plan.command_line)
         vcpu.state = state
         cpu.enter_space(state.cr3, True)
+        machine.begin_with_kept()
     except BaseException:
+        reading.cancel()
         machine.close()
         raise
     return machine
+
+
+def _read_xen_kernel(path: Path) -> XenKernel:
+    with Image(path) as image:
+        return read_xen_kernel(image)
 
 
 def make_xen_machine(
@@ -261,46 +289,3 @@ def _kvm(board: Pc, hardware: Hardware, cpuid: GuestCpuid | None, keep_in: Path 
     vcpu = KvmVcpu(board, hardware.cpu, cpuid, substitute=other)
     vcpu.engine += f" ({reason})"
     return vcpu
-
-
-def _guest_digest(kernel: Path, flavour: bytes = b"") -> bytes:
-    """What names a guest's translations; a `flavour` sets apart the ways in which one kernel runs different code."""
-    with kernel.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    digest.update(flavour)
-    return digest.digest()
-
-
-def keeper_for(vcpu: Vcpu, guest: bytes, booted: bytes = b"") -> Keeper | None:
-    """What keeps the translations of a guest (`Keeper`); None without a digest or a place, or if there are none."""
-    from trivisor.translation.cpu import TranslationVcpu
-    from trivisor.translation.keeper import Keeper
-
-    directory = kept_directory()
-    if vcpu.technique == "hardware":
-        from trivisor.hardware.kvm.split import SplitVcpu
-
-        if isinstance(vcpu, SplitVcpu):  # of ring 0 alone: files of their own
-            vcpu = vcpu.ring_zero
-            guest, booted = (digest and hashlib.sha256(digest + b"ring 0").digest() for digest in (guest, booted))
-    if not guest or directory is None or not isinstance(vcpu, TranslationVcpu):
-        return None
-    return Keeper(vcpu.blocks, directory, guest, booted)
-
-
-def begin_keeping(keep: bool) -> Path | None:
-    """Where an engine's machine code is kept, if it is to be; before its modules are imported, which assemble some."""
-    directory = kept_directory() if keep else None
-    if directory is not None:
-        from trivisor.translation.assembled import PIECES
-
-        PIECES.take_kept(directory)
-    return directory
-
-
-def kept_directory() -> Path | None:
-    """Where translations are kept; None for a user without a home."""
-    try:
-        return user_cache() / "translations"
-    except RuntimeError:
-        return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from trivisor.machine.vcpu import Vcpu
-from trivisor.monitor.assembly import Assembly, keeper_for, make_vcpu
+from trivisor.monitor.assembly import Assembly, make_vcpu
+from trivisor.monitor.keeping import keeper_for
 from trivisor.monitor.plan import Hardware
 from trivisor.monitor.techniques import TechniqueUnavailable
 from trivisor.pc import Pc

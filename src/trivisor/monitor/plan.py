@@ -107,6 +107,8 @@ class BootPlan(NamedTuple):
     """Keep translations in the user's cache for the next run of the kernel."""
     engine: str = "auto"
     """Out of `ENGINES`: what runs a paravirtual guest."""
+    digest: bytes = b""
+    """The kernel file's SHA-256, if that is known without reading it."""
 
 
 def make_plan(wish: Wish) -> BootPlan:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from trivisor.boot import firmware
 from trivisor.machine import tsc
@@ -19,8 +20,9 @@ from trivisor.machine.memory import MAXIMUM_RAM, GuestMemory
 from trivisor.machine.saved_values import part, text
 from trivisor.machine.saving import Remembers, Saved
 from trivisor.machine.state_values import load_cpuid, load_state, save_cpuid, save_state
-from trivisor.monitor.assembly import Assembly, begin_keeping, keeper_for, make_vcpu, make_xen_machine
+from trivisor.monitor.assembly import Assembly, make_vcpu, make_xen_machine
 from trivisor.monitor.handover import EXCHANGEABLE
+from trivisor.monitor.keeping import begin_keeping, begin_restored_keeper, keeper_for
 from trivisor.monitor.plan import DEVICES, Hardware
 from trivisor.monitor.snapshot_file import SnapshotFile
 from trivisor.monitor.techniques import PARAVIRT, TechniqueUnavailable
@@ -28,6 +30,9 @@ from trivisor.monitor.xen_processor import xen_processor
 from trivisor.pc import Pc
 from trivisor.x86.cpuid import FEATURES, host_cpuid, host_xgetbv
 from trivisor.x86.msr import IA32_TIME_STAMP_COUNTER
+
+if TYPE_CHECKING:
+    from trivisor.translation.keeper import Keeper
 
 _FREQUENCY_TOLERANCE: Final = 100
 """The TSC's frequency may differ by one part in so many; more would have the guest's time run wrong."""
@@ -132,22 +137,26 @@ def _restore(
     cpuid = load_cpuid(saved.get("cpuid"), host_cpuid, host_xgetbv())
     state = load_state(saved.get("processor"), cpuid)
     frequency = _frequency(saved)
-    memory = GuestMemory(_integer(saved, "memory"))
-    loading = file.begin_loading(memory)  # goes on beside what Python has to do
-    try:
+    with ExitStack() as undo:
+        memory = GuestMemory(_integer(saved, "memory"))
+        undo.callback(memory.close)
+        loading = file.begin_loading(memory)  # goes on beside what Python has to do, as the keeper's reading does
+        undo.callback(loading.cancel)
+        keeper = _begin_keeper(saved, cpuid, undo) if technique == "translation" and keep else None
         board = _board(memory, saved, cpuid, frequency, serial_output, on_stop)
         rom = bytes.fromhex(text(saved, "firmware", 2 * firmware.MAXIMUM_SIZE))
         if rom:
             firmware.attach(board.mmio, rom)
         vcpu = make_vcpu(technique, board, extra(file).hardware, cpuid, keep=keep)
-    except BaseException:
-        loading.cancel()
-        memory.close()
-        raise
-    machine = Assembly(memory, board, vcpu)
+        undo.pop_all()
+    machine = Assembly(memory, board, vcpu, keeper)
     try:
         machine.firmware = rom
-        _keep(machine, saved, keep)
+        machine.booted_as, machine.kept_as = _names(saved) if keep else (b"", b"")
+        if keeper is None:
+            machine.keeper = keeper_for(vcpu, machine.kept_as, machine.booted_as)
+        else:
+            machine.begin_with_kept()
         loading.results()
         board.load(part(saved, "board"))
         vcpu.state = state
@@ -173,18 +182,19 @@ def _restore_xen(
     frequency, size, domain = _frequency(saved), _integer(saved, "memory"), part(saved, "board")
     if size > MAXIMUM_RAM:
         raise ValueError("memory is too much")
-    xen = make_xen_machine(size, frequency, console_output, on_stop)
-    xen.clear()
-    loading = file.begin_loading(xen.memory)
-    try:
+    with ExitStack() as undo:
+        xen = make_xen_machine(size, frequency, console_output, on_stop)
+        undo.callback(xen.close)
+        xen.clear()
+        loading = file.begin_loading(xen.memory)
+        undo.callback(loading.cancel)
+        keeper = _begin_keeper(saved, cpuid, undo) if keep else None
         vcpu, cpu = xen_processor(xen, "translation", begin_keeping(keep), cpuid)
-    except BaseException:
-        loading.cancel()
-        xen.close()
-        raise
-    machine = Assembly(xen.memory, xen.platform, vcpu, xen=xen)
+        undo.pop_all()
+    machine = Assembly(xen.memory, xen.platform, vcpu, keeper, xen)
     try:
-        _keep(machine, saved, keep)
+        machine.booted_as, machine.kept_as = _names(saved) if keep else (b"", b"")
+        machine.begin_with_kept()
         xen.domain.observers = lambda kind: vcpu.observed.get(kind, [])
         xen.domain.cpu = cpu
         loading.results()
@@ -201,12 +211,19 @@ def _restore_xen(
     return machine
 
 
-def _keep(machine: Assembly, saved: Saved, keep: bool) -> None:
-    """Translations as they were kept, by the digest of the kernel that was booted."""
-    machine.booted_as = bytes.fromhex(text(saved, "kept_as", 2 * _DIGEST)) if keep else b""
-    if machine.booted_as:
-        machine.kept_as = hashlib.sha256(machine.booted_as + b"restored").digest()
-    machine.keeper = keeper_for(machine.vcpu, machine.kept_as, machine.booted_as)
+def _names(saved: Saved) -> tuple[bytes, bytes]:
+    """The digests by which translations are kept: of the kernel that was booted, and of the guest that is restored."""
+    booted = bytes.fromhex(text(saved, "kept_as", 2 * _DIGEST))
+    return booted, hashlib.sha256(booted + b"restored").digest() if booted else b""
+
+
+def _begin_keeper(saved: Saved, cpuid: GuestCpuid, undo: ExitStack) -> Keeper | None:
+    """Begin to read the translations, to be undone so; None if the snapshot's guest had none."""
+    booted, restored = _names(saved)
+    keeper = begin_restored_keeper(cpuid, restored, booted)
+    if keeper is not None:
+        undo.callback(keeper.close)
+    return keeper
 
 
 def _board(

@@ -66,16 +66,16 @@ class Pieces:
         with suppress(OSError, kept.Ignored, ValueError):
             self._others = json.loads(kept.read_checked(self._file(directory), _LIMIT))
 
-    def keep(self) -> None:
-        """Write them down for later runs, if `take_kept` has said where, and enough of them are new."""
+    def keep(self, directory: Path) -> None:
+        """Write them down for later runs, if they are kept there and enough of them are new."""
         count = len(self._used) + len(self._others)
-        if self._kept_in is None or self._new <= _WORTH_WRITING * count:
+        if self._kept_in != directory or self._new <= _WORTH_WRITING * count:
             return
         self._new = 0
         used = {key: (piece.code.hex(), piece.labels) for key, piece in self._used.items()}
         newest = list({**self._others, **used}.items())[-_MOST:]
         with suppress(OSError):  # no place for it: later runs assemble again
-            kept.write_checked(self._file(self._kept_in), json.dumps(dict(newest)).encode())
+            kept.write_checked(self._file(directory), json.dumps(dict(newest)).encode())
 
     @staticmethod
     def _file(directory: Path) -> Path:

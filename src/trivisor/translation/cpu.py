@@ -73,7 +73,7 @@ from trivisor.x86.control import (
     XCR0_PKRU,
     XCR0_SSE,
 )
-from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, host_cpuid, host_xgetbv, xsave_area
+from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, host_cpuid, xsave_area
 from trivisor.x86.descriptors import DB, LONG
 from trivisor.x86.exceptions import ALIGNMENT_CHECK, BREAKPOINT, INVALID_OPCODE, NMI, GuestException
 from trivisor.x86.flags import AC, RF, TF
@@ -172,8 +172,7 @@ class TranslationVcpu:
         self._left = self._left_by = self._elsewhere = 0
         self._idle_since: int | None = None
         self._running = False
-        host_xcr0 = host_xgetbv() if "xsave" in self.guest_cpuid.features else 0
-        on_host = self.guest_cpuid.xcr0_supported & host_xcr0 & ~XCR0_PKRU  # PKRU is never the host's
+        on_host = self.guest_cpuid.xcr0_on_host
         self.xcr0_supported = on_host | (self.guest_cpuid.xcr0_supported & XCR0_PKRU if on_host else 0)
         self.xsave_size = xsave_area(on_host)
         """Bytes of the components that live in the host's registers while translated code runs."""

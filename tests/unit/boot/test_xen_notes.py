@@ -7,6 +7,7 @@ import gzip
 import lzma
 import random
 import struct
+import threading
 from collections.abc import Callable
 
 import lz4.block
@@ -15,6 +16,7 @@ import zstandard
 
 from trivisor.boot.image import Image, ImageError
 from trivisor.boot.xen_notes import XenKernel, read_xen_kernel
+from trivisor.machine.jobs import NAME as JOB
 
 BASE = 0xFFFFFFFF80000000
 NOTES = {
@@ -98,6 +100,41 @@ def test_a_damaged_payload(write_image, bzimage) -> None:
         struct.pack_into("<II", image, 0x248, 0, len(payload))
         with pytest.raises(ImageError):
             read(write_image, bytes(image))
+
+
+def large_kernel(blocks: int) -> bytes:
+    """One whose blocks, when packed by LZ4, are each of other bytes."""
+    code, raw = b"".join(bytes([n]) * (8 << 20) for n in range(blocks)), kernel(NOTES)[64 + 2 * 56 + 300 :]
+    load = struct.pack("<IIQQQQQQ", 1, 7, 176, BASE + 0x1000000, 0x1000000, len(code), len(code), 1)
+    note = struct.pack("<IIQQQQQQ", 4, 4, 176 + len(code), 0, 0, len(raw), len(raw), 4)
+    return kernel(NOTES)[:64] + load + note + code + raw
+
+
+def packed_image(bzimage: Callable[[bytes], bytes], elf: bytes, damaged: int | None = None) -> bytes:
+    """A bzImage of blocks, one of them damaged."""
+    payload = bytearray(lz4_legacy(elf) + struct.pack("<I", len(elf)))
+    at = 4
+    for _ in range(damaged or 0):
+        at += 4 + struct.unpack_from("<I", payload, at)[0]
+    if damaged is not None:
+        payload[at + 4 : at + 8] = b"\x0f\0\0\0"  # a match before anything that it could match
+    image = bytearray(bzimage(bytes(payload)))
+    struct.pack_into("<II", image, 0x248, 0, len(payload))
+    return bytes(image)
+
+
+def test_blocks_unpacked_in_several_threads_come_in_their_order(write_image, bzimage) -> None:
+    found = read(write_image, packed_image(bzimage, large_kernel(5)))
+    content = b"".join(content for _, content in found.segments)
+    assert len(content) == 5 << 23
+    assert all(content.count(n, n << 23, n + 1 << 23) == 1 << 23 for n in range(5))
+
+
+@pytest.mark.parametrize("damaged", [0, 3, 5])
+def test_one_damaged_block_of_several(write_image, bzimage, damaged: int) -> None:
+    with pytest.raises(ImageError, match=r"^[^\n]*is damaged: its kernel cannot be unpacked [^\n]*$"):
+        read(write_image, packed_image(bzimage, large_kernel(5), damaged))
+    assert not any(thread.name == JOB for thread in threading.enumerate())
 
 
 def test_segments_and_notes_in_several_blocks(write_image, bzimage) -> None:

@@ -151,7 +151,7 @@ def test_fetch_and_keep(apt, cache):
     told = []
     guest = default_guest(lambda what, part: told.append((what, part)))
     drivers = (cache / "xen-blkfront.ko", cache / "xen-netfront.ko")
-    assert guest == DefaultGuest(cache / "vmlinuz-6.1.0-9-cloud-amd64", cache / "busybox", "6.1.9-1", drivers)
+    assert guest == DefaultGuest(cache / "vmlinuz-6.1.0-9-cloud-amd64", cache / "busybox", "6.1.9-1", hashlib.sha256(KERNEL).digest(), drivers)
     assert [driver.read_bytes() for driver in drivers] == [b"block" * 100, b"network" * 100]
     assert guest.kernel.read_bytes() == KERNEL
     assert guest.busybox.read_bytes() == BUSYBOX

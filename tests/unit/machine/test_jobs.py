@@ -64,6 +64,6 @@ def test_what_is_cancelled_has_ended() -> None:
     jobs = Jobs([first, partial(done.append, 2)])
     assert begun.wait(10)
     threading.Timer(0.05, go_on.set).start()
-    jobs.cancel()
+    assert jobs.cancel() == [None]
     assert done == [1]
-    jobs.cancel()
+    assert jobs.cancel() == [None]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trivisor.boot.image import Image
+from trivisor.boot.xen_notes import read_xen_kernel
 from trivisor.machine import tsc
 from trivisor.machine.clock import Clock
 from trivisor.machine.exits import Hypercall
@@ -137,7 +138,7 @@ class Machine:
         self.domain.observers = lambda kind: self.vcpu.observed.get(kind, [])
         cpu = Deprivileged(self.vcpu, self.domain)
         with Image(path) as kernel:
-            state = self.xen.start(cpu, kernel, None, "")
+            state = self.xen.start(cpu, read_xen_kernel(kernel), None, "")
         self.vcpu.state = state
         cpu.enter_space(state.cr3, True)
         if watched:

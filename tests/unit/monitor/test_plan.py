@@ -23,7 +23,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "linux").write_bytes(linux)
     (tmp_path / "multiboot").write_bytes(struct.pack("<III", 0x1BADB002, 0, -0x1BADB002 & 0xFFFFFFFF))
     (tmp_path / "xen-blkfront.ko").write_bytes(b"driver")
-    guest = DefaultGuest(tmp_path / "debian", tmp_path / "busybox", "6.1", (tmp_path / "xen-blkfront.ko",))
+    guest = DefaultGuest(tmp_path / "debian", tmp_path / "busybox", "6.1", bytes(32), (tmp_path / "xen-blkfront.ko",))
     monkeypatch.setattr(debian, "default_guest", lambda progress, drivers: guest)
     return tmp_path
 

@@ -25,7 +25,7 @@ def directory(tmp_path: Path) -> Path:
     pieces = Pieces()
     pieces.take_kept(tmp_path / "translations")
     assert [pieces.assembled(text) for text in TEXTS] == [made(text) for text in TEXTS]
-    pieces.keep()
+    pieces.keep(tmp_path / "translations")
     return tmp_path / "translations"
 
 
@@ -62,7 +62,7 @@ def test_a_later_run_assembles_only_what_is_new(none_is_assembled: Path) -> None
 def test_without_a_directory_nothing_is_kept(tmp_path: Path) -> None:
     pieces = Pieces()
     pieces.assembled(TEXTS[0])
-    pieces.keep()
+    pieces.keep(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -70,11 +70,11 @@ def test_a_few_new_pieces_are_not_worth_a_file(directory: Path) -> None:
     before = the_file(directory).stat()
     pieces = later(directory)
     pieces.assembled("nop")
-    pieces.keep()
+    pieces.keep(directory)
     assert the_file(directory).stat() == before
     for number in range(3):
         pieces.assembled(f"mov eax, {number}")
-    pieces.keep()
+    pieces.keep(directory)
     pieces = later(directory)
     assert len(pieces._others) == len(TEXTS) + 4
     assert pieces.assembled("nop") == made("nop")
@@ -86,7 +86,7 @@ def test_what_was_not_asked_for_is_left_out_first(directory: Path, monkeypatch: 
     asked = [*TEXTS[:5], *(f"mov eax, {number}" for number in range(8))]
     for text in asked:
         pieces.assembled(text)
-    pieces.keep()
+    pieces.keep(directory)
     pieces = later(directory)
     assert len(pieces._others) == 15
     for text in (*asked, *TEXTS[-2:]):
@@ -103,7 +103,7 @@ def test_a_damaged_file_is_made_anew(directory: Path, place: int) -> None:
     the_file(directory).write_bytes(damaged)
     pieces = later(directory)
     assert [pieces.assembled(text) for text in TEXTS] == [made(text) for text in TEXTS]
-    pieces.keep()
+    pieces.keep(directory)
     assert the_file(directory).read_bytes() == whole
 
 
@@ -116,4 +116,4 @@ def test_without_a_place_they_are_assembled(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     pieces = later(tmp_path / "file" / "translations")
     assert pieces.assembled(TEXTS[0]) == made(TEXTS[0])
-    pieces.keep()
+    pieces.keep(tmp_path / "file" / "translations")

@@ -13,7 +13,7 @@ import struct
 from array import array
 from typing import NamedTuple
 
-from trivisor.boot.image import Image, ImageError
+from trivisor.boot.image import ImageError
 from trivisor.boot.xen_notes import XenKernel
 from trivisor.machine.memory import MIB, PAGE_SIZE
 from trivisor.paravirt.xen.abi import MAX_GUEST_CMDLINE, SIF_MOD_START_PFN, START_INFO_MAGIC
@@ -62,10 +62,9 @@ class DomainBuilder:
     """Builds one domain of `frames_of` frames: the frame of each of its pages."""
 
     def __init__(
-        self, kernel: XenKernel, image: Image, frames: Frames, own: OwnMemory, tables: PageTables, frames_of: list[int]
+        self, kernel: XenKernel, frames: Frames, own: OwnMemory, tables: PageTables, frames_of: list[int]
     ) -> None:
         self._kernel = kernel
-        self._image = image
         self._frames = frames
         self._own = own
         self._tables = tables
@@ -131,7 +130,7 @@ class DomainBuilder:
         while at < len(data):
             page, offset = divmod(address + at, PAGE_SIZE)
             if page >= len(self._frames_of):
-                raise self._image.fail(
+                raise self._kernel.fail(
                     f"does not fit into {len(self._frames_of) // 256} MiB of RAM; give it more --memory"
                 )
             run = self._run(page, -(-(offset + len(data) - at) // PAGE_SIZE))
@@ -203,7 +202,7 @@ class DomainBuilder:
     ) -> None:  # fmt: skip
         text = os.fsencode(command_line)
         if len(text) >= MAX_GUEST_CMDLINE:
-            raise self._image.fail(
+            raise self._kernel.fail(
                 f"takes a command line of {MAX_GUEST_CMDLINE - 1} bytes, not {len(text)}; shorten --append"
             )
         if b"\0" in text:

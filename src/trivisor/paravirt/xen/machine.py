@@ -6,8 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from trivisor.boot.image import Image
-from trivisor.boot.xen_notes import read_xen_kernel
+from trivisor.boot.xen_notes import XenKernel
 from trivisor.devices.disk_file import DiskFile
 from trivisor.machine.clock import Clock
 from trivisor.machine.deprivileged import DeprivilegedCpu
@@ -141,15 +140,14 @@ class XenMachine(Remembers):
         """Have `own_memory.ENGINE_SLOT` of every level-4 table be `entry`; before the domain is built."""
         self._own.give_slot(entry)
 
-    def start(self, cpu: DeprivilegedCpu, image: Image, initrd: bytes | None, command_line: str) -> CpuState:
+    def start(self, cpu: DeprivilegedCpu, kernel: XenKernel, initrd: bytes | None, command_line: str) -> CpuState:
         """Build the domain; returns the state with which its processor begins.  Raises ImageError."""
         domain, events, own = self.domain, self.events, self._own
         domain.cpu = cpu
-        kernel = read_xen_kernel(image)
         frames_of = self._frames.allocate_many(domain.pages)
         store_port = events.allocate_unbound(BACK_END_DOMAIN)
         console_port = events.allocate_unbound(BACK_END_DOMAIN)
-        builder = DomainBuilder(kernel, image, self._frames, own, self._tables, frames_of)
+        builder = DomainBuilder(kernel, self._frames, own, self._tables, frames_of)
         started = builder.build(initrd, command_line, store_port, console_port)
         for frame in (started.store_frame, started.console_frame):
             self._frames.hold(frame, writable=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from trivisor.boot.image import Image
+from trivisor.boot.xen_notes import read_xen_kernel
 from trivisor.machine import tsc
 from trivisor.machine.clock import Clock
 from trivisor.machine.deprivileged import DeprivilegedCpu
@@ -69,7 +70,7 @@ class Guest:
             self.xen.close()
             pytest.skip(str(error))
         with Image(path) as image:
-            state = self.xen.start(self.cpu, image, None, "")
+            state = self.xen.start(self.cpu, read_xen_kernel(image), None, "")
         self.vcpu.state = state
         self.cpu.enter_space(state.cr3, True)
         self.domain = self.xen.domain

@@ -15,7 +15,7 @@ from trivisor.translation import cpu as engine
 from trivisor.translation import keeper as keeping
 from trivisor.translation import kept
 from trivisor.translation.block_tables import TEMPLATE_HEADS, TEMPLATE_SIZE
-from trivisor.translation.keeper import Keeper
+from trivisor.translation.keeper import Keeper, host_kind
 
 FAR, ALIAS = 0x400000, 0x5000_3000
 GUEST = b"this guest"
@@ -29,6 +29,13 @@ Kept = Callable[..., tuple[Machine, Keeper]]
 """A machine with a program and FUNCTION at FAR, which takes what is kept; options are the machine's and `guest`."""
 
 
+def keeper_of(m: Machine, directory: Path, guest: bytes, booted: bytes = b"") -> Keeper:
+    cpuid = m.vcpu.guest_cpuid
+    keeper = Keeper(directory, host_kind(cpuid.features, cpuid.xcr0_on_host), lambda: guest, booted)
+    assert keeper.serve(m.vcpu.blocks) == guest
+    return keeper
+
+
 @pytest.fixture
 def keep(machine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kept]:
     monkeypatch.setattr(keeping, "WORTH_WRITING", 1)
@@ -39,7 +46,7 @@ def keep(machine: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     ) -> tuple[Machine, Keeper]:
         m = machine(source, **options)
         m.put(function, at)
-        keepers.append(Keeper(m.vcpu.blocks, tmp_path / "translations", guest))
+        keepers.append(keeper_of(m, tmp_path / "translations", guest))
         return m, keepers[-1]
 
     yield make
@@ -260,6 +267,25 @@ def test_a_file_that_is_not_as_it_should_be(
     assert (m["rbx"], translated(m)) == (80, 0)
 
 
+def test_what_is_read_and_never_served_is_given_back(keep: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first_run(keep, tmp_path)
+    m, _ = keep()
+    cpuid, closed = m.vcpu.guest_cpuid, []
+    close = kept.Archive.close
+    monkeypatch.setattr(kept.Archive, "close", lambda archive: (closed.append(archive), close(archive)))
+    keeper = Keeper(tmp_path / "translations", host_kind(cpuid.features, cpuid.xcr0_on_host), lambda: GUEST)
+    keeper.close()
+    assert len(closed) == 1
+
+
+def test_a_guest_that_cannot_be_read(tmp_path: Path, machine: Make) -> None:
+    m = machine("hlt")
+    keeper = Keeper(tmp_path, b"", (tmp_path / "gone").read_bytes)
+    with pytest.raises(FileNotFoundError):
+        keeper.serve(m.vcpu.blocks)
+    keeper.close()
+
+
 def test_a_file_of_another_owner(keep: Kept, tmp_path: Path) -> None:
     if os.geteuid():
         pytest.skip("only root can give files away")
@@ -388,7 +414,7 @@ def test_a_restored_guest_begins_with_its_boots_translations_and_keeps_those_it_
     def restored() -> tuple[Machine, Keeper]:
         m = machine(f"mov edi, {FAR}\n xor ecx, ecx\n call rdi\n hlt")
         m.put(FUNCTION, FAR)
-        return m, Keeper(m.vcpu.blocks, tmp_path / "translations", b"restored", GUEST)
+        return m, keeper_of(m, tmp_path / "translations", b"restored", GUEST)
 
     boots = first_run(keep, tmp_path)
     m, keeper = restored()

@@ -6,17 +6,20 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from trivisor.boot.image import Image
 from trivisor.boot.xen_notes import read_xen_kernel
 from trivisor.machine import tsc
 from trivisor.machine.clock import Clock
 from trivisor.machine.exits import Hypercall
 from trivisor.machine.memory import MIB
+from trivisor.machine.vcpu import Vcpu
+from trivisor.monitor.techniques import TechniqueUnavailable
+from trivisor.monitor.xen_processor import xen_processor
 from trivisor.paravirt.xen import abi
 from trivisor.paravirt.xen.abi import HYPERCALL_NUMBERS
 from trivisor.paravirt.xen.machine import XenMachine
-from trivisor.translation.cpu import TranslationVcpu
-from trivisor.translation.deprivileged import Deprivileged
 from trivisor.x86.assembler import assemble
 
 BASE = 0xFFFFFFFF80000000
@@ -124,19 +127,26 @@ def image() -> bytes:
     return header + load + note + code + notes
 
 
-class Machine:
-    """One domain, ready for its first instruction; `watched` if Python is to do everything."""
+ENGINES = ("translation", "direct")
 
-    def __init__(self, path: Path, *, watched: bool) -> None:
+
+class Machine:
+    """One domain on one of `ENGINES`, ready for its first instruction; `watched` if Python is to do everything."""
+
+    def __init__(self, path: Path, *, watched: bool, engine: str = "translation") -> None:
         stopped: list[int] = []
         self.xen = XenMachine(
             64 * MIB, Clock(), console_output=lambda _: None, tsc=tsc.read, tsc_frequency=tsc.frequency(),
             on_stop=lambda: stopped.append(1),
         )  # fmt: skip
         self.domain = self.xen.domain
-        self.vcpu = TranslationVcpu(self.xen.platform, supervision=self.domain.native)
+        self.vcpu: Vcpu
+        try:
+            self.vcpu, cpu = xen_processor(self.xen, engine)
+        except TechniqueUnavailable as error:
+            self.xen.close()
+            pytest.skip(str(error))
         self.domain.observers = lambda kind: self.vcpu.observed.get(kind, [])
-        cpu = Deprivileged(self.vcpu, self.domain)
         with Image(path) as kernel:
             state = self.xen.start(cpu, read_xen_kernel(kernel), None, "")
         self.vcpu.state = state

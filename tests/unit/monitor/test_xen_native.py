@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.monitor.pv_guest import DATA, LOAD, UPPER, Machine, image
+from tests.unit.monitor.pv_guest import DATA, ENGINES, LOAD, UPPER, Machine, image
 from trivisor.paravirt.xen import abi
 from trivisor.paravirt.xen.abi import HYPERCALL_NUMBERS
 
@@ -103,13 +103,14 @@ def program(machine: Machine, made: dict[str, list[int]], seed: int) -> list[tup
     return records
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("seed", range(6))
-def test_natively_as_by_python(tmp_path: Path, seed: int) -> None:
+def test_natively_as_by_python(tmp_path: Path, seed: int, engine: str) -> None:
     path = tmp_path / "kernel"
     path.write_bytes(image())
     outcomes = []
     for watched in (False, True):
-        machine = Machine(path, watched=watched)
+        machine = Machine(path, watched=watched, engine=engine)
         try:
             records = program(machine, tables(machine), seed)
             results = machine.run(records)
@@ -124,10 +125,11 @@ def test_natively_as_by_python(tmp_path: Path, seed: int) -> None:
         assert value == outcomes[1][2][name], name
 
 
-def test_what_the_kernel_maps_is_seen_after_a_switch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_the_kernel_maps_is_seen_after_a_switch(tmp_path: Path, engine: str) -> None:
     path = tmp_path / "kernel"
     path.write_bytes(image())
-    machine = Machine(path, watched=False)
+    machine = Machine(path, watched=False, engine=engine)
     try:
         made = tables(machine)
         data = bytearray(0x9000)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.monitor.pv_guest import DATA, FAULT, STORE, STORES, UPPER, Machine, image
+from tests.unit.monitor.pv_guest import DATA, ENGINES, FAULT, STORE, STORES, UPPER, Machine, image
 from tests.unit.paravirt.xen.invariant import check
 from trivisor.paravirt.xen import abi
 from trivisor.paravirt.xen.abi import HYPERCALL_NUMBERS
@@ -169,11 +169,13 @@ def kernel(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_page_tables_natively_as_by_python(kernel: Path, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("engine", "seed"), [*(("translation", seed) for seed in range(40)), *(("direct", seed) for seed in range(12))]
+)
+def test_page_tables_natively_as_by_python(kernel: Path, engine: str, seed: int) -> None:
     outcomes = []
     for watched in (False, True):
-        machine, rng = Machine(kernel, watched=watched), random.Random(seed)
+        machine, rng = Machine(kernel, watched=watched, engine=engine), random.Random(seed)
         try:
             records = program(machine, Tables(machine, rng), rng)
             results = machine.run(records)
@@ -203,12 +205,13 @@ def test_page_tables_natively_as_by_python(kernel: Path, seed: int) -> None:
         ("lock btr qword [rdi], 5", 0, 0, 0x47, 0x47),
     ],
 )
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_store_of_linux_is_done_natively(
-    kernel: Path, store: str, value: int, rax: int, old: int, new: int
+    kernel: Path, engine: str, store: str, value: int, rax: int, old: int, new: int
 ) -> None:
     after = []
     for watched in (False, True):
-        machine = Machine(kernel, watched=watched)
+        machine = Machine(kernel, watched=watched, engine=engine)
         try:
             tables = Tables(machine, random.Random(0))
             table, page = tables.levels[1][0], tables.levels[0][0] << 12
@@ -228,9 +231,10 @@ def test_a_store_of_linux_is_done_natively(
     assert after[0] == after[1] and after[0][0] != FAULTED
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("bits", [1 << 33, 1 << 51, 1 << 40])
-def test_an_entry_leads_elsewhere_by_high_bits_alone(kernel: Path, bits: int) -> None:
-    machine = Machine(kernel, watched=False)
+def test_an_entry_leads_elsewhere_by_high_bits_alone(kernel: Path, engine: str, bits: int) -> None:
+    machine = Machine(kernel, watched=False, engine=engine)
     try:
         tables = Tables(machine, random.Random(0))
         table, page = tables.levels[1][0], tables.levels[0][0] << 12

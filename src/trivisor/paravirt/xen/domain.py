@@ -69,6 +69,8 @@ _COUNTED_NATIVELY = (
     ("forced emulation", "FORCED"),
     (f"exception {GENERAL_PROTECTION}", "PORTS"),
     ("privileged instruction", "PORTS"),
+    (f"exception {GENERAL_PROTECTION}", "PRIVILEGED"),
+    ("privileged instruction", "PRIVILEGED"),
 )
 """Words of the shared table, by the names of the statistics that they add to."""
 

@@ -145,6 +145,7 @@ xen_validate_own:
 xen_validated:
     pop rsi
     pop rcx
+    call supervised_table
     clc
     ret
 xen_validate_undo:
@@ -340,6 +341,7 @@ xen_change_read_only:
     clc
     ret
 xen_change_upper:
+    call supervised_changed_upper
     ; through an empty table nothing is known: what was went with its entries
     {frame_of_entry("r10", "rcx")}
     mov r8, rcx

@@ -69,6 +69,7 @@ _NAMES = (
     "SYSCALLS",
     "FORCED",  # CPUID behind the forced-emulation prefix
     "PORTS",  # IN and OUT
+    "PRIVILEGED",  # other instructions that had raised #GP
 )
 COUNTED = 64
 """Hypercalls with lower numbers are counted natively."""

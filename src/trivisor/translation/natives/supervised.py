@@ -142,6 +142,11 @@ supervised_flush_lower:
     mov rdi, rbp
     jmp flush_local
 
+; Tables are walked for each miss, and what comes of entries above level 1 is forgotten with all else.
+supervised_changed_upper:
+supervised_table:
+    ret
+
 ; int entry_changed(state, host address, old): the same from Python.
 entry_changed:
     push rbp

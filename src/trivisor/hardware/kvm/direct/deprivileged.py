@@ -35,16 +35,22 @@ class Deprivileged:
         self._gdt = self._gdt_limit = self._ldt = 0
         self._ldt_limit = -1
         self._segments: dict[int, Blob] = {}
-        self._tables: set[int] = set()
         self.changed_tables: set[int] = set()
         self.changed_entries: set[int] = set()
         """Physical addresses of what KVM is to forget when translations are."""
         self.at_once = False
         """They are to be forgotten before the guest goes on."""
         self.flush_wanted = False
-        self.other_gs = 0
         self.interrupt_flag_ignored = False
         """CLI and STI fault all the same, and the supervisor does nothing about them."""
+
+    @property
+    def other_gs(self) -> int:
+        return self._vcpu.native.other_gs
+
+    @other_gs.setter
+    def other_gs(self, value: int) -> None:
+        self._vcpu.native.other_gs = value
 
     # -- registers ------------------------------------------------------------------------------------------
 
@@ -175,6 +181,7 @@ class Deprivileged:
     def enter_space(self, root: int, kernel: bool) -> None:
         self._memory.root = root
         self._vcpu.stub.in_kernel(kernel)
+        self._vcpu.native.enter_space(root, kernel)
         if self._run.cr3 != root:
             self._run.cr3 = root
 
@@ -207,11 +214,21 @@ class Deprivileged:
     def memory_written(self, address: int, length: int) -> None:
         """A page that is a table again may be one that KVM remembers as it was."""
         if length == PAGE_SIZE:
-            if address in self._tables:
+            tables, frame = self._vcpu.native.tables, address // PAGE_SIZE
+            if tables[frame]:
                 self.changed_tables.add(address)
                 self.at_once = True
             else:
-                self._tables.add(address)
+                tables[frame] = 1
+
+    def take_native(self) -> None:
+        """What native code has done, as if it had come by the methods here."""
+        entries, tables, at_once, flush = self._vcpu.native.take()
+        self._memory.root = self._run.cr3
+        self.changed_entries.update(entries)
+        self.changed_tables.update(tables)
+        self.at_once |= at_once
+        self.flush_wanted |= flush
 
     # -- the rest -------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from trivisor.x86.descriptors import parse_segment
 _REGS: Final = abi.RUN_SYNC_REGS // 8
 _SREGS: Final = (abi.RUN_SYNC_REGS + abi.SyncRegs.sregs.offset) // 8
 _END: Final = abi.RUN_SYNC_REGS + abi.SyncRegs.events.offset
-_PLACES: Final = (0, 2, 3, 1, 6, 7, 4, 5, *range(8, 16))
+PLACES: Final = (0, 2, 3, 1, 6, 7, 4, 5, *range(8, 16))
 """Where `kvm_regs` has the general register of each encoding number."""
 _RIP, _RFLAGS = _REGS + 16, _REGS + 17
 _CR0, _CR2, _CR3, _CR4 = (
@@ -24,7 +24,7 @@ _SEGMENTS: Final = {
 _SEGMENT_SIZE: Final = 24
 _SELECTORS: Final = {number: (at + abi.Segment.selector.offset) // 2 for number, at in _SEGMENTS.items()}
 _CS_SELECTOR: Final = _SELECTORS[CS]
-_RCX, _R11 = _REGS + _PLACES[1], _REGS + _PLACES[11]
+_RCX, _R11 = _REGS + PLACES[1], _REGS + PLACES[11]
 _SYSCALL_LENGTH: Final = 2
 _MASK64: Final = (1 << 64) - 1
 
@@ -71,6 +71,10 @@ class RunRegisters:
         self._words[self._dirty] = abi.SYNC_REGS | abi.SYNC_SREGS if self.special else abi.SYNC_REGS
         self.special = False
 
+    def resume(self) -> None:
+        """What native code has had KVM load goes on waiting for the next entry."""
+        self.special = bool(self._words[self._dirty] & abi.SYNC_SREGS)
+
     def save(self) -> bytes:
         """All of them."""
         return bytes(self._bytes[8 * _REGS : _END])
@@ -86,10 +90,10 @@ class RunRegisters:
         self._halves.release()
 
     def __getitem__(self, number: int) -> int:
-        return int(self._words[_REGS + _PLACES[number]])
+        return int(self._words[_REGS + PLACES[number]])
 
     def __setitem__(self, number: int, value: int) -> None:
-        self._words[_REGS + _PLACES[number]] = value
+        self._words[_REGS + PLACES[number]] = value
 
     @property
     def rip(self) -> int:

@@ -117,7 +117,7 @@ class Stub:
         """The end of the stack, as a linear address and as an offset in `view`."""
         self.idt, self.tss = self._linear(_SYSTEM) + _IDT, self._linear(_SYSTEM) + _TSS
         self._put(_CODE, 0, program.code)
-        self._stays_in_ring_3 = stays_in_ring_3
+        self.stays_in_ring_3 = stays_in_ring_3
         self.set_entry(_NOTHING)
         gates = [
             build_gate64(Gate(INTERRUPT_GATE, code_selector, self.vectors + vector, 0, True)).to_bytes(16, "little")
@@ -131,7 +131,7 @@ class Stub:
 
     def set_entry(self, ring_3: str) -> None:
         """Have `ring_3` answer what it can of system calls that stay in ring 3 (`NativeSupervision.ring_3`)."""
-        source = _ENTRY_PAGE.format(ring_3=ring_3 if self._stays_in_ring_3 else _NOTHING)
+        source = _ENTRY_PAGE.format(ring_3=ring_3 if self.stays_in_ring_3 else _NOTHING)
         in_kernel = self.entry + _IN_KERNEL - (1 << 64 if self.entry >> 63 else 0)
         program = assemble(source, origin=self.entry, symbols={"in_kernel": in_kernel})
         self._push, call = (program.labels[name] for name in ("ring_3_push", "ring_3_call"))
@@ -143,8 +143,13 @@ class Stub:
         """Whether ring 3 at `rip` is on its way from SYSCALL to that stop, with nothing changed but flags since."""
         return self.entry <= rip <= self._push or rip == self.stops[0]
 
+    @property
+    def in_kernel_at(self) -> int:
+        """Host address of the byte that tells ring 3's code whether the guest's kernel runs."""
+        return self.host + _ENTRY * PAGE_SIZE + _IN_KERNEL
+
     def in_kernel(self, kernel: bool) -> None:
-        """Tell ring 3's code whether the guest's kernel runs."""
+        """Tell it."""
         self.view[_ENTRY * PAGE_SIZE + _IN_KERNEL] = kernel
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import struct
 import time
 from ctypes import sizeof
@@ -14,6 +15,8 @@ from trivisor.hardware.kvm.cpu import KvmVcpu
 from trivisor.hardware.kvm.direct.deprivileged import FLAT_CODE, FLAT_DATA, Deprivileged
 from trivisor.hardware.kvm.direct.guest_memory import RingThreeMemory
 from trivisor.hardware.kvm.direct.hidden import HIDDEN, load_hidden
+from trivisor.hardware.kvm.direct.native_loop import ASKS, EXIT
+from trivisor.hardware.kvm.direct.native_run import NativeRun
 from trivisor.hardware.kvm.direct.registers import RunRegisters, segment
 from trivisor.hardware.kvm.direct.segment_faults import prefix_made_stack_fault
 from trivisor.hardware.kvm.direct.stub import AT_A_TIME, PHYSICAL, TSS_LIMIT, VECTORS, Stub
@@ -73,9 +76,10 @@ class DirectVcpu(KvmVcpu):
     """
 
     supervisor: Supervisor
+    native: NativeRun
 
     def __init__(self, board: Surroundings, slot: int, selectors: Selectors) -> None:
-        self._selectors = selectors
+        self._selectors, self._slot = selectors, slot
         super().__init__(board, CpuChoice(added=frozenset({"cx16"}) & features(host_cpuid)))
         try:
             self.ring_0_is_emulated = ring_0_is_emulated(self._system)
@@ -107,10 +111,13 @@ class DirectVcpu(KvmVcpu):
         leaves = [*self.guest_cpuid.table, *((0x40000000 + leaf, 0) for leaf in range(4))]
         table = {key: supervisor.cpuid(*key) for key in leaves}
         self.handle.control(abi.SET_CPUID2, cpuid_table(table, HAS_SUBLEAVES))
-        self.stub.set_entry(supervisor.native.ring_3)
+        supervision = supervisor.native
+        self.stub.set_entry(supervision.ring_3)
+        self.native = NativeRun(self.handle, self.board.memory, self._slot, self.stub, supervision)
+        self.native.set_flat(segment(self._selectors.code, FLAT_CODE), segment(self._selectors.stack, FLAT_DATA))
 
     def close(self) -> None:
-        for name in ("registers", "ring3_memory"):
+        for name in ("registers", "ring3_memory", "native"):
             part = self.__dict__.pop(name, None)
             if part is not None:
                 part.close()
@@ -221,19 +228,15 @@ class DirectVcpu(KvmVcpu):
         else:
             self._run_bytes[_IMMEDIATE_EXIT] = 0  # what waits is served in a moment, at an exit of the stub's
         started = time.perf_counter_ns()
-        try:
-            ioctl(self._descriptor, abi.RUN)
-        except OSError as error:
-            self._guest_ns += time.perf_counter_ns() - started
-            if error.errno not in (errno.EINTR, errno.EAGAIN):
-                raise
-            self._outside = self._between_instructions()
-            if self._stepping and self._outside:
-                self._drop_trap()
-            self._take_signals()
-            self._count("signal")
-            return None
+        end = self._run()
         self._guest_ns += time.perf_counter_ns() - started
+        if end < 0:
+            self._interrupted(-end)
+            return None
+        if end != EXIT:
+            self._outside = True
+            self._look |= end == ASKS
+            return None
         reason = self._run_words[_EXIT_REASON]
         self._outside = self._stepped = True
         if reason == abi.EXIT_IO and self.registers.rip in self.stub.stops:
@@ -248,6 +251,32 @@ class DirectVcpu(KvmVcpu):
         if handler is None or reason == abi.EXIT_MMIO:
             return Unsupported(f"KVM exit {name} in ring 3", self.registers.rip)
         return handler()
+
+    def _run(self) -> int:
+        """Run the guest until there is something for Python, as `native_loop` tells it."""
+        if self._stepping or self.supervisor.watched():
+            try:
+                ioctl(self._descriptor, abi.RUN)
+            except OSError as error:
+                return -(error.errno or errno.EIO)
+            return EXIT
+        cpu = self.deprivileged
+        changes = bool(cpu.changed_tables or cpu.changed_entries)
+        end = self.native.run(self._tsc_offset, flush_is_pythons=changes or not self.ring_0_is_emulated)
+        if end != EXIT and end > 0:
+            self.registers.resume()
+        cpu.take_native()
+        return end
+
+    def _interrupted(self, error: int) -> None:
+        """KVM_RUN has failed; raises OSError unless that was for a signal."""
+        if error not in (errno.EINTR, errno.EAGAIN):
+            raise OSError(error, os.strerror(error))
+        self._outside = self._between_instructions()
+        if self._stepping and self._outside:
+            self._drop_trap()
+        self._take_signals()
+        self._count("signal")
 
     def _serve(self) -> Exit | None:
         """Timers, kicks and interrupts."""
@@ -418,8 +447,15 @@ class DirectVcpu(KvmVcpu):
 
     def statistics(self) -> dict[str, Any]:
         statistics = super().statistics()
-        exits = statistics["exits"] | {"system call": self._system_calls}
-        exits |= {f"exception {vector}": count for vector, count in self._exceptions.items()}
+        natively = self.native.exceptions()
+        exceptions = {
+            vector: count
+            for vector in range(VECTORS)
+            if (count := self._exceptions.get(vector, 0) + natively[vector])
+        }
+        exits = statistics["exits"] | {"system call": self._system_calls + self.native.calls}
+        exits |= {f"exception {vector}": count for vector, count in exceptions.items()}
         statistics["exits"] = dict(sorted(exits.items(), key=lambda item: -item[1]))
+        statistics["native helpers"] = {"supervised": self.native.calls + sum(natively)}
         statistics["the stub"] = {"runs": self._stub_runs, "entries and tables rewritten": self._rewritten}
         return statistics

@@ -1,0 +1,410 @@
+"""The run loop's frequent part as machine code: KVM_RUN, what the supervisor does natively, and KVM_RUN again.
+
+It calls the supervisor's own code (`machine.deprivileged.NativeSupervision`)
+and has what that may call.  Behind a page of words (`native_words.py`) the run
+structure is mapped once more.  Only system calls, page faults and #GP are
+looked at here; every other exit is Python's.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from trivisor.hardware.kvm import abi
+from trivisor.hardware.kvm.direct.native_words import CHANGED, GENERAL, MANY_CHANGED, MOST_CHANGED, RUN_GENERAL, SYMBOLS
+from trivisor.machine.memory import PAGE_SIZE
+from trivisor.x86.assembler import assemble
+from trivisor.x86.exceptions import GENERAL_PROTECTION, PAGE_FAULT
+from trivisor.x86.flags import AC, DF, FIXED, ID, IF, NT, RF, STATUS, TF
+from trivisor.x86.paging import ACCESSED, DIRTY, PRESENT, USER, WRITABLE
+
+EXIT, ON, ASKS = range(3)
+"""How it ends: at an exit that is Python's; with registers in the run structure that KVM is to go on with; or the same
+once timers and interrupts were looked at.  A negative number is an error of KVM_RUN's."""
+
+_IOCTL: Final = 16
+_HOST_FLAGS: Final = STATUS | DF
+_SYSTEM_FLAGS: Final = TF | NT | RF | AC | ID
+_UNUSABLE: Final = 1 << 48
+"""The last word of a null segment (struct kvm_segment)."""
+_ADDRESS: Final = (1 << 52) - PAGE_SIZE
+_LAST_SLOT_BITS: Final = 39
+
+
+def _copy(pairs: list[tuple[str, str]]) -> str:
+    return "\n".join(f"    mov rax, [rbp+{source}]\n    mov [rbp+{target}], rax" for target, source in pairs)
+
+
+_TO_RUN: Final = _copy([(f"RUN_{name}", f"GPR_{name}") for name in GENERAL])
+_FROM_RUN: Final = _copy([(f"GPR_{name}", f"RUN_{name}") for name in GENERAL])
+
+_LOOP = f"""
+; int run(words)
+run:
+    push rbx
+    push rbp
+    push r12
+    push r13
+    push r14
+    push r15
+    mov rbp, rdi
+    mov [rbp+HOST_RSP], rsp
+enter:
+    mov edi, [rbp+DESCRIPTOR]
+    mov esi, {abi.RUN}
+    xor edx, edx
+    mov eax, {_IOCTL}
+    syscall
+    test rax, rax
+    js leave
+    mov rcx, [rbp+RUN_RIP]
+    cmp dword [rbp+EXIT_REASON], {abi.EXIT_IO}
+    jne stopped
+    cmp rcx, [rbp+STOP]
+    je system_call
+    cmp rcx, [rbp+BEHIND_STOP]
+    jne leave_exit
+system_call:
+    mov r8, [rbp+RUN_RCX]
+    mov rax, r8
+    sar rax, 47
+    inc rax
+    cmp rax, 1 ; the instruction after it has no address
+    ja leave_exit
+    mov rdx, [rbp+RUN_R11]
+    call shown
+    sub r8, 2
+    mov [rbp+GUEST_RIP], r8
+    lea rax, [rbp+CALLS]
+    mov [rbp+COUNTER], rax
+    inc qword [rax]
+    cmp qword [rbp+GUEST_KERNEL], 0
+    jne supervisor_call
+    jmp supervisor_user_call
+
+; At a HLT of the stub's: an exception of ring 3's?
+stopped:
+    cmp dword [rbp+EXIT_REASON], {abi.EXIT_HLT}
+    jne leave_exit
+    mov r8, [rbp+STACK_END] ; below it: error code, rip, cs, rflags, rsp, ss
+    test byte [r8-32], 3
+    jz leave_exit
+    mov r9, [r8-40]
+    mov rax, r9
+    and rax, -{PAGE_SIZE}
+    cmp rax, [rbp+ENTRY_PAGE]
+    je leave_exit
+    mov r10d, {GENERAL_PROTECTION}
+    cmp rcx, [rbp+PROTECTION_STOP]
+    je exception
+    cmp rcx, [rbp+FAULT_STOP]
+    jne leave_exit
+    mov r10d, {PAGE_FAULT}
+    mov rax, [rbp+GUEST_CR2]
+    shr rax, {_LAST_SLOT_BITS}
+    cmp rax, [rbp+HIDDEN]
+    je leave_exit
+exception:
+    mov rdx, [r8-24]
+    call shown
+    mov [rbp+GUEST_RIP], r9
+    mov [rbp+EXIT_A], r10
+    mov eax, [r8-48]
+    mov [rbp+EXIT_B], rax
+    movzx eax, word [r8-32]
+    mov [rbp+CS_SELECTOR], rax
+    movzx eax, word [r8-8]
+    mov [rbp+SS_SELECTOR], rax
+    mov rax, [r8-16]
+    mov [rbp+GPR_RSP], rax
+    lea rax, [rbp+r10*8+EXCEPTIONS]
+    mov [rbp+COUNTER], rax
+    inc qword [rax]
+    jmp supervisor_exception
+
+; Take the registers from where KVM shows them, and flags rdx.
+shown:
+    mov eax, edx
+    and eax, HOST_FLAGS
+    mov [rbp+FLAGS], rax
+    and edx, {_SYSTEM_FLAGS}
+    mov [rbp+SYSTEM_FLAGS], rdx
+    {_FROM_RUN}
+    movzx eax, word [rbp+RUN_CS+SELECTOR]
+    mov [rbp+CS_SELECTOR], rax
+    movzx eax, word [rbp+RUN_SS+SELECTOR]
+    mov [rbp+SS_SELECTOR], rax
+    movzx eax, word [rbp+RUN_GS+SELECTOR]
+    mov [rbp+GS_SELECTOR], rax
+    mov rax, [rbp+FS_BASE]
+    mov [rbp+SHOWN_FS], rax
+    mov rax, [rbp+GS_BASE]
+    mov [rbp+SHOWN_GS], rax
+    mov rax, [rbp+GUEST_CR3]
+    mov [rbp+SHOWN_CR3], rax
+    ret
+
+; Python does the exit as if it were new; but of a list of operations it may be what is left.
+supervised_leave:
+    mov rax, [rbp+COUNTER]
+    dec qword [rax]
+    {_TO_RUN}
+leave_exit:
+    mov eax, {EXIT}
+leave:
+    mov rsp, [rbp+HOST_RSP]
+    pop r15
+    pop r14
+    pop r13
+    pop r12
+    pop rbp
+    pop rbx
+    ret
+
+supervised_following:
+    call gather_flags
+    mov [rbp+GPR_R11], rax
+    mov rax, [rbp+GUEST_RIP]
+    add rax, 2
+    mov [rbp+GPR_RCX], rax
+    mov [rbp+GUEST_RIP], rax
+supervised_resume:
+    mov rsp, [rbp+HOST_RSP]
+    call load
+    mov rax, [rbp+GUEST_RIP]
+    sar rax, 47
+    inc rax
+    cmp rax, 1
+    ja leave_on ; to no address
+    cmp qword [rbp+LOOK_WANTED], 0
+    jne leave_asking
+    cmp qword [rbp+AT_ONCE], 0
+    jne leave_on
+    cmp qword [rbp+CHANGED_COUNT], {MANY_CHANGED}
+    jae leave_on
+    cmp qword [rbp+FLUSH_WANTED], 0
+    je enter
+    cmp qword [rbp+FLUSH_IS_PYTHONS], 0
+    jne leave_on
+    cmp qword [rbp+CHANGED_COUNT], 0
+    jne leave_on
+    mov qword [rbp+FLUSH_WANTED], 0
+    jmp enter
+leave_on:
+    mov eax, {ON}
+    jmp leave
+
+supervised_interrupt:
+    mov rsp, [rbp+HOST_RSP]
+    call load
+leave_asking:
+    mov eax, {ASKS}
+    jmp leave
+
+; Have KVM load the registers; all but general ones only if they have changed.
+load:
+    {_TO_RUN}
+    call gather_flags
+    mov [rbp+RUN_FLAGS], rax
+    mov rax, [rbp+GUEST_RIP]
+    mov [rbp+RUN_RIP], rax
+    xor edx, edx
+    mov rax, [rbp+CS_SELECTOR]
+    cmp [rbp+RUN_CS+SELECTOR], ax
+    je load_stack
+    lea rsi, [rbp+CODE_SEGMENT]
+    lea rdi, [rbp+RUN_CS]
+    call load_segment
+load_stack:
+    mov rax, [rbp+SS_SELECTOR]
+    cmp [rbp+RUN_SS+SELECTOR], ax
+    je load_gs
+    lea rsi, [rbp+STACK_SEGMENT]
+    lea rdi, [rbp+RUN_SS]
+    call load_segment
+load_gs:
+    mov rax, [rbp+GS_SELECTOR]
+    cmp [rbp+RUN_GS+SELECTOR], ax
+    je load_bases
+    shl rax, 32 ; native code loads none but null ones
+    mov [rbp+RUN_GS+8], rax
+    mov rax, {_UNUSABLE:#x}
+    mov [rbp+RUN_GS+16], rax
+    mov edx, {abi.SYNC_SREGS}
+load_bases:
+    mov rax, [rbp+FS_BASE]
+    cmp rax, [rbp+SHOWN_FS]
+    jne load_special
+    mov rax, [rbp+GS_BASE]
+    cmp rax, [rbp+SHOWN_GS]
+    jne load_special
+    mov rax, [rbp+GUEST_CR3]
+    cmp rax, [rbp+SHOWN_CR3]
+    je load_known
+load_special:
+    mov edx, {abi.SYNC_SREGS}
+load_known:
+    or edx, {abi.SYNC_REGS}
+    mov [rbp+DIRTY_REGS], rdx
+    ret
+
+; The segment at rdi becomes the flat one at rsi, with selector ax.
+load_segment:
+    mov rcx, [rsi]
+    mov [rdi], rcx
+    mov rcx, [rsi+8]
+    mov [rdi+8], rcx
+    mov rcx, [rsi+16]
+    mov [rdi+16], rcx
+    mov [rdi+SELECTOR], ax
+    mov edx, {abi.SYNC_SREGS}
+    ret
+"""
+
+_SERVICES = f"""
+gather_flags:
+    mov rax, [rbp+FLAGS]
+    or rax, [rbp+SYSTEM_FLAGS]
+    or eax, {IF | FIXED}
+    ret
+
+supervised_enter:
+    mov [rbp+GUEST_CR3], rdi
+    mov [rbp+GUEST_KERNEL], rsi
+    mov rax, [rbp+IN_KERNEL_AT]
+    mov [rax], sil
+    test esi, esi
+    jz supervised_entered
+    mov [rbp+ROOT_KERNEL], rdi
+supervised_entered:
+    ret
+
+supervised_flush:
+supervised_flush_lower:
+invalidate_page:
+    mov qword [rbp+FLUSH_WANTED], 1
+    ret
+
+supervised_changed_upper:
+    mov qword [rbp+AT_ONCE], 1
+supervised_changed:
+    mov rax, [rdi]
+    xor rax, r10
+    test rax, {~(ACCESSED | DIRTY)}
+    jz supervised_unchanged
+    mov rax, rdi
+    sub rax, [rbp+RAM_BASE]
+    mov r8, [rbp+CHANGED_COUNT]
+    cmp r8, {MOST_CHANGED}
+    jae supervised_changed_table
+    mov [rbp+r8*8+{8 * CHANGED}], rax
+    inc qword [rbp+CHANGED_COUNT]
+supervised_unchanged:
+    mov eax, 1
+    ret
+supervised_changed_table:
+    ; no more entries can be noted: the whole table
+    mov rcx, rax
+    shr rcx, 12
+    mov rax, [rbp+TABLES]
+    cmp byte [rax+rcx], 2
+    je supervised_unchanged
+    call note_table
+    jmp supervised_unchanged
+
+; `Deprivileged.memory_written` of frame rcx.
+supervised_table:
+    mov rax, [rbp+TABLES]
+    cmp byte [rax+rcx], 1
+    ja supervised_table_noted
+    je note_table
+    mov byte [rax+rcx], 1
+supervised_table_noted:
+    ret
+
+; KVM is to forget the table in frame rcx, whose byte is at rax+rcx.  Loses rax.
+note_table:
+    mov byte [rax+rcx], 2
+    mov qword [rbp+AT_ONCE], 1
+    push r8
+    mov r8, [rbp+CHANGED_TABLES_COUNT]
+    mov rax, [rbp+CHANGED_TABLES]
+    mov [rax+r8*8], rcx
+    inc qword [rbp+CHANGED_TABLES_COUNT]
+    pop r8
+    ret
+
+supervised_alarm:
+    mov qword [rbp+LOOK_WANTED], 1
+    ret
+
+guest_cpuid:
+    or eax, 1
+    ret
+
+; As `RingThreeMemory.physical`.
+guest_page:
+    mov rax, r13
+    sar rax, 47
+    inc rax
+    cmp rax, 1
+    ja guest_page_not
+    mov rdx, [rbp+GUEST_CR3]
+    mov r8d, {USER | WRITABLE}
+    mov r9, {_ADDRESS:#x}
+    mov ecx, {_LAST_SLOT_BITS}
+    mov rax, r13
+    shr rax, cl
+    and eax, 511
+    cmp rax, [rbp+OWN_SLOT]
+    je guest_page_not
+guest_page_level:
+    and rdx, r9
+    cmp rdx, [rbp+RAM_SPAN]
+    jae guest_page_not
+    add rdx, [rbp+RAM_BASE]
+    mov rax, r13
+    shr rax, cl
+    and eax, 511
+    lea rdi, [rdx+rax*8]
+    mov rdx, [rdi]
+    test dl, {PRESENT}
+    jz guest_page_not
+    and r8d, edx
+    sub ecx, 9
+    cmp ecx, 12
+    jae guest_page_level
+    test r8b, {USER}
+    jz guest_page_not
+    mov eax, {ACCESSED}
+    test r12d, r12d
+    jz guest_page_mark
+    test r8b, {WRITABLE}
+    jz guest_page_not
+    mov eax, {ACCESSED | DIRTY}
+guest_page_mark:
+    and r9, rdx
+    cmp r9, [rbp+RAM_SPAN]
+    jae guest_page_not
+    and edx, eax
+    cmp edx, eax
+    je guest_page_marked
+    or [rdi], rax
+guest_page_marked:
+    mov rdi, r9
+    add rdi, [rbp+RAM_BASE]
+    mov eax, r13d
+    and eax, {PAGE_SIZE - 1}
+    add rdi, rax
+    xor eax, eax
+    ret
+guest_page_not:
+    or eax, 1
+    ret
+"""
+
+
+def native_loop(supervision: str) -> bytes:
+    """The loop with the supervisor's code; it begins with a C function of one argument, the words' address."""
+    symbols = {**SYMBOLS, **RUN_GENERAL, "HOST_FLAGS": _HOST_FLAGS}
+    return assemble("\n".join((_LOOP, _SERVICES, supervision)), symbols=symbols).code

@@ -268,6 +268,22 @@ def test_code_that_is_mapped_elsewhere(machine: Machine, how: str) -> None:
     assert called == [100, 101, 100, 101]
 
 
+@pytest.mark.parametrize(("rights", "stays"), [(0x25, True), (0x07, True), (0x67, True), (1 << 63 | 7, False), (0, False)])
+def test_code_whose_entry_has_other_rights(machine: Machine, rights: int, stays: bool) -> None:
+    case = Case(machine)
+    page = case.space.data[0] << 12
+    machine.xen.memory.write(page, b"\xb8" + struct.pack("<I", 100) + b"\xc3")
+    stale = []
+    case.made.records.append((CALL, UPPER))
+    case.made.update((case.space.levels[1][0] << 12, page | rights))
+    case.made.records.append((when_asked(machine, lambda: stale.append(machine.domain.table.words[INDEX["STALE"]])),))
+    case.flush("all")
+    case.made.records.append((CALL, UPPER))
+    results = case.results()
+    assert stale == [not stays]
+    assert results[-1] == (100 if stays else FAULTED)
+
+
 def test_code_whose_translation_was_forgotten(machine: Machine) -> None:
     case = Case(machine)
     code = [b"\xb8" + struct.pack("<I", number) + b"\xc3" for number in (100, 101, 102)]

@@ -160,6 +160,9 @@ entry_changed:
 ; The level-1 entry at host address rdi has changed, and was r10: forget what TLBs have of it.  eax = 1: jumps may
 ; still lead to code there, so that a flush is wanted.  An entry's place in its table tells its places in the TLBs.
 supervised_changed:
+    mov rax, [rdi]
+    xor rax, r10
+    push rax
     mov esi, edi
     shr esi, 3
     and esi, 511
@@ -207,6 +210,13 @@ supervised_changed_other:
     setne sil
     or r9d, esi
 supervised_changed_data:
+    ; code that may be run as before is where it was
+    pop rax
+    mov rcx, 0x800ffffffffff005
+    test rax, rcx
+    jnz supervised_changed_code
+    xor r9d, r9d
+supervised_changed_code:
     mov rdi, rbp
     call flush_sites
     mov eax, r9d

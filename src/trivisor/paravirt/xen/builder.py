@@ -17,7 +17,7 @@ from trivisor.boot.image import ImageError
 from trivisor.boot.xen_notes import XenKernel
 from trivisor.machine.memory import MIB, PAGE_SIZE
 from trivisor.paravirt.xen.abi import MAX_GUEST_CMDLINE, SIF_MOD_START_PFN, START_INFO_MAGIC
-from trivisor.paravirt.xen.frames import L4, Frames, runs
+from trivisor.paravirt.xen.frames import L4, Frames, numbers
 from trivisor.paravirt.xen.own_memory import OwnMemory
 from trivisor.paravirt.xen.page_tables import PageTables, entry_frame
 
@@ -59,24 +59,32 @@ class _Layout:
 
 
 class DomainBuilder:
-    """Builds one domain of `frames_of` frames: the frame of each of its pages."""
+    """Builds one domain; `frames_of` are the frames of its pages, in their order."""
 
     def __init__(
-        self, kernel: XenKernel, frames: Frames, own: OwnMemory, tables: PageTables, frames_of: list[int]
+        self, kernel: XenKernel, frames: Frames, own: OwnMemory, tables: PageTables, frames_of: list[range]
     ) -> None:
         self._kernel = kernel
         self._frames = frames
         self._own = own
         self._tables = tables
         self._frames_of = frames_of
+        self._pages = sum(map(len, frames_of))
+
+    def _run(self, page: int) -> range:
+        """The frames from that of a page on that follow each other; IndexError beyond the last page."""
+        for run in self._frames_of:
+            if page < len(run):
+                return run[page:]
+            page -= len(run)
+        raise IndexError(page)
+
+    def _frame(self, page: int) -> int:
+        return self._run(page)[0]
 
     def build(self, initrd: bytes | None, command_line: str, store_port: int, console_port: int) -> Started:
         """Load everything; raises ImageError for what does not fit or is not right."""
-        kernel, pages = self._kernel, len(self._frames_of)
-        page = 0
-        for first, last in runs(self._frames_of):
-            self._own.set_physical_run(first, range(page, page + last - first))
-            page += last - first
+        kernel, pages = self._kernel, self._pages
         end = -(-kernel.end // PAGE_SIZE)
         layout = _Layout(end, pages)
         if end > pages:
@@ -95,9 +103,9 @@ class DomainBuilder:
             p2m = layout.take(list_pages, "the list of frames")
             p2m_tables = layout.take(_tables_below_root(list_pages), "the list of frames")
             p2m_pages += _tables_below_root(list_pages)
-        self._write(p2m * PAGE_SIZE, struct.pack(f"<{pages}Q", *self._frames_of))
+        self._list_frames(p2m)
 
-        root = self._frames_of[tables_at]
+        root = self._frame(tables_at)
         all_tables = {*range(tables_at, tables_at + table_pages), *range(p2m_tables, layout.next)}
         self._map(root, tables_at + 1, kernel.address(0), range(self._mapped_end), all_tables)
         if kernel.p2m_base is not None:
@@ -106,7 +114,7 @@ class DomainBuilder:
             module = self._place_module(layout, initrd)
         self._write_start_info(
             start_info, command_line,
-            store=(self._frames_of[store], store_port), console=(self._frames_of[console], console_port),
+            store=(self._frame(store), store_port), console=(self._frame(console), console_port),
             tables=(kernel.address(tables_at * PAGE_SIZE), table_pages),
             p2m=(p2m_address, p2m, p2m_pages), module=module,
         )  # fmt: skip
@@ -119,32 +127,30 @@ class DomainBuilder:
             start_info=kernel.address(start_info * PAGE_SIZE),
             stack=kernel.address((stack + 1) * PAGE_SIZE),
             root=root,
-            store_frame=self._frames_of[store],
-            console_frame=self._frames_of[console],
+            store_frame=self._frame(store),
+            console_frame=self._frame(console),
         )
 
+    def _list_frames(self, p2m: int) -> None:
+        """Write the list of frames at page `p2m`, and the other way round the machine-to-physical table."""
+        known = numbers(max(self._pages, *(run.stop for run in self._frames_of)))
+        page = 0
+        for run in self._frames_of:
+            end = page + len(run)
+            self._write(p2m * PAGE_SIZE + 8 * page, known[run.start : run.stop].cast("B"))
+            self._own.set_physical_run(run.start, known[page:end])
+            page = end
     def _write(self, address: int, data: bytes | memoryview) -> None:
-        """Put `data` at an address in the domain's own memory, page by page where its frames lie."""
-        memory, at = self._frames.memory, 0
-        view = memoryview(data)
-        while at < len(data):
+        """Put `data` at an address in the domain's own memory, where its frames lie."""
+        view, at = memoryview(data), 0
+        while at < len(view):
             page, offset = divmod(address + at, PAGE_SIZE)
-            if page >= len(self._frames_of):
-                raise self._kernel.fail(
-                    f"does not fit into {len(self._frames_of) // 256} MiB of RAM; give it more --memory"
-                )
-            run = self._run(page, -(-(offset + len(data) - at) // PAGE_SIZE))
-            length = min(run * PAGE_SIZE - offset, len(data) - at)
-            memory.write(self._frames_of[page] * PAGE_SIZE + offset, view[at : at + length])
+            if page >= self._pages:
+                raise self._kernel.fail(f"does not fit into {self._pages // 256} MiB of RAM; give it more --memory")
+            run = self._run(page)
+            length = min(len(run) * PAGE_SIZE - offset, len(view) - at)
+            self._frames.memory.write(run[0] * PAGE_SIZE + offset, view[at : at + length])
             at += length
-
-    def _run(self, page: int, most: int) -> int:
-        """How many pages from `page` on lie in frames that follow each other."""
-        frames, count = self._frames_of, 1
-        most = min(most, len(frames) - page)
-        while count < most and frames[page + count] == frames[page] + count:
-            count += 1
-        return count
 
     def _place_tables(self, layout: _Layout) -> tuple[int, int, int]:
         """(first page of the page tables, how many, page of the boot stack): they map themselves and the stack.
@@ -161,7 +167,7 @@ class DomainBuilder:
             if needed <= count:
                 break
             count = needed
-        self._mapped_end = min(mapped, len(self._frames_of))
+        self._mapped_end = min(mapped, self._pages)
         tables = layout.take(count, "the page tables")
         return tables, count, layout.take(1, "the boot stack")
 
@@ -175,7 +181,7 @@ class DomainBuilder:
 
     def _map(self, root: int, tables_at: int, address: int, pages: range, read_only: set[int]) -> None:
         """Map `pages` from linear `address` on, with tables of levels 1 to 3 from page `tables_at` on."""
-        words, frames_of = self._frames.words, self._frames_of
+        words = self._frames.words
         page = pages.start
         while page < pages.stop:
             linear = address + (page - pages.start) * PAGE_SIZE
@@ -183,14 +189,15 @@ class DomainBuilder:
             for shift in (39, 30, 21):
                 at = table * 512 + (linear >> shift & 511)
                 if not words[at]:
-                    words[at] = frames_of[tables_at] << 12 | _KERNEL_RIGHTS
+                    words[at] = self._frame(tables_at) << 12 | _KERNEL_RIGHTS
                     tables_at += 1
                 table = entry_frame(words[at])
             index = linear >> 12 & 511
-            part = range(page, min(page + 512 - index, pages.stop))
+            run = self._run(page)
+            part = range(page, min(page + min(512 - index, len(run)), pages.stop))
             at = table * 512 + index
-            entries = [frame << 12 | _KERNEL_RIGHTS for frame in frames_of[page : part.stop]]
-            words[at : at + len(part)] = array("Q", entries)
+            first = run[0] << 12 | _KERNEL_RIGHTS
+            words[at : at + len(part)] = array("Q", range(first, first + len(part) * PAGE_SIZE, PAGE_SIZE))
             for other in read_only.intersection(part):
                 words[at + other - page] &= ~_WRITE
             page = part.stop
@@ -209,7 +216,7 @@ class DomainBuilder:
             raise ImageError("a kernel command line cannot hold a NUL character; change --append")
         flags = SIF_MOD_START_PFN if module[1] and self._kernel.unmapped_module else 0
         info = struct.pack(
-            "<32sQQI4xQI4xQI4xQQQQQ", START_INFO_MAGIC, len(self._frames_of), self._own.shared_info * PAGE_SIZE,
+            "<32sQQI4xQI4xQI4xQQQQQ", START_INFO_MAGIC, self._pages, self._own.shared_info * PAGE_SIZE,
             flags, *store, *console, *tables, p2m[0], *module,
         ) + struct.pack(f"<{MAX_GUEST_CMDLINE}sQQ", text, p2m[1], p2m[2])  # fmt: skip
         self._write(page * PAGE_SIZE, info)

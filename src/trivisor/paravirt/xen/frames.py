@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 from trivisor.machine.memory import PAGE_SIZE, GuestMemory
 from trivisor.paravirt.xen.abi import EBUSY, EINVAL, ENOMEM, EPERM
@@ -29,16 +30,31 @@ _OF_RUNS = 0x9B
 """Bits of level-1 entries that must be as in _PRESENT_WRITABLE: the user's, accessed and dirty bits may be either."""
 
 
-def runs(frames: list[int]) -> Iterator[tuple[int, int]]:
-    """(first, end) of the pieces of a list in which each number is one more than the one before."""
-    at = 0
-    while at < len(frames):
-        first = frames[at]
-        length = len(frames) - at
-        while frames[at : at + length] != list(range(first, first + length)):
-            length = length // 2
-        yield first, first + length
-        at += length
+def split(runs: list[range], count: int) -> tuple[list[range], list[range]]:
+    """The first `count` frames of some runs, and the rest."""
+    taken, rest = [], []
+    for run in runs:
+        taken.append(run[:count])
+        rest.append(run[count:])
+        count -= len(taken[-1])
+    return list(filter(None, taken)), list(filter(None, rest))
+
+
+def numbers(count: int) -> memoryview:
+    """0, 1, 2 and so on as 64-bit words; by their bytes, since `array("Q", range(count))` takes ten times as long."""
+    assert count <= 1 << 24
+    words = bytearray(8 * count)
+    for place in range(3):
+        length = 256**place
+        pattern = b"".join(bytes([value]) * length for value in range(min(256, -(-count // length))))
+        words[place::8] = (pattern * -(-count // len(pattern)))[:count]
+    return memoryview(words).cast("Q")
+
+
+def _one_more(counts: array[int]) -> array[int]:
+    if counts.count(counts[0]) == len(counts):
+        return array("L", [counts[0] + 1]) * len(counts)
+    return array("L", [count + 1 for count in counts])
 
 
 class Frames:
@@ -58,16 +74,16 @@ class Frames:
         """One more than the highest frame number; frames in the hole below 4 GiB are nobody's."""
         self.owner = bytearray(self.count)
         self.kind = bytearray(self.count)
-        self.kind_count = array("L", bytes(8 * self.count))
-        self.references = array("L", bytes(8 * self.count))
+        self.kind_count = array("L", [0]) * self.count
+        self.references = array("L", [0]) * self.count
         self.pinned = bytearray(self.count)
         self.words = memory.view.cast("Q")
         """The machine's memory in 64-bit words: frame number times 512 and the word in it."""
-        self._free = array("L", bytes(8 * self.count))
+        self._free = array("L", [0]) * self.count
         """The first `free` of them are free frames; the last of these is allocated next."""
         self._allocated = bytearray(self.count)
         """Frames that the domain has not given back; it may have given back some that are still in use."""
-        self._writable_until = array("L", bytes(8 * self.count))
+        self._writable_until = array("L", [0]) * self.count
         self.epoch = 1
         columns = {
             "OWNER": self.owner, "KIND": self.kind, "KIND_COUNT": self.kind_count, "REFERENCES": self.references,
@@ -77,17 +93,15 @@ class Frames:
             table.words[INDEX[f"FRAME_{name}"]] = host_address(column)
         table.words[INDEX["FRAME_COUNT"]] = self.count
 
-    def give_free(self, frames: Iterable[int]) -> None:
-        """These are free from now on; the first is allocated first."""
-        self._set_free([*reversed(list(frames)), *self.free_frames()])
+    def give_free(self, frames: list[range]) -> None:
+        """These runs are free from now on, and nothing else; the first frame is allocated first."""
+        free = array("L", chain.from_iterable(reversed(run) for run in reversed(frames)))
+        self._free[: len(free)] = free
+        self.free = len(free)
 
     def free_frames(self) -> list[int]:
         """Those that can still be allocated; the last is allocated next."""
         return self._free[: self.free].tolist()
-
-    def _set_free(self, frames: list[int]) -> None:
-        self._free[: len(frames)] = array("L", frames)
-        self.free = len(frames)
 
     def allocate(self) -> int:
         """A free frame becomes the domain's, with one reference; ENOMEM when there is none."""
@@ -101,21 +115,14 @@ class Frames:
         self.owned += 1
         return frame
 
-    def allocate_many(self, count: int) -> list[int]:
-        """So many free frames become the domain's, as by `allocate`; ENOMEM when there are not enough."""
-        if count > self.free:
-            raise HypercallError(ENOMEM)
-        end = self.free
-        self.free = end - count
-        taken = self._free[end - count : end].tolist()
-        taken.reverse()
-        for first, end in runs(taken):
-            length = end - first
+    def hand_over(self, frames: Iterable[range]) -> None:
+        """These runs become the domain's, each frame with one reference; they are nobody's, and not free either."""
+        for run in frames:
+            first, end, length = run.start, run.stop, len(run)
             self.owner[first:end] = bytes([DOMAIN]) * length
             self.references[first:end] = array("L", [1]) * length
             self._allocated[first:end] = b"\1" * length
-        self.owned += count
-        return taken
+            self.owned += length
 
     # -- what a snapshot keeps: who has which frame; all uses follow from the page tables -------------------
 
@@ -132,24 +139,21 @@ class Frames:
         ]
         return owned, given_back
 
-    def take_over(self, held: Iterable[tuple[int, int]], given_back: list[int]) -> None:
-        """Have runs (first, length) of free frames be the domain's, and some of them given back already.
+    def take_over(self, ram: Iterable[range], held: Iterable[tuple[int, int]], given_back: list[int]) -> None:
+        """Have runs (first, length) of `ram` be the domain's, some of them given back already, and the rest free.
 
-        Those have no reference until something uses them: `check_held` tells.  ValueError for frames that are not free.
+        Those have no reference until something uses them: `check_held` tells.  ValueError for frames outside of `ram`.
         """
         free = bytearray(self.count)
-        for frame in self.free_frames():
-            free[frame] = 1
+        for run in ram:
+            free[run.start : run.stop] = b"\1" * len(run)
         for first, length in held:
             end = first + length
             if not length or end > self.count or free.count(1, first, end) != length:
                 raise ValueError(f"frames {first:#x} to {end:#x} are not free")
             free[first:end] = bytes(length)
-            self.owner[first:end] = bytes([DOMAIN]) * length
-            self.references[first:end] = array("L", [1]) * length
-            self._allocated[first:end] = b"\1" * length
-            self.owned += length
-        self._set_free([frame for frame in self.free_frames() if free[frame]])
+            self.hand_over([range(first, end)])
+        self.give_free([range(*found.span()) for found in re.finditer(rb"\x01+", free)])
         for frame in given_back:
             if frame >= self.count or not self._allocated[frame]:
                 raise ValueError(f"frame {frame:#x} cannot have been given back")
@@ -263,8 +267,8 @@ class Frames:
         if not usable or self.owner.count(DOMAIN, first, end) != len(entries):
             return False
         self.kind[first:end] = bytes([WRITABLE]) * len(entries)
-        self.kind_count[first:end] = array("L", [count + 1 for count in counts])
-        self.references[first:end] = array("L", [count + 1 for count in self.references[first:end]])
+        self.kind_count[first:end] = _one_more(counts)
+        self.references[first:end] = _one_more(self.references[first:end])
         return True
 
     def may_be_written_stale(self, frame: int) -> bool:

@@ -23,7 +23,7 @@ from trivisor.paravirt.xen.console import ConsoleRing
 from trivisor.paravirt.xen.debug_registers import set_debug_register
 from trivisor.paravirt.xen.domain import OWN_ID, Domain
 from trivisor.paravirt.xen.events import EventChannels
-from trivisor.paravirt.xen.frames import Frames
+from trivisor.paravirt.xen.frames import Frames, split
 from trivisor.paravirt.xen.grants import BACK_END_DOMAIN, GrantTable
 from trivisor.paravirt.xen.own_memory import GDT_ADDRESS, OwnMemory, own_size
 from trivisor.paravirt.xen.page_tables import PageTables
@@ -80,11 +80,12 @@ class XenMachine(Remembers):
         table = SharedTable()
         frames = self._frames = Frames(self.memory, table)
         own = self._own = OwnMemory(self.memory, frames)
-        ram: list[int] = []
-        for start, length in self.memory.regions():
-            ram += range(max(start // PAGE_SIZE, own.end), (start + length) // PAGE_SIZE)
-        pages = min(size // PAGE_SIZE, len(ram))
-        frames.give_free(ram)
+        self.ram = [
+            range(max(start // PAGE_SIZE, own.end), (start + length) // PAGE_SIZE)
+            for start, length in self.memory.regions()
+        ]
+        """What is not Xen's own."""
+        pages = min(size // PAGE_SIZE, sum(map(len, self.ram)))
         self.events = EventChannels(self.memory, own.shared_info * PAGE_SIZE)
         self._private = own.private()
         self.platform = Platform(
@@ -144,7 +145,9 @@ class XenMachine(Remembers):
         """Build the domain; returns the state with which its processor begins.  Raises ImageError."""
         domain, events, own = self.domain, self.events, self._own
         domain.cpu = cpu
-        frames_of = self._frames.allocate_many(domain.pages)
+        frames_of, rest = split(self.ram, domain.pages)
+        self._frames.hand_over(frames_of)
+        self._frames.give_free(rest)
         store_port = events.allocate_unbound(BACK_END_DOMAIN)
         console_port = events.allocate_unbound(BACK_END_DOMAIN)
         builder = DomainBuilder(kernel, self._frames, own, self._tables, frames_of)
@@ -212,7 +215,7 @@ class XenMachine(Remembers):
         rings = numbers(saved, "rings", [40, 12, 40, 12])
         self._rings = (rings[0], rings[1], rings[2], rings[3])
         domain.grants.load(part(saved, "grants"))  # first: the guest may have mapped its status frames
-        load_memory(domain, part(saved, "memory"), [rings[0], rings[2]])
+        load_memory(domain, self.ram, part(saved, "memory"), [rings[0], rings[2]])
         domain.grant_maps.load(part(saved, "grant_maps"))
         check_memory(domain, part(saved, "memory"))
         domain.vcpu_info_moved()

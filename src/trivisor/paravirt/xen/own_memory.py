@@ -9,8 +9,6 @@ descriptor tables.
 
 from __future__ import annotations
 
-from array import array
-
 from trivisor.machine.memory import LOW_RAM_LIMIT, PAGE_SIZE, GuestMemory
 from trivisor.paravirt.xen.abi import (
     FIRST_RESERVED_GDT_ENTRY,
@@ -158,10 +156,10 @@ class OwnMemory:
         """Enter in the machine-to-physical table which of the domain's pages `frame` is."""
         self._frames.words[self._map_at + frame] = physical
 
-    def set_physical_run(self, first: int, pages: range) -> None:
-        """The same for frames in a row, from `first` on."""
+    def set_physical_run(self, first: int, pages: memoryview) -> None:
+        """The same for frames in a row, from `first` on; `pages` are 64-bit words."""
         at = self._map_at + first
-        self._frames.words[at : at + len(pages)] = array("Q", pages)
+        self._frames.words[at : at + len(pages)] = pages
 
     def physical(self, frame: int) -> int:
         """What the machine-to-physical table says of a frame."""

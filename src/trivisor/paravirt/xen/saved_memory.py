@@ -39,8 +39,10 @@ def save_memory(domain: Domain) -> Saved:
     }
 
 
-def load_memory(domain: Domain, saved: Saved, written: list[int]) -> None:
-    """Into a domain that has nothing yet, but all its memory's content; `written` are frames that Xen writes to.
+def load_memory(domain: Domain, ram: list[range], saved: Saved, written: list[int]) -> None:
+    """Into a domain that has nothing yet, but all its memory's content, and can have frames of `ram`.
+
+    `written` are frames that Xen writes to.
 
     ValueError for what cannot be.
     """
@@ -49,7 +51,7 @@ def load_memory(domain: Domain, saved: Saved, written: list[int]) -> None:
     given_back = number_list(saved, "given_back", _FRAME, frames.count)
     if owned and min(first for first, _ in owned) < own.end:
         raise ValueError("what is Xen's is not the domain's")
-    frames.take_over([(first, length) for first, length in owned], given_back)
+    frames.take_over(ram, [(first, length) for first, length in owned], given_back)
     if frames.owned > domain.pages:
         raise ValueError("the domain has more memory than it may")
     gdt = number_list(saved, "gdt", _FRAME, _GDT_PAGES)

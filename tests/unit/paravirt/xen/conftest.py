@@ -175,6 +175,7 @@ def guest() -> Iterator[Guest]:
         on_stop=lambda: None,
     )
     machine.domain.cpu = cpu
+    machine.domain.frames.give_free(machine.ram)
     made = Guest(machine, cpu, printed)
     root = made.frame()
     machine.domain.tables.get_kind(root, L4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from trivisor.machine.saved_values import number
@@ -41,6 +41,10 @@ class Node:
             return True
         granted = next((mode for who, mode in self.permissions[1:] if who == domain), self.permissions[0][1])
         return granted in ("b", right)
+
+    def with_children(self, children: Mapping[str, Node]) -> Node:
+        """The same node with other nodes below."""
+        return Node(self.value, self.permissions, children)
 
     def count(self, owner: int) -> int:
         """How many nodes here and below are a domain's."""
@@ -138,7 +142,7 @@ def put(root: Node, names: list[str], node: Node, domain: int) -> Node:
 def _rebuilt(parents: list[Node], names: list[str], node: Node) -> Node:
     """The root when the last of `parents` has `node` under the last of `names`, and so on up."""
     for parent, name in zip(reversed(parents), reversed(names), strict=False):
-        node = replace(parent, children={**parent.children, name: node})
+        node = parent.with_children({**parent.children, name: node})
     return node
 
 
@@ -156,4 +160,4 @@ def remove(root: Node, names: list[str]) -> Node:
         parents.append(parents[-1].children[name])
     children = dict(parents[-1].children)
     del children[names[-1]]
-    return _rebuilt(parents[:-1], names[:-1], replace(parents[-1], children=children))
+    return _rebuilt(parents[:-1], names[:-1], parents[-1].with_children(children))

@@ -12,6 +12,7 @@ from trivisor.translation.code_cache import CodeCache
 from trivisor.translation.modes import Breakpoint, Mode, Raise
 from trivisor.translation.shapes import MAXIMUM_INSTRUCTIONS, ShapeTables
 from trivisor.translation.translator.block import Translation
+from trivisor.translation.translator.counted import run_forward
 from trivisor.translation.translator.emission import Emission, FarTarget
 from trivisor.translation.translator.instructions import InstructionMaker
 from trivisor.translation.translator.recipe import Constants, Entry, Recipe, may_be_address
@@ -209,9 +210,15 @@ class Translator:
             entry if form is None else tuning.recipe(index).entry(_constants(*decoded[index]))
             for index, (entry, form) in enumerate(zip(chosen, tuning.forms, strict=True))
         ]
+        forward = run_forward([instruction for instruction, _, _ in decoded], turns)
+        if forward is not None:
+            head = Recipe(mode.user_view, near)
+            head.clobber(forward)
+            better.insert(0, head.entry(Constants()))
+            turns = {index + 1: way for index, way in turns.items()}
         last = segments[-1]
         made = self._emit(mode, near, Translation(rip, last.end - rip), better, last.polls, single=False, turns=turns)
-        if not (turns or tuning.pays or apart or made.parks_first):
+        if not (turns or tuning.pays or apart or made.parks_first or forward):
             return None
         made.sites = [
             (start, site)

@@ -46,7 +46,7 @@ KNOWN_DATA_ENTRIES = 16
 KNOWN_DATA_SIZE = 64  # selector | CPL << 16; raw descriptor; base; limit; attributes
 SITES = 128
 """Site caches of one view: what tuned code keeps of the TLB, for single places in it."""
-SITE_SIZE = 16  # tag; host address of the page
+SITE_SIZE = 16  # tag; host address of the page, or its distance from there: see `recipe.Form`
 SAMPLES = 64
 
 OFFSETS: dict[str, int] = {}

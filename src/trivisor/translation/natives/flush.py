@@ -18,12 +18,13 @@ LARGE_HASH = f"""
 
 C_FUNCTIONS = f"""
 ; void flush_sites(state): the site caches, which hold nothing that a TLB may not; keeps rdi, rsi, r8 to r11.
-; The page that an empty entry matches is not canonical, and leads to a host address that is not either.
+; The page that an empty entry matches is not canonical, and leads to a host address that is not either, be that the
+; entry's second half or its sum with the address.
 flush_sites:
     cld
     mov rdx, rdi
     lea rdi, [rdx+SITES_KERNEL]
-    mov rax, 0x8000000000000000
+    mov rax, 0xC000000000000000
     mov ecx, {2 * SITES * SITE_SIZE // 8}
     rep stosq
     mov rdi, rdx

@@ -25,15 +25,17 @@ if TYPE_CHECKING:
 
 
 def _stack_address(maker: InstructionMaker, recipe: Recipe, offset: int) -> None:
-    """r10 = the linear address of the guest's stack pointer plus `offset`."""
+    """r10 (r11 if it is distant) = the linear address of the guest's stack pointer plus `offset`."""
     if recipe.addressed:
         return
-    recipe.code(f"lea r10, [r15+({offset - recipe.before})]")
+    target = "r11" if recipe.distant else "r10"
+    by = offset - recipe.before
+    recipe.code("mov r11, r15" if recipe.distant and not by else f"lea {target}, [r15+({by})]")
 
 
-def _operand(recipe: Recipe) -> str:
-    """The operand that was checked last, as assembly has it."""
-    return f"[r10+{recipe.before}]"
+def _operand(recipe: Recipe, offset: int) -> str:
+    """The operand that was checked last, at the guest's stack pointer plus `offset`, as assembly has it."""
+    return f"[r15+r10+({offset})]" if recipe.distant else f"[r10+{recipe.before}]"
 
 
 def _move_stack(maker: InstructionMaker, recipe: Recipe, by: int) -> None:
@@ -54,7 +56,7 @@ def push(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> N
         recipe.clobber(f"mov {register}, [r10]\n mov [rsp+{SLOT}], {register}\n retry")
     _stack_address(maker, recipe, -size)
     recipe.check(size, write=True)
-    width, at = WORD[size], _operand(recipe)
+    width, at = WORD[size], _operand(recipe, -size)
     if kind == OpKind.REGISTER:
         number = GPR[instruction.op0_register][0]
         if number in DISPLACED:
@@ -80,7 +82,7 @@ def pop(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> No
             return
         _stack_address(maker, recipe, 0)
         recipe.check(size, write=False)
-        at = _operand(recipe)
+        at = _operand(recipe, 0)
         number = GPR[instruction.op0_register][0]
         if number == RSP:
             if size == 2:
@@ -132,7 +134,7 @@ def push_return(maker: InstructionMaker, recipe: Recipe) -> None:
     _stack_address(maker, recipe, -size)
     recipe.check(size, write=True)
     recipe.absolute("r11", 0)
-    recipe.code(f"mov {_operand(recipe)}, {name(11, size)}")
+    recipe.code(f"mov {_operand(recipe, -size)}, {name(11, size)}")
     _move_stack(maker, recipe, -size)
 
 
@@ -169,6 +171,6 @@ def near_return(maker: InstructionMaker, recipe: Recipe, instruction: Instructio
     drop = instruction.immediate16 if instruction.op_count else 0
     _stack_address(maker, recipe, 0)
     recipe.check(size, write=False)
-    recipe.code(f"mov {name(10, size)}, {_operand(recipe)}")
+    recipe.code(f"mov {name(10, size)}, {_operand(recipe, 0)}")
     _move_stack(maker, recipe, size + drop)
     recipe.ends = Indirect()

@@ -388,7 +388,7 @@ class Emission:
         """The ways out of TLB checks, and the jumps to code that is not there yet."""
         out = self.out
         for start, end, miss, rip, parked in self.misses:
-            jump_end, retry, kind, crossing, rejoin, site, leads = miss
+            jump_end, retry, kind, crossing, rejoin, site, leads, distant = miss
             jump = start + jump_end
             pack_into("<I", out, jump - 4, len(out) - jump)
             if leads and site < 0:
@@ -396,10 +396,10 @@ class Emission:
                 continue
             if site >= 0:
                 write, size = bool(kind & KIND_WRITE), kind >> 16
-                code, missed, back = site_refill(site, self.mode.user_view, write, size)
+                code, missed, back = site_refill(site, self.mode.user_view, write, size, distant)
                 at = len(out)
                 out += code
-                pack_into("<i", out, at + back - 4, jump + CHECK_TAIL - (at + back))
+                pack_into("<i", out, at + back - 4, jump + (0 if distant else CHECK_TAIL) - (at + back))
                 if leads:
                     self._link_plain(at + missed - 4, rip, kind)
                     continue

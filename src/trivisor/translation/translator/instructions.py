@@ -261,7 +261,7 @@ class InstructionMaker:
     def address(
         self, recipe: Recipe, instruction: Instruction, adjust: int = 0, *, segmented: bool = True
     ) -> None:
-        """Put the linear address of the memory operand, plus `adjust`, into r10; uses r11.
+        """Put the linear address of the memory operand, plus `adjust`, into r10 (r11 if it is distant); uses r11.
 
         Where its segment is not flat that is the offset in it, which `Recipe.check` makes linear.
         """
@@ -296,7 +296,7 @@ class InstructionMaker:
         bits = self.address_bits(instruction)
         lea = self._lea_template
         lea.code = Code.LEA_R64_M if bits == 64 else Code.LEA_R32_M
-        lea.op0_register = Register.R10 if bits == 64 else Register.R10D
+        lea.op0_register = Register.R11 if recipe.distant else Register.R10 if bits == 64 else Register.R10D
         lea.memory_base = self._address_register(recipe, base, S1)
         lea.memory_index = self._address_register(recipe, index, S2)
         lea.memory_index_scale = instruction.memory_index_scale
@@ -306,6 +306,9 @@ class InstructionMaker:
         if baked:
             self._baked = True
             size = 4
+        if recipe.distant and not offset:  # a move, which processors do by renaming
+            recipe.code(f"mov r11, {name(GPR[lea.memory_base][0], 8)}")
+            return
         lea.memory_displacement = offset & 0xFFFFFFFFFFFFFFFF
         lea.memory_displ_size = 8 if size == 4 else size
         code = self.encode(lea)
@@ -462,7 +465,7 @@ class InstructionMaker:
         recipe.check(size, write=write, judged=priority.may_fault_before(instruction))
         slotted = sum(number in DISPLACED for number in self._explicit_registers(instruction))
         recipe.takes_form = slotted <= 1 and not high and not memory_forms.has_pointers(instruction)
-        body = self.on_host_address(instruction, high, write, access in _READS, size, offset=recipe.before)
+        body = self.on_host_address(instruction, high, write, access in _READS, size, recipe)
         self._op(recipe, instruction, body)
         memory_forms.hide_pointers(recipe, instruction)
 
@@ -496,17 +499,26 @@ class InstructionMaker:
         write: bool,
         read: bool,
         size: int,
+        recipe: Recipe | None = None,
         *,
         displaced: bool = True,
-        offset: int = 0,
     ) -> bytes:
-        """The instruction with its memory operand at [r10 + offset]; other operands get r11 where they need it."""
+        """The instruction with its memory operand where the check of `recipe` has it, which is [r10] without one.
+
+        Other operands get r11 where they need it.
+        """
         host = instruction.copy()
-        host.memory_base = Register.R10
-        host.memory_index = Register.NONE
         host.memory_index_scale = 1
-        host.memory_displacement = offset
-        host.memory_displ_size = 8 if offset else 0
+        if recipe is not None and recipe.distant:
+            host.memory_index = Register.R10
+            if host.memory_base == Register.RSP:
+                host.memory_base = BY_SIZE[8][STACK]
+        else:
+            offset = recipe.before if recipe is not None else 0
+            host.memory_base = Register.R10
+            host.memory_index = Register.NONE
+            host.memory_displacement = offset
+            host.memory_displ_size = 8 if offset else 0
         host.segment_prefix = Register.NONE
         if instruction.code in _MOFFS:
             host.code = _MOFFS[instruction.code]

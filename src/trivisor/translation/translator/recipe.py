@@ -65,6 +65,11 @@ class Form(NamedTuple):
     """Bytes of the group's range, for its leader."""
     write: bool = False
     """Whether the group writes."""
+    distant: bool = False
+    """r10 is the distance from linear to host addresses instead: operands keep their base, with r10 as their index.
+
+    So an address need not wait for its check.  What fails one goes on in a plain block, be it a group or alone.
+    """
 
     @property
     def leads(self) -> bool:
@@ -92,6 +97,8 @@ class Miss(NamedTuple):
     """The site cache that it went by, or -1."""
     leads: bool = False
     """The check is for a group: if it fails, its instructions go on one by one."""
+    distant: bool = False
+    """See `Form.distant`: r11, and not r10, has the linear address."""
 
 
 class Fragment(NamedTuple):
@@ -138,13 +145,14 @@ def site_fields(site: int, user: bool) -> tuple[str, str]:
 
 
 @lru_cache
-def _refill(user: bool, write: bool) -> Piece:
+def _refill(user: bool, write: bool, distant: bool) -> Piece:
     """`site_refill` of site 0; labels end where what depends on the site does: 32 bits each."""
     view = "TLB_USER" if user else "TLB_KERNEL"
     tag, host = site_fields(0, user)
     entry = f"rsp+r11+{view}+{'TLB_WRITE' if write else 'TLB_READ'}"
     return assembled(
         f"""
+        {"mov r10, r11" if distant else ""}
         xor r10, [{tag}]
     tag_1:{_TLB_INDEX}
         xor r10, [{entry}]
@@ -160,6 +168,8 @@ def _refill(user: bool, write: bool) -> Piece:
     tag_2:
         mov r11, r10
         and r11, -4096
+        {f"sub r11, [{tag}]" if distant else ""}
+    tag_3:
         mov [{host}], r11
     host:
         db 0xe9, 0, 0, 0, 0
@@ -168,14 +178,15 @@ def _refill(user: bool, write: bool) -> Piece:
     )
 
 
-def site_refill(site: int, user: bool, write: bool, size: int) -> tuple[bytearray, int, int]:
-    """What follows a site cache's miss, with r10 = address xor tag: a look at the TLB, which fills it.
+def site_refill(site: int, user: bool, write: bool, size: int, distant: bool) -> tuple[bytearray, int, int]:
+    """What follows a site cache's miss, with r10 (or r11) = address xor tag: a look at the TLB, which fills it.
 
-    Returns the code and where its jumps for a miss there too, and back to after the check, end.
+    Returns the code and where its jumps for a miss there too, and back, end: to after the check with the host
+    address in r10, or to its last instruction if it is `distant`.
     """
-    program = _refill(user, write)
+    program = _refill(user, write, distant)
     code, labels = bytearray(program.code), program.labels
-    for label in ("tag_1", "tag_2", "host"):
+    for label in ("tag_1", "tag_2", "tag_3", "host") if distant else ("tag_1", "tag_2", "host"):
         _add(code, labels[label], site * SITE_SIZE)
     _add(code, labels["count"], site * 4)
     _add(code, labels["room"], -size)
@@ -193,7 +204,7 @@ def fragment(
     """Assembled text, as `_assembled` has it, with the site caches and the span that the form tells."""
     if form is None:
         return _assembled(source, user, first, prepared, None, aligned)
-    alike = Form(tuple(min(site, 0) for site in form.sites), 0, min(form.span, 1), form.write)
+    alike = form._replace(sites=tuple(min(site, 0) for site in form.sites), before=0, span=min(form.span, 1))
     made = _assembled(source, user, first, prepared, alike, aligned)
     code = bytearray(made.code)
     misses = []
@@ -254,9 +265,12 @@ def _assembled(source: str, user: bool, first: int, prepared: int, form: Form | 
             site = -1
             if form is not None and "chunk" not in words[3:]:
                 site = form.sites[min(number, len(form.sites) - 1)]
+            checked, last = "r10", "add"
             if site >= 0:
                 tag, host = site_fields(site, user)
                 index = ""
+                if form is not None and form.distant:
+                    checked, last = "r11", "mov"
             kinds.append((kind, size, retries, site))
             if aligned and size in ALIGNMENT:
                 # An odd address is made one that no TLB knows; Python sees what it was.
@@ -264,11 +278,11 @@ def _assembled(source: str, user: bool, first: int, prepared: int, form: Form | 
                 lines.append(f"test r10d, {ALIGNMENT[size] - 1}\n jz {passed}\n btc r10, 62\n {passed}:")
             lines.append(
                 f"""{index}
-                xor r10, [{tag}]
-                cmp r10, dword {4096 - size}
+                xor {checked}, [{tag}]
+                cmp {checked}, dword {4096 - size}
                 db 0x0f, 0x87, 0, 0, 0, 0
                 check_{len(kinds) - 1}:
-                add r10, [{host}]"""
+                {last} r10, [{host}]"""
             )
         elif words[:1] == ["stored"]:
             if kinds:
@@ -299,6 +313,7 @@ def _assembled(source: str, user: bool, first: int, prepared: int, form: Form | 
                 labels.get(f"stored_{i}", 0),
                 site=site,
                 leads=form is not None and form.leads,
+                distant=form is not None and form.distant,
             )
             for i, (kind, size, retry, site) in enumerate(kinds)
         ),
@@ -463,8 +478,13 @@ class Recipe:
 
     @property
     def addressed(self) -> bool:
-        """Whether r10 has the host address already."""
+        """Whether r10 has the host address, or its distance, already."""
         return self.form is not None and self.form.follows
+
+    @property
+    def distant(self) -> bool:
+        """See `Form.distant`."""
+        return self.form is not None and self.form.distant
 
     def absolute(self, register: str, displacement: int | None) -> None:
         """Load r10 or r11 with the next instruction's address plus `displacement`; None: the constant's."""

@@ -17,7 +17,7 @@ from trivisor.translation.translator.emission import Emission, FarTarget
 from trivisor.translation.translator.instructions import InstructionMaker
 from trivisor.translation.translator.recipe import Constants, Entry, Recipe, may_be_address
 from trivisor.translation.translator.traces import Judge, Segment, follow
-from trivisor.translation.translator.tuned import FIRST_FREE_SITE, PLAIN_CHECK, Decoded, Tuning
+from trivisor.translation.translator.tuned import FIRST_SITES, PLAIN_CHECK, Decoded, Tuning
 from trivisor.x86.exceptions import GENERAL_PROTECTION
 
 _MASK64 = (1 << 64) - 1
@@ -74,7 +74,7 @@ class Translator:
         self.recipes_made = 0
         self._known: dict[tuple[int, bool], _Known] = {}
         self._instruction = Instruction()
-        self._next_site = FIRST_FREE_SITE
+        self._next_sites = FIRST_SITES
 
     def translate(self, mode: Mode, rip: int, code: bytes) -> Translation:
         """Translate from linear `rip`.
@@ -204,8 +204,8 @@ class Translator:
         apart = {index for index, start in enumerate(starts) if rip + start in scattered}
         chosen = [entry for segment in segments for entry in segment.entries]
         recipes = [recipe for recipe, _, _ in chosen]
-        tuning = Tuning(known.maker, decoded, recipes, self._next_site, apart, turns)
-        self._next_site = tuning.next_site
+        tuning = Tuning(known.maker, decoded, recipes, self._next_sites, apart, turns)
+        self._next_sites = tuning.next_sites
         better = [
             entry if form is None else tuning.recipe(index).entry(_constants(*decoded[index]))
             for index, (entry, form) in enumerate(zip(chosen, tuning.forms, strict=True))

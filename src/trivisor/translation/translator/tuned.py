@@ -37,7 +37,7 @@ from iced_x86 import (
 from trivisor.translation.layout import SITES
 from trivisor.translation.translator.instructions import InstructionMaker
 from trivisor.translation.translator.recipe import KIND_WRITE, Form, Recipe
-from trivisor.translation.translator.registers import GPR
+from trivisor.translation.translator.registers import DISPLACED, GPR
 
 LARGEST_SPAN = 256
 """Bytes of a group's range: a longer one would run into the next page too often."""
@@ -49,7 +49,10 @@ Gathers and their like, and those that read two places, keep to the TLB.
 
 PLAIN_CHECK = -1
 """In `Form.sites`: this check does not go by a site cache."""
-_STACK_READ, _STACK_WRITE, FIRST_FREE_SITE = 0, 1, 2
+_STACK_READ, _STACK_WRITE = 0, 1
+FIRST_SITES = (2, SITES // 2)
+"""The first site of the distant forms that no instruction has yet, and the first of the others, which have the other
+half of all sites: what is in one is not what the other needs."""
 
 _WRITES = {OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE}
 
@@ -89,6 +92,8 @@ class _Group:
     write: bool = False
     shift: int = 0
     """How far the base register has moved since."""
+    single: bool = False
+    """Its one instruction accesses memory in a way of its own."""
     leaves: bool = False
     """A way out of the trace lies between its instructions."""
 
@@ -114,7 +119,7 @@ class Tuning:
         maker: InstructionMaker,
         decoded: list[Decoded],
         recipes: list[Recipe],
-        first_site: int,
+        next_sites: tuple[int, int],
         scattered: set[int],
         turns: Container[int] = (),
     ) -> None:
@@ -129,8 +134,8 @@ class Tuning:
         self._info = InstructionInfoFactory()
         self._plain = recipes
         self.forms: list[Form | None] = [None] * len(decoded)
-        self.next_site = first_site
-        self._known_sites: dict[tuple[Address, bool, int], int] = {}
+        self._next_sites = list(next_sites)
+        self._known_sites: dict[tuple[Address, bool, int, bool], int] = {}
         for group in self._groups():
             self._form(group)
 
@@ -161,7 +166,7 @@ class Tuning:
                 if self._spoils(instruction, access.address, access.moves):
                     current = None
             elif recipe.checks:
-                single = _Group(_address(instruction), [(index, 0)], instruction.memory_displacement)
+                single = _Group(_address(instruction), [(index, 0)], instruction.memory_displacement, single=True)
                 groups.append(single)
                 current = None
             elif current is not None:
@@ -217,31 +222,47 @@ class Tuning:
     def _form(self, group: _Group) -> None:
         """Give the group's instructions their forms."""
         first = group.members[0][0]
-        if len(group.members) == 1:
-            write = [bool(miss.kind_and_size & KIND_WRITE) for item in self._plain[first].items for miss in item.misses]
-            if write in _CACHED_CHECKS and first not in self._scattered:
-                self.forms[first] = Form(tuple(self._site(group, kind) for kind in write))
-            return
         scattered = first in self._scattered
-        site = PLAIN_CHECK if scattered else self._site(group, group.write)
+        distant = not (scattered or group.single) and _has_base_alone(group.address)
+        if len(group.members) == 1 and not distant:
+            write = [bool(miss.kind_and_size & KIND_WRITE) for item in self._plain[first].items for miss in item.misses]
+            if write in _CACHED_CHECKS and not scattered:
+                self.forms[first] = Form(tuple(self._site(group, kind, distant=False) for kind in write))
+            return
+        site = PLAIN_CHECK if scattered else self._site(group, group.write, distant=distant)
         for index, at in group.members:
             leads = index == first
-            self.forms[index] = Form(
-                (site,) if leads else (), at - group.low, group.high - group.low if leads else 0, group.write
-            )
+            span = group.high - group.low if leads else 0
+            self.forms[index] = Form((site,) if leads else (), at - group.low, span, group.write, distant)
 
-    def _site(self, group: _Group, write: bool) -> int:
+    def _site(self, group: _Group, write: bool, *, distant: bool) -> int:
         """The number of the site cache for a group: that of others off the same registers and close by, if any."""
-        if group.address == _STACK:
+        if group.address == _STACK and distant:
             return _STACK_WRITE if write else _STACK_READ
-        key = group.address, write, group.low // LARGEST_SPAN
+        key = group.address, write, group.low // LARGEST_SPAN, distant
         site = self._known_sites.get(key)
         if site is None:
-            site = self._known_sites[key] = self.next_site
-            self.next_site += 1
-            if self.next_site == SITES:
-                self.next_site = FIRST_FREE_SITE
+            half = int(not distant)
+            site = self._known_sites[key] = self._next_sites[half]
+            self._next_sites[half] += 1
+            if self._next_sites[half] == (SITES // 2, SITES)[half]:
+                self._next_sites[half] = FIRST_SITES[half]
         return site
+
+    @property
+    def next_sites(self) -> tuple[int, int]:
+        """Like `FIRST_SITES`, for the next block."""
+        distant, other = self._next_sites
+        return distant, other
+
+
+def _has_base_alone(address: Address) -> bool:
+    """Whether the address is a register that the host has too, and a displacement."""
+    segment, base, index, _ = address
+    if segment != Register.NONE or index != Register.NONE or base not in GPR:
+        return False
+    number, size = GPR[base]
+    return size == 8 and number not in DISPLACED
 
 
 def _address(instruction: Instruction) -> Address:

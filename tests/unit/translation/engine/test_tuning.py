@@ -198,6 +198,17 @@ def test_a_site_cache_of_the_kernel_is_not_the_user_s(machine: Make) -> None:
     assert m.fault("user").error == 5
 
 
+@pytest.mark.parametrize("access", ["mov rax, [rbx+8]", "mov rax, [rbx+rcx*8]", "mov [rbx], rcx\n mov rax, [rbx+8]"])
+@pytest.mark.parametrize("address", [1 << 63, 3 << 62, 1 << 62, 0xFFFF_7FFF_FFFF_F000])
+def test_an_empty_site_cache_leads_nowhere(machine: Make, access: str, address: int) -> None:
+    """The page that it seems to have is not canonical, nor is what it would make of it."""
+    m = tuned(machine, f"start: {access}\n hlt")
+    for _ in range(2):
+        frame = m.fault("start", rbx=address, rcx=0, rsp=STACK)
+        assert (frame.vector, frame.error, frame.rip) == (13, 0, m.origin)
+    assert made(m) == 1
+
+
 def test_a_write_to_code_through_a_site_cache(machine: Make) -> None:
     m = tuned(machine, "again: mov [r8], rbx\n call r8\n add rbx, 0x100\n loop again\n hlt")
     # mov al, imm8; ret

@@ -46,7 +46,10 @@ KNOWN_DATA_ENTRIES = 16
 KNOWN_DATA_SIZE = 64  # selector | CPL << 16; raw descriptor; base; limit; attributes
 SITES = 128
 """Site caches of one view: what tuned code keeps of the TLB, for single places in it."""
-SITE_SIZE = 16  # tag; host address of the page, or its distance from there: see `recipe.Form`
+SITE_SIZE = 16  # tag; the page's distance from linear to host addresses, or from `DISTANT_SITES` on its host address
+DISTANT_SITES = SITES // 2
+EMPTY_SITE = 0xC000000000000000
+"""Both halves of one that has no page: neither is canonical, nor is their sum."""
 SAMPLES = 64
 
 OFFSETS: dict[str, int] = {}

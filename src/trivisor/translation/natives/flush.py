@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trivisor.translation.layout import LARGE_PIECES, SITE_SIZE, SITES, TLB_ENTRIES, TLB_ENTRY_SIZE
+from trivisor.translation.layout import EMPTY_SITE, LARGE_PIECES, SITE_SIZE, SITES, TLB_ENTRIES, TLB_ENTRY_SIZE
 
 _LAST_ENTRY = (TLB_ENTRIES - 1) * TLB_ENTRY_SIZE
 
@@ -18,13 +18,12 @@ LARGE_HASH = f"""
 
 C_FUNCTIONS = f"""
 ; void flush_sites(state): the site caches, which hold nothing that a TLB may not; keeps rdi, rsi, r8 to r11.
-; The page that an empty entry matches is not canonical, and leads to a host address that is not either, be that the
-; entry's second half or its sum with the address.
+; The page that an empty entry matches is not canonical, and leads to a host address that is not either.
 flush_sites:
     cld
     mov rdx, rdi
     lea rdi, [rdx+SITES_KERNEL]
-    mov rax, 0xC000000000000000
+    mov rax, {EMPTY_SITE}
     mov ecx, {2 * SITES * SITE_SIZE // 8}
     rep stosq
     mov rdi, rdx

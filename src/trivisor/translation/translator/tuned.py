@@ -34,7 +34,7 @@ from iced_x86 import (
     RegisterExt,
 )
 
-from trivisor.translation.layout import SITES
+from trivisor.translation.layout import DISTANT_SITES, SITES
 from trivisor.translation.translator.instructions import InstructionMaker
 from trivisor.translation.translator.recipe import KIND_WRITE, Form, Recipe
 from trivisor.translation.translator.registers import DISPLACED, GPR
@@ -50,9 +50,8 @@ Gathers and their like, and those that read two places, keep to the TLB.
 PLAIN_CHECK = -1
 """In `Form.sites`: this check does not go by a site cache."""
 _STACK_READ, _STACK_WRITE = 0, 1
-FIRST_SITES = (2, SITES // 2)
-"""The first site of the distant forms that no instruction has yet, and the first of the others, which have the other
-half of all sites: what is in one is not what the other needs."""
+FIRST_SITES = (2, DISTANT_SITES)
+"""The first site of the distant forms that no instruction has yet, and the first of the others."""
 
 _WRITES = {OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE}
 
@@ -194,7 +193,8 @@ class Tuning:
         if mnemonic in (Mnemonic.PUSH, Mnemonic.POP) and instruction.op0_kind != OpKind.MEMORY:
             if mnemonic == Mnemonic.PUSH:
                 return _Access(_STACK, -size, size, True, -size)
-            return None if instruction.op0_register == Register.RSP else _Access(_STACK, 0, size, False, size)
+            into_stack_pointer = RegisterExt.full_register(instruction.op0_register) == Register.RSP
+            return None if into_stack_pointer else _Access(_STACK, 0, size, False, size)
         if recipe.ends is not None or not recipe.takes_form:
             return None
         operands = [i for i in range(instruction.op_count) if instruction.op_kind(i) == OpKind.MEMORY]
@@ -245,7 +245,7 @@ class Tuning:
             half = int(not distant)
             site = self._known_sites[key] = self._next_sites[half]
             self._next_sites[half] += 1
-            if self._next_sites[half] == (SITES // 2, SITES)[half]:
+            if self._next_sites[half] == (DISTANT_SITES, SITES)[half]:
                 self._next_sites[half] = FIRST_SITES[half]
         return site
 

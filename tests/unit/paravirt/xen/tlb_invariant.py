@@ -8,6 +8,8 @@ from typing import Any
 from trivisor.paravirt.xen.frames import L1, L4, Frames
 from trivisor.paravirt.xen.shared_table import INDEX
 from trivisor.translation.layout import (
+    DISTANT_SITES,
+    EMPTY_SITE,
     EXEC_TLB_ENTRIES,
     EXEC_TLB_ENTRY_SIZE,
     OFFSETS,
@@ -19,7 +21,6 @@ from trivisor.translation.layout import (
 
 P, W = 1, 2
 _ADDRESS = (1 << 52) - 4096
-_NO_PAGE = 0x8000000000000000
 VIEWS = ("KERNEL", "USER")
 
 
@@ -44,8 +45,9 @@ def known(machine: Any, view: str) -> Iterator[tuple[int, int, bool]]:
                 yield tag, words[at + 2] - base >> 12, tag == words[at + 1]
     for number in range(SITES):
         at = (OFFSETS[f"SITES_{view}"] + number * SITE_SIZE) // 8
-        if words[at] != _NO_PAGE:
-            yield words[at], words[at + 1] - base >> 12, False
+        if words[at] != EMPTY_SITE:
+            host = words[at + 1] + (words[at] if number < DISTANT_SITES else 0) & (1 << 64) - 1
+            yield words[at], host - base >> 12, False
 
 
 def fetched(machine: Any, view: str) -> Iterator[tuple[int, int]]:

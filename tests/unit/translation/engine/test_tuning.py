@@ -97,6 +97,16 @@ def test_the_x87_environment_hides_its_pointers_at_its_own_place(machine: Make) 
     assert made(m) == 1
 
 
+@pytest.mark.parametrize("register", ["rsp", "sp"])
+def test_a_pop_into_the_stack_pointer_ends_a_group(machine: Make, register: str) -> None:
+    m = tuned(machine, f"pop rax\n pop {register}\n pop rbx\n hlt")
+    m.memory.write_u64(DATA, 1)
+    m.memory.write_u64(DATA + 8, DATA + 0x800 + (0x1234 << 16 if register == "sp" else 0))
+    m.memory.write_u64(DATA + 0x800, 3)
+    m.halt(rsp=DATA)
+    assert (m["rax"], m["rbx"], m["rsp"]) == (1, 3, DATA + 0x808)
+
+
 @pytest.mark.parametrize("above", range(0, 48, 8))
 def test_a_group_across_pages_goes_one_by_one(machine: Make, above: int) -> None:
     m = tuned(machine, "push rax\n push rbx\n push rcx\n push rdx\n pop r8\n pop r9\n pop r10\n pop r11\n hlt")

@@ -120,8 +120,7 @@ class BlockStore:
         With `plain` = PLAIN it is the one that stands in for a tuned block there.
         """
         page, _ = self.mmu.fetch(rip, mode.user_view)
-        number = self._find(rip, page | mode.key | plain)
-        if number:
+        while number := self._find(rip, page | mode.key | plain):
             found = Block(self.tables, number)
             if not found.second or self._has_second(found, mode):
                 return found
@@ -148,7 +147,9 @@ class BlockStore:
             if not self._has_room(made, len(code)):
                 self.flush()
                 made = self.translator.translate(mode, rip, code)
-            lasting = not (made.crosses or mode.debug) and self.mmu.memory.is_ram(page, 0x1000)
+            is_ram = self.mmu.memory.is_ram
+            movable = mode.bits == 64 and is_ram(second, 0x1000) if made.crosses else True
+            lasting = movable and not mode.debug and is_ram(page, 0x1000)
             template, start = self._keep(made, mode.key | plain, code, lasting=lasting)
             number = self.native.take_up(template, rip, key, start, second | 1 if made.crosses else 0)
             self._made_here += 1

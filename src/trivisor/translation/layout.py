@@ -300,6 +300,8 @@ _cursor.field("SITES_USER", SITES * SITE_SIZE, 64)
 _cursor.field("SITE_MISSES", SITES * 4, 64)  # of both views; they go on to the TLB
 _cursor.field("BOUNCE", 4 * 8192, 4096)  # where single accesses to MMIO and across pages happen
 _cursor.field("CROSS", 128, 64)  # an access across pages
+_cursor.field("ACROSS", 64, 64)  # the guest's bytes where an instruction may run into the next page (natives/adopt.py)
+_cursor.field("ACROSS_SECOND")
 _cursor.field("FPU", FPU_AREA_SIZE, 64)
 _cursor.field("TLB_KERNEL", TLB_ENTRIES * TLB_ENTRY_SIZE, 4096)
 _cursor.field("TLB_USER", TLB_ENTRIES * TLB_ENTRY_SIZE, 4096)

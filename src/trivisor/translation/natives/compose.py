@@ -6,7 +6,7 @@ written and has `enter_block` make the block.
 
 from __future__ import annotations
 
-from trivisor.translation.natives.blocks import TEMPLATE_BUCKET
+from trivisor.translation.natives.adopt import TEMPLATE_BUCKET
 from trivisor.translation.natives.choose import CHOOSE
 from trivisor.translation.natives.emit import EMIT
 

@@ -8,8 +8,9 @@ import pytest
 
 from tests.unit.translation.engine.guest import DATA, Machine, Make
 from tests.unit.translation.engine.test_random_code import random_code
-from trivisor.translation.block_tables import Block
+from trivisor.translation.block_tables import Block, template_bucket
 from trivisor.translation.layout import BLOCK_TABLE_ENTRIES
+from trivisor.x86.assembler import assemble
 
 FAR = 0x400000
 NEAR_ALIAS, HIGH_ALIAS = 0x5000_3000, 0x10_0000_5000
@@ -80,6 +81,77 @@ def test_a_template_is_found_anywhere_in_its_page(machine: Make, first: bytes) -
         before, made = taken_up(m), translated(m)
         assert store.block(mode, NEAR_ALIAS + offset).rip == NEAR_ALIAS + offset
         assert (taken_up(m), translated(m)) == (before + 1, made), hex(offset)
+
+
+@pytest.mark.parametrize("linear, alias", [(FAR, NEAR_ALIAS), (HIGH_ALIAS, HIGH_ALIAS + 0x7654_3000)])
+def test_an_instruction_across_pages_is_taken_up(machine: Make, linear: int, alias: int) -> None:
+    """At every split, with constants and without, and moved as it would be translated there."""
+    m = machine("hlt")
+    for at in (0, 0x1000):
+        for address in (linear, alias):
+            m.map(address + at, FAR + at)
+    m.flush()
+    store, mode = m.vcpu.blocks, m.vcpu.mode
+    for source in (
+        "mov rax, 0x123456789abc", "add dword [rbx+rcx*8+0x12345678], 0x1020304", "jmp $+0x1234", "lea rax, [rel $]",
+    ):  # fmt: skip
+        code = assemble(source, bits=64).code
+        for split in range(1, len(code)):
+            offset = 0x1000 - split
+            m.memory.write(FAR + offset, code)
+            m.vcpu.memory_written(FAR + offset, len(code))
+            first = store.block(mode, linear + offset)
+            before, made = taken_up(m), translated(m)
+            second = store.block(mode, alias + offset)
+            assert (taken_up(m), translated(m)) == (before + 1, made), (source, split)
+            assert first.second == second.second == FAR + 0x1000 | 1
+            used, store.cache.used = store.cache.used, second.start
+            there = store.translator.translate(mode, alias + offset, store.code_at(mode, alias + offset, FAR)[0])
+            store.cache.used = used
+            assert code_of(m, second, []) == bytes(there.code), (source, split)
+
+
+@pytest.mark.parametrize("what", ["other bytes", "another page", "no page", "not RAM"])
+def test_an_instruction_across_pages_with_another_second_page(machine: Make, what: str) -> None:
+    """The template is of the whole instruction, wherever its second page lies."""
+    m = machine(
+        f"mov esi, 3\n mov edi, 4\n mov r8d, {FAR + 0xFFF}\n call r8\n mov ebx, eax\n"
+        f"mov r8d, {NEAR_ALIAS + 0xFFF}\n call r8\n hlt"
+    )
+    other = FAR + 0x5000
+    m.put("mov rax, rsi\n ret", FAR + 0xFFF)
+    m.map(NEAR_ALIAS, FAR)
+    m.memory.write(other, m.memory.read(FAR + 0x1000, 16))
+    if what == "other bytes":
+        m.memory.write(other, b"\x89\xf8")  # mov rax, rdi
+    if what == "not RAM":
+        m.map(NEAR_ALIAS + 0x1000, 0xC0000000)
+    elif what != "no page":
+        m.map(NEAR_ALIAS + 0x1000, other)
+    m.flush()
+    m.run()
+    assert m["rbx"] == 3
+    if what in ("other bytes", "another page"):
+        assert m["rax"] == (4 if what == "other bytes" else 3)
+        assert m.vcpu.blocks.block(m.vcpu.mode, NEAR_ALIAS + 0xFFF).second == other | 1
+    else:
+        frame = m.frame()
+        assert (frame.vector, frame.rip) == (14 if what == "no page" else 6, NEAR_ALIAS + 0xFFF)
+        assert what != "no page" or m.core.cr2 == NEAR_ALIAS + 0x1000
+    # the return in the second page is one block more
+    assert taken_up(m) == {"another page": 2, "other bytes": 1}.get(what, 0)
+
+
+def test_a_template_serves_its_own_place_in_a_page_alone(machine: Make) -> None:
+    m = machine("hlt")
+    code = b"\x90\x90\xeb\xfe"
+    for offset in (0, 0x100):
+        m.memory.write(FAR + offset, code)
+    store, mode, tables = m.vcpu.blocks, m.vcpu.mode, m.vcpu.blocks.tables
+    first = store.block(mode, FAR)
+    tables.heads[template_bucket(FAR + 0x100, mode.key, code)] = first.template
+    second = store.block(mode, FAR + 0x100)
+    assert taken_up(m) == 0 and second.template != first.template
 
 
 def test_blocks_that_displace_each_other_in_the_table_by_address_are_found(machine: Make) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.unit.monitor.pv_guest import DATA, ENGINES, FAULT, STORE, STORES, UPPER, Machine, image
 from tests.unit.paravirt.xen.invariant import check
+from trivisor.machine.exits import Exit
 from trivisor.paravirt.xen import abi
 from trivisor.paravirt.xen.abi import HYPERCALL_NUMBERS
 from trivisor.paravirt.xen.shared_table import INDEX
@@ -249,5 +250,48 @@ def test_an_entry_leads_elsewhere_by_high_bits_alone(kernel: Path, engine: str, 
         results = machine.run(made.finished())
         assert results[-3:] == [FAULTED, (1 << 64) - abi.EPERM, (1 << 64) - abi.EPERM]
         assert machine.frames.words[at] == page | 0x67
+    finally:
+        machine.close()
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["native", "python"])
+@pytest.mark.parametrize("how", ["mmu_update", "mmuext_op", "multicall"])
+def test_a_hypercall_that_validates_many_tables_gives_way(kernel: Path, how: str, watched: bool) -> None:
+    machine = Machine(kernel, watched=watched)
+    try:
+        tables = Tables(machine, random.Random(0))
+        words, upper, lower = machine.frames.words, tables.levels[3][2], tables.levels[2][2]
+        made = Program(machine, random.Random(0))
+        made.start(tables.levels[4][0])
+        first = machine.frames.count - 4096
+        for index in range(512):
+            words[(first + index) * 512 : (first + index + 1) * 512] = memoryview(bytes(4096)).cast("Q")
+            words[lower * 512 + index] = first + index << 12 | 7
+        words[upper * 512 : upper * 512 + 512] = memoryview(bytes(4096)).cast("Q")
+        made.extended((abi.MMUEXT_PIN_L3_TABLE, upper))
+        times = 9
+        changes = [(upper << 12, entry) for _ in range(times) for entry in (lower << 12 | 7, 0)]
+        pins = [(command, lower) for _ in range(times) for command in (1, abi.MMUEXT_UNPIN_TABLE)]
+        if how == "mmu_update":
+            made.update(*changes)
+        elif how == "mmuext_op":
+            made.extended(*pins)
+        else:
+            places = [made.structure(struct.pack("<I4xQQ", command, frame, 0)) for command, frame in pins]
+            number = HYPERCALL_NUMBERS["mmuext_op"]
+            entries = [struct.pack("<8Q", number, 0, place, 1, 0, abi.DOMID_SELF, 0, 0) for place in places]
+            made.call("multicall", made.structure(b"".join(entries)), len(entries))
+        system_call, calls = machine.domain.system_call, []
+
+        def counted(following: int) -> Exit | None:
+            calls.append(following)
+            return system_call(following)
+
+        machine.domain.system_call = counted  # type: ignore[method-assign]
+        results = machine.run(made.finished())
+        assert results[-1] == 0 and not machine.frames.kind_count[lower]
+        # each change is about 513 tables
+        assert len(calls) - (len(results) if watched else 0) >= 2 * times * 513 // 1024 - 1
+        check(machine, machine.xen._rings[::2])
     finally:
         machine.close()

@@ -218,6 +218,8 @@ class Domain:
                 registers[register] = value
             self.cpu.rip = self.following - 2
             return
+        finally:
+            self.tables.begin()
         registers[_RAX] = result & (1 << 64) - 1
         count = self._counts.setdefault(HYPERCALLS.get(number, f"number {number}"), [0, 0])
         count[0] += 1

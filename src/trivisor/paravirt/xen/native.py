@@ -43,6 +43,7 @@ supervisor_call:
     mov [rbx+X_STARTED], rax
     mov eax, [rbp+GPR_RAX]
     mov [rbx+X_NUMBER], rax
+    mov qword [rbx+X_TABLES], 0
     {"".join(f'''
     cmp eax, {HYPERCALL_NUMBERS[name]}
     je xen_{name}''' for name in (*_DISPATCH, "iret", "multicall"))}

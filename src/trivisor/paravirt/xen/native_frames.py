@@ -86,6 +86,7 @@ xen_get_table:
     clc
     ret
 xen_validate:
+    inc qword [rbx+X_TABLES]
     ; to forget translated code is Python's
     mov rax, [rbp+CODE_LINES]
     cmp qword [rax+rcx*8], 0
@@ -221,6 +222,7 @@ xen_free:
 xen_put_table:
     dec qword [r14+rcx*8]
     jnz xen_put_reference
+    inc qword [rbx+X_TABLES]
     movzx edx, byte [r13+rcx]
     mov byte [r13+rcx], {NONE}
     cmp edx, {L4} ; descriptors lead nowhere

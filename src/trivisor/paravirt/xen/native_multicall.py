@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from trivisor.paravirt.xen.abi import HYPERCALL_NUMBERS
 from trivisor.paravirt.xen.hypercalls.control import BEGUN, CALLS_AT_A_TIME, DONE, MULTICALL_SIZE
+from trivisor.paravirt.xen.page_tables import TABLES_AT_A_TIME
 from trivisor.paravirt.xen.shared_table import ARGUMENTS
 
 _REGISTERS = ("RAX", *ARGUMENTS)
@@ -59,7 +60,11 @@ xen_multicall_done:
     mov [rdi+8], rax
     add qword [rbx+X_CALLS_AT], {MULTICALL_SIZE}
     dec qword [rbx+X_CALLS_LEFT]
-    jnz xen_multicall_entry
+    jz xen_multicall_ends
+    cmp qword [rbx+X_TABLES], {TABLES_AT_A_TIME}
+    jb xen_multicall_entry
+    jmp xen_multicall_rest
+xen_multicall_ends:
     call xen_multicall_registers
     xor eax, eax
     jmp xen_done

@@ -9,7 +9,7 @@ from __future__ import annotations
 from trivisor.paravirt.xen import abi
 from trivisor.paravirt.xen.frames import DOMAIN, L1, L4, WRITABLE
 from trivisor.paravirt.xen.native_frames import frame_of_entry
-from trivisor.paravirt.xen.page_tables import ACCESSED, DIRTY, LARGE, LINGERING, PRESENT
+from trivisor.paravirt.xen.page_tables import ACCESSED, DIRTY, LARGE, LINGERING, PRESENT, TABLES_AT_A_TIME
 
 _AT_A_TIME = 512
 _UPDATE_SIZE, _OPERATION_SIZE = 16, 24
@@ -31,6 +31,20 @@ def _operation(size: int) -> str:
     """
 
 
+def _next(size: int, label: str) -> str:
+    """Go on with the next operation; what is left is Python's if it is to give way (`PageTables.gives_way`)."""
+    return f"""
+    mov rax, [rbx+X_MADE]
+    inc eax
+    mov [rbx+X_MADE], rax
+    sub eax, [rbp+GPR_RSI]
+    jz xen_done
+    cmp qword [rbx+X_TABLES], {TABLES_AT_A_TIME}
+    jb {label}
+    jmp xen_rest_{size}
+    """
+
+
 def _rest(size: int) -> str:
     """Python is to do what is left."""
     return f"""
@@ -45,12 +59,14 @@ xen_rest_{size}:
 
 _LIST = f"""
     mov qword [rbx+X_MADE], 0
+    cmp qword [rbp+GPR_RDX], 0
+    jne xen_python
     mov eax, [rbp+GPR_RSI]
+    and eax, {~abi.MMU_UPDATE_PREEMPTED & 0xFFFFFFFF:#x} ; which is about how many were done
+    mov [rbp+GPR_RSI], rax
     dec eax
     cmp eax, {_AT_A_TIME - 1}
     ja xen_python
-    cmp qword [rbp+GPR_RDX], 0
-    jne xen_python
     cmp qword [rbp+GPR_R10], {abi.DOMID_SELF}
     jne xen_python
 """
@@ -100,13 +116,7 @@ xen_mmu_update_next:
     call xen_columns
     call xen_update
     jc xen_rest_{_UPDATE_SIZE}
-    mov rax, [rbx+X_MADE]
-    inc eax
-    mov [rbx+X_MADE], rax
-    cmp eax, [rbp+GPR_RSI]
-    jne xen_mmu_update_next
-    xor eax, eax
-    jmp xen_done
+    {_next(_UPDATE_SIZE, "xen_mmu_update_next")}
 {_rest(_UPDATE_SIZE)}
 
 ; One update: r8 = the entry's physical address and command, r9 = what is written.  CF as for `xen_change`.
@@ -205,13 +215,7 @@ xen_unpin:
     mov byte [rsi], 0
     call xen_put_table
 xen_pinned:
-    mov rax, [rbx+X_MADE]
-    inc eax
-    mov [rbx+X_MADE], rax
-    cmp eax, [rbp+GPR_RSI]
-    jne xen_pins_next
-    xor eax, eax
-    jmp xen_done
+    {_next(_OPERATION_SIZE, "xen_pins_next")}
 xen_pins_others:
     mov rcx, [rbx+X_MADE]
     test rcx, rcx

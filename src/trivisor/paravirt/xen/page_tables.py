@@ -23,7 +23,9 @@ FORBIDDEN_L1 = 0x98 | (1 << 63) - (1 << 59)
 FORBIDDEN = FORBIDDEN_L1 | 0x100
 """In entries of the other levels: large pages and the global bit too."""
 _ENTRIES = 512
-_STALE = INDEX["STALE"]
+TABLES_AT_A_TIME = 1024
+"""Tables that a hypercall validates or gives up, about, before the guest may be interrupted."""
+_STALE, _TABLES = INDEX["STALE"], INDEX["TABLES"]
 LINGERING = (INDEX["LINGERING_KERNEL"], INDEX["LINGERING_USER"])
 """Words of the shared table."""
 
@@ -70,6 +72,17 @@ class PageTables:
                 words[place] = 0
                 self.put_kind(frame)
 
+    # -- how long a hypercall may take -----------------------------------------------------------------------
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether the hypercall has looked through so many tables that what is left of it can wait."""
+        return self._frames.table.words[_TABLES] >= TABLES_AT_A_TIME
+
+    def begin(self) -> None:
+        """What comes belongs to another hypercall."""
+        self._frames.table.words[_TABLES] = 0
+
     # -- uses of frames -------------------------------------------------------------------------------------
 
     def get_kind(self, frame: int, kind: int) -> None:
@@ -98,6 +111,7 @@ class PageTables:
         left = frames.kind_count[frame] - 1
         frames.kind_count[frame] = left
         if left == 0:
+            frames.table.words[_TABLES] += 1
             kind = frames.kind[frame]
             frames.kind[frame] = NONE
             if kind == L1:
@@ -108,6 +122,7 @@ class PageTables:
 
     def _validate(self, frame: int, kind: int) -> None:
         frames = self._frames
+        frames.table.words[_TABLES] += 1
         if frames.may_be_written_stale(frame):
             self._flush()
         # It counts as what it becomes while its entries are looked at, so that they cannot make it writable.

@@ -39,6 +39,7 @@ _NAMES = (
     "STARTED",  # of the hypercall that is being made: the host's TSC, its number
     "NUMBER",
     "MADE",  # how many operations of its list are done
+    "TABLES",  # how many page tables it has validated or given up
     "CALLS_AT",  # of the multicall that native code is at: its entry, how many there are with that, its own arguments
     "CALLS_LEFT",
     *(f"CALLS_{name}" for name in ARGUMENTS),

@@ -98,8 +98,11 @@ class _Control:
             if not domain.state.in_kernel:
                 return result  # an iret has left the kernel, and the rest of the calls with it
             cpu.store(at + 8, (result & (1 << 64) - 1).to_bytes(8, "little"))
-        if count > CALLS_AT_A_TIME:
-            raise Preempted(entries + MULTICALL_SIZE * CALLS_AT_A_TIME, count - CALLS_AT_A_TIME)
+            if domain.tables.gives_way:
+                break
+        left = count - number - 1 if count else 0
+        if left:
+            raise Preempted(at + MULTICALL_SIZE, left)
         return 0
 
     def _entry(self, at: int, begun: int) -> int:

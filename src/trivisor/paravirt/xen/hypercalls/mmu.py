@@ -67,19 +67,16 @@ class _Mmu:
         now = min(count, _AT_A_TIME)
         made = 0
         try:
-            if now == 1:
-                address, value = struct.unpack("<QQ", domain.cpu.load(requests, 16))
+            for address, value in struct.iter_unpack("<QQ", domain.cpu.load(requests, 16 * now)) if now else ():
                 self._update(address, value)
-                made = 1
-            elif now:
-                for address, value in struct.iter_unpack("<QQ", domain.cpu.load(requests, 16 * now)):
-                    self._update(address, value)
-                    made += 1
+                made += 1
+                if self._tables.gives_way:
+                    break
         finally:
             if done:
                 domain.cpu.store(done, (before + made & 0xFFFFFFFF).to_bytes(4, "little"))
-        if now < count:
-            raise Preempted(requests + 16 * now, count - now | abi.MMU_UPDATE_PREEMPTED)
+        if made < count:
+            raise Preempted(requests + 16 * made, count - made | abi.MMU_UPDATE_PREEMPTED)
         return 0
 
     def _done(self, address: int) -> int:
@@ -160,11 +157,13 @@ class _Mmu:
                 command, first, second = struct.unpack("<I4xQQ", domain.cpu.load(operations + 24 * number, 24))
                 self._operation(command, first, second)
                 made += 1
+                if self._tables.gives_way:
+                    break
         finally:
             if done:
                 domain.cpu.store(done, (before + made & 0xFFFFFFFF).to_bytes(4, "little"))
-        if now < count:
-            raise Preempted(operations + 24 * now, count - now | abi.MMU_UPDATE_PREEMPTED)
+        if made < count:
+            raise Preempted(operations + 24 * made, count - made | abi.MMU_UPDATE_PREEMPTED)
         return 0
 
     def _operation(self, command: int, first: int, second: int) -> None:

@@ -74,10 +74,10 @@ class Assembly:
 
     def begin_with_kept(self) -> None:
         """Have a processor that has not run yet begin with the translations that its keeper has read."""
-        from trivisor.translation.cpu import TranslationVcpu
-
         if self.keeper is None:
             return
+        from trivisor.translation.cpu import TranslationVcpu
+
         if isinstance(self.vcpu, TranslationVcpu):
             self.kept_as = self.keeper.serve(self.vcpu.blocks)
         else:  # another engine has turned out to be better
@@ -169,7 +169,7 @@ def _assemble_xen(
             xen.attach_network(lambda deliver: UserNetwork(deliver, network.forwards))
         for disk in plan.hardware.disks:
             xen.attach_disk(DiskFile(disk.path, readonly=disk.readonly))
-        vcpu, cpu = xen_processor(xen, plan.engine, begin_keeping(plan.keep))
+        vcpu, cpu = xen_processor(xen, plan.engine, begin_keeping(plan.keep and plan.engine != "direct"))
         undo.pop_all()
     machine = Assembly(xen.memory, xen.platform, vcpu, keeper, xen)
     try:

@@ -12,6 +12,7 @@ from typing import Final
 
 from trivisor.hardware.kvm import abi
 from trivisor.hardware.kvm.direct.native_words import CHANGED, GENERAL, MANY_CHANGED, MOST_CHANGED, RUN_GENERAL, SYMBOLS
+from trivisor.hardware.kvm.direct.stub import AT_A_TIME
 from trivisor.machine.memory import PAGE_SIZE
 from trivisor.x86.assembler import assemble
 from trivisor.x86.exceptions import GENERAL_PROTECTION, PAGE_FAULT
@@ -29,6 +30,8 @@ _UNUSABLE: Final = 1 << 48
 """The last word of a null segment (struct kvm_segment)."""
 _ADDRESS: Final = (1 << 52) - PAGE_SIZE
 _LAST_SLOT_BITS: Final = 39
+_AFTER_ENTRIES: Final = 8
+"""Words on the stub's stack above the entries: where to go on, rax, rdi, and the frame for ring 3 (`stub.py`)."""
 
 
 def _copy(pairs: list[tuple[str, str]]) -> str:
@@ -178,21 +181,79 @@ supervised_resume:
     ja leave_on ; to no address
     cmp qword [rbp+LOOK_WANTED], 0
     jne leave_asking
-    cmp qword [rbp+AT_ONCE], 0
-    jne leave_on
-    cmp qword [rbp+CHANGED_COUNT], {MANY_CHANGED}
-    jae leave_on
-    cmp qword [rbp+FLUSH_WANTED], 0
-    je enter
-    cmp qword [rbp+FLUSH_IS_PYTHONS], 0
-    jne leave_on
-    cmp qword [rbp+CHANGED_COUNT], 0
-    jne leave_on
+    mov ecx, [rbp+CHANGED_COUNT]
+    mov rax, [rbp+FLUSH_WANTED]
+    or rax, [rbp+AT_ONCE]
+    jz few_changed
+    mov rax, [rbp+FLUSH_IS_PYTHONS]
+    or rax, [rbp+CHANGED_TABLES_COUNT]
+    jnz leave_on
+    test ecx, ecx
+    jnz through_stub
     mov qword [rbp+FLUSH_WANTED], 0
-    jmp enter
+    mov qword [rbp+AT_ONCE], 0
+few_changed:
+    cmp ecx, {MANY_CHANGED}
+    jb enter
 leave_on:
     mov eax, {ON}
     jmp leave
+
+; As `DirectVcpu._through_stub`: have the stub write the ecx entries that have changed.
+through_stub:
+    cmp ecx, {AT_A_TIME}
+    ja leave_on
+    inc qword [rbp+STUB_RUNS]
+    add [rbp+REWRITTEN], rcx
+    mov qword [rbp+CHANGED_COUNT], 0
+    mov qword [rbp+FLUSH_WANTED], 0
+    mov qword [rbp+AT_ONCE], 0
+    lea rdx, [rcx*8+{8 * _AFTER_ENTRIES}]
+    mov rdi, [rbp+STACK_END]
+    sub rdi, rdx
+    mov rax, [rbp+STUB_STACK]
+    sub rax, rdx
+    mov [rbp+RUN_RSP], rax
+    imul rax, rcx, -1
+    imul rax, [rbp+ENTRY_STEP]
+    add rax, [rbp+ENTRIES_END]
+    xchg rax, [rbp+RUN_RIP]
+    mov [rdi+rcx*8+24], rax
+    lea rsi, [rbp+{8 * CHANGED}]
+    mov r8, [rbp+STUB_MAP]
+through_stub_next:
+    mov rax, [rsi]
+    add rax, r8
+    mov [rdi], rax
+    add rsi, 8
+    add rdi, 8
+    dec ecx
+    jnz through_stub_next
+    mov rax, [rbp+STUB_LEAVE]
+    mov [rdi], rax
+    mov rax, [rbp+GPR_RAX]
+    mov [rdi+8], rax
+    mov rax, [rbp+GPR_RDI]
+    mov [rdi+16], rax
+    mov rax, [rbp+CS_SELECTOR]
+    mov [rdi+32], rax
+    mov eax, 2
+    xchg rax, [rbp+RUN_FLAGS]
+    mov [rdi+40], rax
+    mov rax, [rbp+GPR_RSP]
+    mov [rdi+48], rax
+    mov rax, [rbp+SS_SELECTOR]
+    mov [rdi+56], rax
+    mov eax, [rbp+RING_0_CODE+SELECTOR]
+    lea rsi, [rbp+RING_0_CODE]
+    lea rdi, [rbp+RUN_CS]
+    call load_segment
+    mov eax, [rbp+RING_0_STACK+SELECTOR]
+    lea rsi, [rbp+RING_0_STACK]
+    lea rdi, [rbp+RUN_SS]
+    call load_segment
+    or qword [rbp+DIRTY_REGS], rdx
+    jmp enter
 
 supervised_interrupt:
     mov rsp, [rbp+HOST_RSP]

@@ -47,6 +47,9 @@ class NativeRun:
     other_gs = NativeWord("KERNEL_GS_BASE")
     calls = NativeWord("CALLS")
     """System calls that were done natively."""
+    stub_runs = NativeWord("STUB_RUNS")
+    rewritten = NativeWord("REWRITTEN")
+    """How often the stub was sent to write changed entries once more, and how many."""
 
     def __init__(
         self, handle: VcpuHandle, memory: GuestMemory, own_slot: int, stub: Stub, supervision: NativeSupervision
@@ -69,7 +72,9 @@ class NativeRun:
             TABLES=tables, CHANGED_TABLES=again,
             STOP=stub.stops[0], BEHIND_STOP=stub.stops[1], FAULT_STOP=stub.vectors + PAGE_FAULT + 1,
             PROTECTION_STOP=stub.vectors + GENERAL_PROTECTION + 1,
-            STACK_END=stub.host + stub.stack_at, ENTRY_PAGE=stub.entry, IN_KERNEL_AT=stub.in_kernel_at,
+            STACK_END=stub.host + stub.stack_at, STUB_STACK=stub.stack, STUB_MAP=stub.map,
+            ENTRIES_END=stub.entries_end, ENTRY_STEP=stub.step, STUB_LEAVE=stub.leave,
+            ENTRY_PAGE=stub.entry, IN_KERNEL_AT=stub.in_kernel_at,
             HIDDEN=HIDDEN.start >> 39 if stub.stays_in_ring_3 else _NO_HIDDEN,
         )  # fmt: skip
         self._function = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64)(self._place(native_loop(supervision.source)))
@@ -107,9 +112,10 @@ class NativeRun:
         for name, value in values.items():
             self.words[INDEX[name]] = value
 
-    def set_flat(self, code: Blob, stack: Blob) -> None:
-        """What flat segments of ring 3 are to KVM, with any selectors."""
-        for name, blob in (("CODE_SEGMENT", code), ("STACK_SEGMENT", stack)):
+    def set_segments(self, flat: tuple[Blob, Blob], ring_0: tuple[Blob, Blob]) -> None:
+        """What code and stack segments are to KVM: flat ones of ring 3, with any selectors, and the stub's."""
+        names = ("CODE_SEGMENT", "STACK_SEGMENT", "RING_0_CODE", "RING_0_STACK")
+        for name, blob in zip(names, (*flat, *ring_0), strict=True):
             at = INDEX[name]
             self.words[at : at + 3] = memoryview(blob).cast("Q")
 

@@ -26,12 +26,14 @@ _NAMES: Final = (
     "DESCRIPTOR",
     "STOP", "BEHIND_STOP",  # rip at a system call
     "FAULT_STOP", "PROTECTION_STOP",  # rip at #PF and #GP
-    "STACK_END",  # host address of the end of the stub's stack
+    "STACK_END", "STUB_STACK",  # the end of the stub's stack, as host address and as the stub knows it
+    "STUB_MAP", "ENTRIES_END", "ENTRY_STEP", "STUB_LEAVE",  # see `Stub`
     "ENTRY_PAGE",  # page faults there are Python's
     "HIDDEN",  # and those on addresses that begin so
     "HOST_RSP",
     "CODE_SEGMENT", "CODE_SEGMENT_1", "CODE_SEGMENT_2",  # struct kvm_segment of flat segments
     "STACK_SEGMENT", "STACK_SEGMENT_1", "STACK_SEGMENT_2",
+    "RING_0_CODE", "RING_0_CODE_1", "RING_0_CODE_2", "RING_0_STACK", "RING_0_STACK_1", "RING_0_STACK_2",  # the stub's
     "SHOWN_FS", "SHOWN_GS", "SHOWN_CR3",  # as KVM knows them
     "FLUSH_WANTED",  # translations are to be forgotten
     "FLUSH_IS_PYTHONS",
@@ -41,6 +43,7 @@ _NAMES: Final = (
     "TABLES",  # host address of a byte for each frame: 1, it was a page table; 2, and is noted as one that is again
     "CHANGED_TABLES",  # host address of the list of those
     "CHANGED_TABLES_COUNT",
+    "STUB_RUNS", "REWRITTEN",  # entries that the stub has written, without Python's doing
     "CALLS",  # system calls done natively
     *(f"EXCEPTIONS_{vector}" for vector in range(VECTORS)),
     "COUNTER",  # host address of the one that counts what is being done

@@ -114,7 +114,8 @@ class DirectVcpu(KvmVcpu):
         supervision = supervisor.native
         self.stub.set_entry(supervision.ring_3)
         self.native = NativeRun(self.handle, self.board.memory, self._slot, self.stub, supervision)
-        self.native.set_flat(segment(self._selectors.code, FLAT_CODE), segment(self._selectors.stack, FLAT_DATA))
+        flat = segment(self._selectors.code, FLAT_CODE), segment(self._selectors.stack, FLAT_DATA)
+        self.native.set_segments(flat, self._ring0)
 
     def close(self) -> None:
         for name in ("registers", "ring3_memory", "native"):
@@ -457,5 +458,8 @@ class DirectVcpu(KvmVcpu):
         exits |= {f"exception {vector}": count for vector, count in exceptions.items()}
         statistics["exits"] = dict(sorted(exits.items(), key=lambda item: -item[1]))
         statistics["native helpers"] = {"supervised": self.native.calls + sum(natively)}
-        statistics["the stub"] = {"runs": self._stub_runs, "entries and tables rewritten": self._rewritten}
+        statistics["the stub"] = {
+            "runs": self._stub_runs + self.native.stub_runs,
+            "entries and tables rewritten": self._rewritten + self.native.rewritten,
+        }
         return statistics

@@ -69,6 +69,11 @@ class NativeSupervision(NamedTuple):
     flags; or at its label `ring_3_push` it pushes r11 on the guest's stack,
     and then it may change rax, for a jump to `ring_3_answered`.  Up to that
     push the engine may make the call instead.  The guest can jump to any of it.
+    It may note something at `notes`, eight words that ring 3 can write, of which
+    one of the first two is not zero then.  When the kernel is left, and at the
+    latest before anything else is done for it, the engine calls
+    `supervisor_notes` of `source` with rsi at their host address (rbp is kept),
+    and sets those two to zero.  What the guest's user writes there is dropped.
     """
 
     source: str

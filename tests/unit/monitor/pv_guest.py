@@ -128,6 +128,8 @@ def image() -> bytes:
 
 
 ENGINES = ("translation", "direct")
+ANSWERED_IN_RING_3 = ("vcpu_op", "stack_switch", "set_segment_base")
+"""Hypercalls that direct execution may not hear of."""
 
 
 class Machine:
@@ -140,6 +142,7 @@ class Machine:
             on_stop=lambda: stopped.append(1),
         )  # fmt: skip
         self.domain = self.xen.domain
+        self.engine = engine
         self.vcpu: Vcpu
         try:
             self.vcpu, cpu = xen_processor(self.xen, engine)
@@ -192,7 +195,11 @@ class Machine:
             "tables": [bytes(self.xen.memory.read(frame << 12, 4096)).hex() for frame in self.own],
             "roots": (state.kernel_root, state.user_root), "stack": (state.kernel_stack, state.kernel_stack_selector),
             "bases": [domain.cpu.base(segment) for segment in (4, 5)] + [domain.cpu.other_gs],
-            "calls": domain.statistics()["hypercalls"],
+            "calls": {
+                name: count
+                for name, count in domain.statistics()["hypercalls"].items()
+                if self.engine == "translation" or name not in ANSWERED_IN_RING_3
+            },
         }  # fmt: skip
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from trivisor.paravirt.xen.native_frames import FRAMES
 from trivisor.paravirt.xen.native_multicall import multicall
 from trivisor.paravirt.xen.native_page_tables import PAGE_TABLES
 from trivisor.paravirt.xen.native_privileged import PRIVILEGED
+from trivisor.paravirt.xen.native_ring_3 import NOTES, RING_3
 from trivisor.paravirt.xen.native_table_writes import TABLE_WRITES
 from trivisor.paravirt.xen.native_timers import TIMERS
 from trivisor.paravirt.xen.native_traps import SET_FLAT, TRAPS
@@ -312,28 +313,10 @@ xen_lingers:
     ret
 """
 
-_RING_3 = f"""
-    ; whether a virtual processor is up: Linux asks once for each that it could have
-    cmp eax, {HYPERCALL_NUMBERS["vcpu_op"]}
-    jne ring_3_call
-    cmp rdi, {abi.VCPUOP_IS_UP}
-    jne ring_3_call
-    cmp byte [rel in_kernel], 1
-    jne ring_3_call
-ring_3_push:
-    push r11
-    mov eax, 1
-    test rsi, rsi
-    jz ring_3_answered
-    mov rax, -{abi.ENOENT}
-    jmp ring_3_answered
-"""
-
-
 def native_supervision(table: SharedTable) -> NativeSupervision:
     """The hypervisor's native code, over `table`."""
     parts = (
         _equ(SYMBOLS), _CALL, multicall(_DISPATCH), _SPACES, PAGE_TABLES, FRAMES, TABLE_WRITES, TRAPS, PRIVILEGED,
-        TIMERS,
+        TIMERS, NOTES,
     )  # fmt: skip
-    return NativeSupervision("\n".join(parts), table.address, _RING_3)
+    return NativeSupervision("\n".join(parts), table.address, RING_3)

@@ -170,7 +170,7 @@ again:
 
 
 def test_a_guest_that_does_nothing_but_hypercalls_hears_a_kick_and_its_clock(boot) -> None:
-    guest = boot("start: mov edi, 0\n mov rsi, STACK\n mov eax, stack_switch\n syscall\n jmp start\n")
+    guest = boot("start: mov edi, 0\n mov rsi, STACK\n mov eax, set_segment_base\n syscall\n jmp start\n")
     for _ in range(2):
         timer = threading.Timer(0.1, guest.vcpu.kick)
         timer.start()
@@ -187,7 +187,7 @@ def test_a_guest_that_does_nothing_but_hypercalls_hears_a_kick_and_its_clock(boo
 
     clock.at(clock.now() + 20_000_000, on_due)
     assert guest.run() == Kicked() and due == [1]
-    assert guest.domain.statistics()["hypercalls"]["stack_switch"] > 100
+    assert guest.domain.statistics()["hypercalls"]["set_segment_base"] > 100
 
 
 def test_an_error_of_a_list_leaves_what_came_before_it_done(boot) -> None:

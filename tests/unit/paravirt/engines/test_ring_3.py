@@ -7,8 +7,9 @@ import threading
 from tests.unit.paravirt.engines.conftest import Guest
 from tests.unit.paravirt.engines.test_programs import SET_TRAPS, TRAPS, USER
 from trivisor.hardware.kvm.direct.vcpu import DirectVcpu
-from trivisor.machine.exits import Kicked
+from trivisor.machine.exits import Hypercall, Kicked
 from trivisor.paravirt.xen import abi
+from trivisor.paravirt.xen.abi import HYPERCALL_NUMBERS
 
 IS_UP = "mov edi, 3\n mov eax, vcpu_op\n syscall\n"
 
@@ -80,6 +81,67 @@ entered:
     )
     guest.finish()
     assert guest.words(2, 2) == [24, guest.label("after")]
+
+
+def test_what_the_users_program_notes_is_nobodys(boot) -> None:
+    """The kernel's stack is what the kernel has said last, and the user's GS base; not what stands in the notes."""
+    guest = boot(
+        TRAPS + "start:" + USER + """
+user:
+    mov rbx, [DATA + 0x40]
+    mov rax, [gs:0]
+    mov [DATA + 0x48], rax
+    test rbx, rbx
+    jz call
+    mov qword [rbx], 1
+    mov qword [rbx + 8], 1
+    mov qword [rbx + 16], 0xe02b
+    mov qword [rbx + 24], USER_STACK - 64
+    mov qword [rbx + 32], 0x1234
+call:
+    mov eax, 39
+    syscall
+entered:
+    mov [DATA + 0x50], rsp
+    mov edi, 0
+    mov rsi, KERNEL_STACK - 256
+    mov eax, stack_switch
+    syscall
+    mov edi, 1
+    mov rsi, 0x7000
+    mov eax, set_segment_base
+    syscall
+    or rax, rsi
+    mov [DATA + 0x58], rax
+    mov edi, 1
+    mov rsi, 0x0000900000000000
+    mov eax, set_segment_base
+    syscall
+    mov [DATA + 0x60], rax
+    mov ecx, 0xc0000102
+    rdmsr
+    mov [DATA + 0x68], rax
+    jmp shutdown
+"""
+    )
+    vcpu = guest.vcpu
+    guest[8] = vcpu.stub.notes if isinstance(vcpu, DirectVcpu) and vcpu.ring_0_is_emulated else 0
+    guest.finish()
+    assert guest[9] == 0x55, "GS base of the user's"
+    assert guest[10] == 0xFFFFFFFF80109000 - 56, "on the kernel's stack"
+    assert guest[11] == 0x7000 and guest[12] == (1 << 64) - abi.EINVAL and guest[13] == 0x7000
+    state = guest.domain.state
+    assert (state.kernel_stack, state.kernel_stack_selector) == (0xFFFFFFFF80109000 - 256, 3)
+
+
+def test_who_watches_hypercalls_sees_all_of_them(boot) -> None:
+    guest = boot(
+        f"start: xor esi, esi\n {IS_UP} mov edi, 0xe02b\n mov rsi, STACK\n mov eax, stack_switch\n syscall\n jmp shutdown"
+    )
+    seen: list[Hypercall] = []
+    guest.domain.observers = lambda kind: [seen.append] if kind is Hypercall else []
+    guest.finish()
+    assert [call.number for call in seen] == [HYPERCALL_NUMBERS[name] for name in ("vcpu_op", "stack_switch", "sched_op")]
 
 
 def test_a_guest_that_stays_on_the_page_is_ended_all_the_same(boot) -> None:

@@ -180,7 +180,6 @@ class Deprivileged:
 
     def enter_space(self, root: int, kernel: bool) -> None:
         self._memory.root = root
-        self._vcpu.stub.in_kernel(kernel)
         self._vcpu.native.enter_space(root, kernel)
         if self._run.cr3 != root:
             self._run.cr3 = root

@@ -38,6 +38,11 @@ def _copy(pairs: list[tuple[str, str]]) -> str:
     return "\n".join(f"    mov rax, [rbp+{source}]\n    mov [rbp+{target}], rax" for target, source in pairs)
 
 
+_FORGET_NOTES: Final = """
+    xor ecx, ecx
+    mov [rsi], rcx
+    mov [rsi+8], rcx
+"""
 _TO_RUN: Final = _copy([(f"RUN_{name}", f"GPR_{name}") for name in GENERAL])
 _FROM_RUN: Final = _copy([(f"GPR_{name}", f"RUN_{name}") for name in GENERAL])
 
@@ -52,12 +57,22 @@ run:
     push r15
     mov rbp, rdi
     mov [rbp+HOST_RSP], rsp
+    mov rsi, [rbp+NOTES_AT]
+    {_FORGET_NOTES}
+    mov rsi, [rbp+IN_KERNEL_AT]
+    mov rax, [rbp+GUEST_KERNEL]
+    mov [rsi], al
 enter:
     mov edi, [rbp+DESCRIPTOR]
     mov esi, {abi.RUN}
     xor edx, edx
     mov eax, {_IOCTL}
     syscall
+    mov rsi, [rbp+NOTES_AT]
+    mov rcx, [rsi]
+    or rcx, [rsi+8]
+    jnz noted
+ran:
     test rax, rax
     js leave
     mov rcx, [rbp+RUN_RIP]
@@ -84,6 +99,18 @@ system_call:
     cmp qword [rbp+GUEST_KERNEL], 0
     jne supervisor_call
     jmp supervisor_user_call
+
+; Ring 3 has noted something.  Since it was entered all of it has run as the guest's kernel, or none of it.
+noted:
+    push rax
+    cmp qword [rbp+GUEST_KERNEL], 0
+    je noted_by_user
+    call supervisor_notes
+    mov rsi, [rbp+NOTES_AT]
+noted_by_user:
+    {_FORGET_NOTES}
+    pop rax
+    jmp ran
 
 ; At a HLT of the stub's: an exception of ring 3's?
 stopped:

@@ -66,6 +66,7 @@ class NativeRun:
         """Of each frame: 1 if it was a page table that KVM may remember."""
         again = self._map(8 * frames)
         self._again = memoryview((ctypes.c_uint64 * frames).from_address(again)).cast("B").cast("Q")
+        self._in_kernel = ctypes.c_ubyte.from_address(stub.in_kernel_at)
         self._set(
             DESCRIPTOR=handle.descriptor, SUPERVISOR_TABLE=supervision.table, OWN_SLOT=own_slot,
             RAM_BASE=memory.base, RAM_SPAN=memory.span, CODE_LINES=self._map(8 * frames),
@@ -75,6 +76,7 @@ class NativeRun:
             STACK_END=stub.host + stub.stack_at, STUB_STACK=stub.stack, STUB_MAP=stub.map,
             ENTRIES_END=stub.entries_end, ENTRY_STEP=stub.step, STUB_LEAVE=stub.leave,
             ENTRY_PAGE=stub.entry, IN_KERNEL_AT=stub.in_kernel_at,
+            NOTES_AT=stub.notes_at,
             HIDDEN=HIDDEN.start >> 39 if stub.stays_in_ring_3 else _NO_HIDDEN,
         )  # fmt: skip
         self._function = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64)(self._place(native_loop(supervision.source)))
@@ -124,6 +126,10 @@ class NativeRun:
         self._set(GUEST_KERNEL=kernel)
         if kernel:
             self._set(ROOT_KERNEL=root)
+
+    def answer_nothing(self) -> None:
+        """Have ring 3's code leave every call to the supervisor, until the next `run`."""
+        self._in_kernel.value = 0
 
     def run(self, tsc_offset: int, *, flush_is_pythons: bool) -> int:
         """Run the guest until there is something for Python: one of `native_loop`'s ends, or a negative error number.

@@ -23,6 +23,7 @@ _NAMES: Final = (
     "CODE_LINES",  # host address of a zero for each frame: there is no translated code
     "RAM_SPAN", "OWN_SLOT",
     "IN_KERNEL_AT",  # host address of the byte for ring 3's code
+    "NOTES_AT",  # host address of what that has noted
     "DESCRIPTOR",
     "STOP", "BEHIND_STOP",  # rip at a system call
     "FAULT_STOP", "PROTECTION_STOP",  # rip at #PF and #GP

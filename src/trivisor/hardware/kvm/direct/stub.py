@@ -32,7 +32,7 @@ AT_A_TIME: Final = 64
 """How many entries, and how many tables, one run through the stub can have KVM forget."""
 _PRESENT, _WRITE, _USER, _LARGE = 1, 2, 4, 0x80
 _TABLE = _PRESENT | _WRITE | 0x60  # accessed and dirty, so that nothing has to set them
-_CODE, _ENTRY, _SYSTEM, _STACK, _L3, _L2, _L1, _MAP = range(8)
+_CODE, _ENTRY, _SYSTEM, _STACK, _NOTES, _L3, _L2, _L1, _MAP = range(9)
 """Pages; the tables of the map of all memory come last."""
 _IDT, _TSS = 0, 0x400
 """Offsets in the page `_SYSTEM`."""
@@ -112,6 +112,8 @@ class Stub:
         self.more, self.flush, self.leave = labels["more"], labels["flush"], labels["leave"]
         self.entry = self._linear(_ENTRY)
         """Where SYSCALL goes, and the stop after it."""
+        self.notes = self._linear(_NOTES)
+        """Where ring 3's code may note something."""
         self.stack = self._linear(_STACK) + PAGE_SIZE
         self.stack_at = (_STACK + 1) * PAGE_SIZE
         """The end of the stack, as a linear address and as an offset in `view`."""
@@ -127,13 +129,14 @@ class Stub:
         # rsp0, and which ports ring 3 may use: none, or number 0 alone.
         tss = struct.pack("<4xQ", self.stack).ljust(0x66, b"\0") + struct.pack("<H", _IO_MAP)
         self._put(_SYSTEM, _TSS, tss + (b"\xfe\xff" if stays_in_ring_3 else b"\xff\xff"))
-        self._make_tables(gigabytes, _PRESENT | _USER | 0x20 if stays_in_ring_3 else _PRESENT | 0x20)
+        self._make_tables(gigabytes)
 
     def set_entry(self, ring_3: str) -> None:
         """Have `ring_3` answer what it can of system calls that stay in ring 3 (`NativeSupervision.ring_3`)."""
         source = _ENTRY_PAGE.format(ring_3=ring_3 if self.stays_in_ring_3 else _NOTHING)
-        in_kernel = self.entry + _IN_KERNEL - (1 << 64 if self.entry >> 63 else 0)
-        program = assemble(source, origin=self.entry, symbols={"in_kernel": in_kernel})
+        places = {"in_kernel": self.entry + _IN_KERNEL, "notes": self.notes}
+        symbols = {name: place - (1 << 64 if place >> 63 else 0) for name, place in places.items()}
+        program = assemble(source, origin=self.entry, symbols=symbols)
         self._push, call = (program.labels[name] for name in ("ring_3_push", "ring_3_call"))
         self.stops = (call, call + _OUT_LENGTH)
         """rip at the stop for a system call: KVM may show it at the OUT or behind it."""
@@ -148,9 +151,10 @@ class Stub:
         """Host address of the byte that tells ring 3's code whether the guest's kernel runs."""
         return self.host + _ENTRY * PAGE_SIZE + _IN_KERNEL
 
-    def in_kernel(self, kernel: bool) -> None:
-        """Tell it."""
-        self.view[_ENTRY * PAGE_SIZE + _IN_KERNEL] = kernel
+    @property
+    def notes_at(self) -> int:
+        """The same as a host address."""
+        return self.host + _NOTES * PAGE_SIZE
 
     def close(self) -> None:
         """Give the memory back to the host."""
@@ -169,12 +173,15 @@ class Stub:
         at = page * PAGE_SIZE + offset
         self.view[at : at + len(data)] = data
 
-    def _make_tables(self, gigabytes: int, entry_rights: int) -> None:
+    def _make_tables(self, gigabytes: int) -> None:
         """The monitor's first pages, and all memory by large pages."""
+        ring_3 = _USER if self.stays_in_ring_3 else 0
+        entry, notes = _PRESENT | 0x20 | ring_3, _TABLE | ring_3
         words = self.view.cast("Q")
         words[_L3 * 512] = self._physical(_L2) | _TABLE | _USER
         words[_L2 * 512] = self._physical(_L1) | _TABLE | _USER
-        for page, rights in ((_CODE, _PRESENT | 0x20), (_ENTRY, entry_rights), (_SYSTEM, _TABLE), (_STACK, _TABLE)):
+        rights_of = {_CODE: _PRESENT | 0x20, _ENTRY: entry, _SYSTEM: _TABLE, _STACK: _TABLE, _NOTES: notes}
+        for page, rights in rights_of.items():
             words[_L1 * 512 + page] = self._physical(page) | rights
         for number in range(gigabytes):
             table = _MAP + number

@@ -256,6 +256,7 @@ class DirectVcpu(KvmVcpu):
     def _run(self) -> int:
         """Run the guest until there is something for Python, as `native_loop` tells it."""
         if self._stepping or self.supervisor.watched():
+            self.native.answer_nothing()
             try:
                 ioctl(self._descriptor, abi.RUN)
             except OSError as error:

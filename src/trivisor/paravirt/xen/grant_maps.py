@@ -69,15 +69,15 @@ class GrantMaps(Remembers):
             if handle in self.mappings or not flags & (abi.GNTMAP_HOST_MAP | abi.GNTMAP_DEVICE_MAP):
                 raise ValueError(f"handle {handle} is not of one mapping")
             mapping = Mapping(reference, frame, flags)
-            new = ActiveGrant(self._domain.number, frame, 0, PAGE_SIZE, False)
-            active = grants.active.get(reference, new)
-            if active.frame != frame:
-                raise ValueError(f"grant {reference} is of two frames")
             try:
                 grants.entry_address(reference)
                 self._hold(mapping)
             except GrantError as error:
                 raise ValueError(str(error)) from None
+            new = ActiveGrant(self._domain.number, frame, 0, PAGE_SIZE, False, grants.status_address(reference))
+            active = grants.active.get(reference, new)
+            if active.frame != frame:
+                raise ValueError(f"grant {reference} is of two frames")
             grants.enter(reference, active, write=mapping.writable)
             self.mappings[handle] = mapping
 

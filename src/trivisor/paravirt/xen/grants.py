@@ -39,7 +39,9 @@ from trivisor.paravirt.xen.errors import HypercallError
 from trivisor.paravirt.xen.frames import Frames
 
 BACK_END_DOMAIN = 0
-_LAYOUTS: Final = {1: struct.Struct("<HHI"), 2: struct.Struct("<HHHHQ")}
+_V1, _V2, _STATUS = struct.Struct("<HHI"), struct.Struct("<HHHHQ"), struct.Struct("<H")
+_LAYOUTS: Final = {1: _V1, 2: _V2}
+_V1_SIZE, _V2_SIZE = _V1.size, _V2.size
 """Flags, domain and frame; in version 2 there is the piece of a page, offset and length, before the frame."""
 _IN_USE = GTF_READING | GTF_WRITING
 
@@ -71,6 +73,8 @@ class ActiveGrant:
     start: int
     length: int
     sub_page: bool
+    status: int
+    """The physical address of the 16 bits that show it."""
     users: int = 0
     writers: int = 0
     """How many of the users write."""
@@ -152,42 +156,49 @@ class GrantTable(Remembers):
                 continue
             values = (entry.flags & ~_IN_USE, entry.domain, *((0, 0) if version == 2 else ()), entry.frame)
             _LAYOUTS[version].pack_into(view, at, *values)
-            self._mark(reference, status & _IN_USE, 0)
+            self._mark(self.status_address(reference), status & _IN_USE, 0)
+        for reference, active in self.active.items():
+            active.status = self.status_address(reference)
 
     # -- entries --------------------------------------------------------------------------------------------
 
     def entry_address(self, reference: int) -> int:
         """The physical address of an entry; GrantError for a number beyond the table."""
-        size = _LAYOUTS[self.version].size
-        frame, index = divmod(reference, PAGE_SIZE // size)
-        if frame >= self.used:
+        offset = reference * (_V1_SIZE if self.version == 1 else _V2_SIZE)
+        if offset >= self.used * PAGE_SIZE:
             raise GrantError(f"grant {reference} is beyond the table", GNTST_BAD_GNTREF)
-        return self.shared[frame] * PAGE_SIZE + index * size
+        return self.shared[offset // PAGE_SIZE] * PAGE_SIZE + offset % PAGE_SIZE
 
     def entry(self, reference: int) -> Entry:
         """What the entry says now; it is the guest's to change at any time."""
-        flags, domain, *piece, frame = _LAYOUTS[self.version].unpack_from(
-            self._frames.memory.view, self.entry_address(reference)
-        )
-        start, length = piece if piece and flags & GTF_SUB_PAGE else (0, PAGE_SIZE)
-        return Entry(flags, domain, start, length, frame)
+        return Entry(*self._read(reference))
+
+    def _read(self, reference: int) -> tuple[int, int, int, int, int]:
+        """The fields of `Entry`."""
+        at, view = self.entry_address(reference), self._frames.memory.view
+        if self.version == 1:
+            flags, domain, frame = _V1.unpack_from(view, at)
+            return flags, domain, 0, PAGE_SIZE, frame
+        flags, domain, start, length, frame = _V2.unpack_from(view, at)
+        if not flags & GTF_SUB_PAGE:
+            start, length = 0, PAGE_SIZE
+        return flags, domain, start, length, frame
 
     def status_address(self, reference: int) -> int:
         """The physical address of the 16 bits that show whether an entry is in use."""
         if self.version == 1:
             return self.entry_address(reference)
-        frame, index = divmod(reference, GRANT_STATUSES_PER_FRAME)
-        return self.status[frame] * PAGE_SIZE + index * 2
+        offset = reference * _STATUS.size
+        return self.status[offset // PAGE_SIZE] * PAGE_SIZE + offset % PAGE_SIZE
 
     def _status(self, reference: int) -> int:
-        at = self.status_address(reference)
-        return int.from_bytes(self._frames.memory.view[at : at + 2], "little")
+        return int(_STATUS.unpack_from(self._frames.memory.view, self.status_address(reference))[0])
 
-    def _mark(self, reference: int, used: int, unused: int) -> None:
-        """Show the bits `used` of GTF_READING and GTF_WRITING, and no longer the bits `unused`."""
-        at, view = self.status_address(reference), self._frames.memory.view
-        flags = int.from_bytes(view[at : at + 2], "little")
-        view[at : at + 2] = (flags & ~unused | used).to_bytes(2, "little")
+    def _mark(self, status: int, used: int, unused: int) -> None:
+        """Show, at a status's address, the bits `used` of GTF_READING and GTF_WRITING, no longer the bits `unused`."""
+        view = self._frames.memory.view
+        (flags,) = _STATUS.unpack_from(view, status)
+        _STATUS.pack_into(view, status, flags & ~unused | used)
 
     def swap(self, one: int, other: int) -> None:
         """Two entries change places; raises GrantError, GNTST_eagain while one is in use."""
@@ -211,19 +222,20 @@ class GrantTable(Remembers):
 
         The entry is marked as in use.  The frame is not held, nor looked at.
         """
-        flags, grantee, start, length, frame = self.entry(reference)
+        flags, grantee, start, length, frame = self._read(reference)
         active = self.active.get(reference)
         if active is None:
             kind = flags & (GTF_TYPE_MASK | (GTF_SUB_PAGE if whole else 0))
             if kind != GTF_PERMIT_ACCESS or grantee != domain:
                 raise GrantError(f"grant {reference} is not for {domain} (flags {flags:#x}, domain {grantee})")
-            active = ActiveGrant(domain, frame, start, length, self.version == 2 and bool(flags & GTF_SUB_PAGE))
+            sub_page = self.version == 2 and bool(flags & GTF_SUB_PAGE)
+            active = ActiveGrant(domain, frame, start, length, sub_page, self.status_address(reference))
         elif active.domain != domain or (whole and active.sub_page):
             raise GrantError(f"grant {reference} is in use as another's")
         if write and flags & GTF_READONLY and not active.writers:
             raise GrantError(f"grant {reference} is read-only")
         self.enter(reference, active, write=write)
-        self._mark(reference, GTF_READING | (GTF_WRITING if write else 0), 0)
+        self._mark(active.status, _IN_USE if write else GTF_READING, 0)
         return active
 
     def enter(self, reference: int, active: ActiveGrant, *, write: bool) -> None:
@@ -239,7 +251,7 @@ class GrantTable(Remembers):
         active.writers -= write
         if not active.users:
             del self.active[reference]
-        self._mark(reference, 0, (0 if active.users else GTF_READING) | (0 if active.writers else GTF_WRITING))
+        self._mark(active.status, 0, (0 if active.users else GTF_READING) | (0 if active.writers else GTF_WRITING))
 
     @contextmanager
     def access(self, reference: int, *, write: bool, domain: int = BACK_END_DOMAIN) -> Iterator[int]:

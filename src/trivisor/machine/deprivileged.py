@@ -50,13 +50,14 @@ class NativeSupervision(NamedTuple):
     kept), `supervised_flush` (the same), `supervised_flush_lower` (all but the
     upper half of the kernel's space; the same), `supervised_changed` (rdi:
     host address of an entry, r10: what it was, as
-    `DeprivilegedCpu.entry_changed` of one of level 1; rbx, rbp and r10 to r15
-    are kept), `supervised_changed_upper` (of one of another level; the same,
+    `DeprivilegedCpu.entry_changed` of one of level 1: eax; rbx, rbp and r10 to
+    r15 are kept), `supervised_changed_upper` (of one of another level; the same,
     rdx too), `supervised_table` (rcx: a frame that has become a page table; all
     but rax and flags are kept), `supervised_alarm` (rdi: have the surroundings' timers looked at in so many
     ns at the latest; rbx, rbp and r12 to r15 are kept), `guest_cpuid` (CPUID in
     the guest's registers, as `Supervisor.cpuid`; ZF set if it was done) and
-    `gather_flags` (rax = RFLAGS).
+    `gather_flags` (rax = RFLAGS).  The constant FORGETS_AT_ONCE is
+    `DeprivilegedCpu.forgets_at_once`.
 
     `table` is the host address of memory that the two sides share, which
     the code finds in SUPERVISOR_TABLE.

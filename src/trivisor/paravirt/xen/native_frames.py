@@ -97,13 +97,6 @@ xen_validate:
     jne xen_validate_unseen
     call xen_flush_saving
 xen_validate_unseen:
-    ; the user's TLB may be of what was in the frame before
-    mov rax, rcx
-    shl rax, 12
-    cmp [rbp+ROOT_USER], rax
-    jne xen_validate_new
-    mov qword [rbp+ROOT_USER], -1
-xen_validate_new:
     ; it counts as what it becomes while its entries are looked at, so that they cannot make it writable
     mov [r13+rcx], dl
     mov qword [r14+rcx*8], 1
@@ -262,8 +255,8 @@ xen_flush_saving:
 ; Nothing may be used any more that page tables do not have (`Domain.flush`); keeps rbx, rbp and r12 to r15.
 xen_forget:
     inc qword [rbx+X_EPOCH]
-    cmp qword [rbx+X_STALE], 0
-    jne xen_forget_all
+    cmp qword [rbx+X_STALE], FORGETS_AT_ONCE ; if it does not, always
+    jae xen_forget_all
     ret
 xen_forget_all:
     mov qword [rbx+X_STALE], 0
@@ -271,8 +264,8 @@ xen_forget_all:
 
 ; The same for linear rsi alone.
 xen_forget_page:
-    cmp qword [rbx+X_STALE], 0
-    je xen_knows_no_page
+    cmp qword [rbx+X_STALE], FORGETS_AT_ONCE
+    jb xen_knows_no_page
     mov rdi, rbp
     jmp invalidate_page
 xen_knows_no_page:
@@ -344,27 +337,10 @@ xen_change_read_only:
     ret
 xen_change_upper:
     call supervised_changed_upper
-    ; through an empty table nothing is known: what was went with its entries
-    {frame_of_entry("r10", "rcx")}
-    mov r8, rcx
-    shl r8, 12
-    add r8, [rbp+RAM_BASE]
-    xor eax, eax
-xen_change_look:
-    mov r9, [r8+rax*8]
-    or r9, [r8+rax*8+8]
-    or r9, [r8+rax*8+16]
-    or r9, [r8+rax*8+24]
-    jnz xen_change_leads
-    add eax, 4
-    cmp eax, 512
-    jne xen_change_look
-    jmp xen_change_counted
-xen_change_leads:
-    mov qword [rbx+X_STALE], 1
-xen_change_counted:
+    or [rbx+X_STALE], rax
     test r11d, r11d
     jnz xen_changed
+    {frame_of_entry("r10", "rcx")}
     call xen_put_table
 xen_changed:
     clc

@@ -22,6 +22,7 @@ supervisor_instruction:
 """Without a hypervisor of that kind: nothing."""
 
 SUPERVISED = f"""
+FORGETS_AT_ONCE equ 1
 ; From `syscall_native`: r10 = address of the instruction's rip, r11 = flags; other registers are the guest's.
 supervised_syscall:
     mov [rsp+FLAGS], r11
@@ -142,9 +143,35 @@ supervised_flush_lower:
     mov rdi, rbp
     jmp flush_local
 
-; Tables are walked for each miss, and what comes of entries above level 1 is forgotten with all else.
+; The entry above level 1 at host address rdi has changed, and was r10: eax = 1 if TLBs may have what it led to.
+; Through an empty table nothing is known: what was went with its entries.
 supervised_changed_upper:
+    mov r8, 0x000ffffffffff000
+    and r8, r10
+    add r8, [rbp+RAM_BASE]
+    xor ecx, ecx
+    mov eax, 1
+supervised_upper_entries:
+    mov r9, [r8+rcx*8]
+    or r9, [r8+rcx*8+8]
+    or r9, [r8+rcx*8+16]
+    or r9, [r8+rcx*8+24]
+    jnz supervised_upper_done
+    add ecx, 4
+    cmp ecx, 512
+    jne supervised_upper_entries
+    xor eax, eax
+supervised_upper_done:
+    ret
+
+; The user's TLB may be of what was in frame rcx before it became a table.
 supervised_table:
+    mov rax, rcx
+    shl rax, 12
+    cmp [rbp+ROOT_USER], rax
+    jne supervised_other_table
+    mov qword [rbp+ROOT_USER], -1
+supervised_other_table:
     ret
 
 ; int entry_changed(state, host address, old): the same from Python.

@@ -350,6 +350,7 @@ load_segment:
 """
 
 _SERVICES = f"""
+FORGETS_AT_ONCE equ 0
 gather_flags:
     mov rax, [rbp+FLAGS]
     or rax, [rbp+SYSTEM_FLAGS]

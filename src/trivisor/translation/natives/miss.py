@@ -144,22 +144,14 @@ miss_slow:
     jmp leave_spilled
 
 ; An access across two pages of RAM goes through a buffer, where it is aligned as it is in memory.
+; Where the pages follow each other on the host it needs none, however long it is.
 miss_crossing:
-    cmp ecx, 64
-    ja miss_slow
     test r12d, KIND_CHUNK
     jnz miss_slow
-    test r12b, KIND_WRITE
-    jz miss_cross
-    cmp dword [rbx+20], 0
-    je miss_slow
-miss_cross:
-    inc qword [rbp+COUNT_PAGE_CROSSING]
     mov r15, r13
     call fill_tlb
-    cmp eax, 1
-    je miss_fault
-    ja miss_slow
+    test eax, eax
+    jnz miss_cross_not
     mov rax, r13
     and eax, 0xfff
     mov ecx, 4096
@@ -170,17 +162,19 @@ miss_cross:
     or r13, 0xfff
     inc r13
     call fill_tlb
-    cmp eax, 1
-    ja miss_cross_slow
-    jb miss_cross_both
-    test r12d, KIND_JUDGED
-    jnz miss_cross_slow
-    jmp miss_fault
-miss_cross_both:
-    movzx eax, word [rbx+6]
-    mov rcx, [rbp+CROSS_LOW_LENGTH]
-    sub rax, rcx
+    test eax, eax
+    jnz miss_cross_not
     mov rdx, [r14+TLB_HOST]
+    mov rcx, [rbp+CROSS_LOW_LENGTH]
+    mov r10, [rbp+CROSS_LOW]
+    lea rax, [r10+rcx]
+    cmp rax, rdx
+    je miss_cross_straight
+    call miss_cross_fits
+    jnz miss_cross_slow
+    inc qword [rbp+COUNT_PAGE_CROSSING]
+    movzx eax, word [rbx+6]
+    sub rax, rcx
     mov [rbp+CROSS_HIGH], rdx
     mov [rbp+CROSS_HIGH_LENGTH], rax
     pushfq
@@ -205,9 +199,35 @@ miss_cross_write:
     mov eax, [rbx+20]
     add rbx, rax
     jmp miss_go
+miss_cross_straight:
+    inc qword [rbp+COUNT_PAGE_CROSSING]
+    mov eax, [rbx+16]
+    sub rbx, rax
+    jmp miss_go
+miss_cross_not:
+    cmp eax, 1
+    jne miss_cross_slow
+    test r12d, KIND_JUDGED
+    jnz miss_cross_slow
+    call miss_cross_fits
+    jz miss_fault
 miss_cross_slow:
     mov r13, r15
     jmp miss_slow
+
+; ZF set: the access fits the buffer, and a write has code that ends in CROSSED.  Loses rax.
+miss_cross_fits:
+    cmp word [rbx+6], 64
+    ja miss_cross_fits_not
+    test r12b, KIND_WRITE
+    jz miss_cross_fits_done
+    cmp dword [rbx+20], 1
+    sbb eax, eax
+    ret
+miss_cross_fits_not:
+    or eax, 1
+miss_cross_fits_done:
+    ret
 
 ; call [CROSSED]: the buffer's bytes to where they belong; keeps every register and flag.
 crossed:

@@ -119,8 +119,9 @@ def test_what_nobody_answers_reads_as_ones(machine: Make) -> None:
     assert m["rcx"] == 0xFFFFFFFF
 
 
+@pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("size", [2, 4, 8, 16])
-def test_accesses_across_pages(machine: Make, size: int) -> None:
+def test_accesses_across_pages(machine: Make, size: int, apart: bool) -> None:
     """RAM to RAM that lies elsewhere, RAM to a device, a device to RAM, a device to itself."""
     register = {2: "ax", 4: "eax", 8: "rax", 16: "xmm0"}[size]
     move = "movdqu" if size == 16 else "mov"
@@ -128,6 +129,8 @@ def test_accesses_across_pages(machine: Make, size: int) -> None:
     device = m.record()
     linear = 0x10_0000_0000
     kinds = {"ram": (0x500000, 0x700000), "other": (0x600000, 0x504000)}
+    if not apart:
+        kinds = {name: (low, low + 0x1000) for name, (low, _) in kinds.items()}
     for first in ("ram", "device"):
         for second in ("ram", "device"):
             low = kinds["ram"][0] if first == "ram" else DEVICE

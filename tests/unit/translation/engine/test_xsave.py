@@ -235,3 +235,40 @@ def test_mxcsr_with_reserved_bits(keyed: Make) -> None:
         assert m.fault(rax=mask, rdx=0).vector == GP
         begin(m, xcr0=7 | XCR0_PKRU)
         m.halt(rax=mask & ~2, rdx=0)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("save", SAVES)
+def test_an_area_across_pages(machine: Make, save: str, apart: bool) -> None:
+    """Of pages that follow each other in memory, which takes no detour, or not; each of them may be missing."""
+    m = machine(f"mov rcx, [rsi]\n {RESTORE} [rbx]\n {save} [rdi]\n hlt")
+    if not m.vcpu.xcr0_supported & XCR0_AVX:
+        pytest.skip("the host has no AVX")
+    linear, low, high = 0x10_0000_0000, 0x500000, 0x700000 if apart else 0x501000
+    begin(m, xcr0=7)
+    rng = random.Random(5)
+    for at in (0xE00, 0xFC0, 0xD00):
+        m.map(linear, low)
+        m.map(linear + 0x1000, high)
+        m.map(linear + 0x2000, low + 0x2000)
+        m.map(linear + 0x3000, high + 0x2000)
+        m.flush()
+        image = random_image(rng)
+        image[HEADER : HEADER + 64] = (7).to_bytes(64, "little")
+        room = 0x1000 - at
+        m.memory.write(low + at, bytes(image[:room]))
+        m.memory.write(high, bytes(image[room:]))
+        m.memory.write(low + 0x2000, bytes(0x1000))
+        m.memory.write(high + 0x2000, bytes(0x1000))
+        begin(m, xcr0=7)
+        m.halt(m.origin, rax=7, rdx=0, rbx=linear + at, rdi=linear + 0x2000 + at, rsi=DATA)
+        saved = m.memory.read(low + 0x2000 + at, room) + m.memory.read(high + 0x2000, 832 - room)
+        assert saved[:HEADER][160:416] == image[160:416], "XMM0 to XMM15"
+        assert saved[576:832] == image[576:832], "their upper halves"
+        m.map(linear + 0x3000, 0, 0)
+        m.flush()
+        begin(m, xcr0=7)
+        frame = m.fault(m.origin, rax=7, rdx=0, rbx=linear + at, rdi=linear + 0x2000 + at, rsi=DATA)
+        assert (frame.vector, m.core.cr2) == (PF, linear + 0x3000)
+    exits = m.vcpu.statistics()["exits"]
+    assert ("page crossing" in exits) == apart

@@ -497,3 +497,29 @@ def test_iretq_empties_data_segments_natively_too(machine: Make) -> None:
     assert m.vcpu.statistics()["native helpers"]["iret"] >= before + 1
     assert (m["rbx"], m["rbp"], m["rsi"]) == (0, 0x20 | 3, 0)
     assert m.core.segments[4].base == 0x1234000, "the base of FS stays"
+
+
+@pytest.mark.parametrize("write", [False, True])
+@pytest.mark.parametrize(
+    ("instruction", "size"), [("movaps xmm0, M", 16), ("paddd xmm0, M", 16), ("vmovdqa ymm0, M", 32), ("movdqu xmm0, M", 1)]
+)  # fmt: skip
+def test_alignment_comes_before_a_page_fault(machine: Make, instruction: str, size: int, write: bool) -> None:
+    """Whatever the alignment is of an address where there is no page; the common case natively."""
+    operands = instruction.replace("M", "[rbx]")
+    if write:
+        if instruction.startswith("paddd"):
+            pytest.skip("it only reads")
+        name, register = operands.split(" ", 1)[0], operands.split(" ", 1)[1].split(",")[0]
+        operands = f"{name} [rbx], {register}"
+    m = machine(f"{operands}\n hlt")
+    if size == 32 and not m.vcpu.xcr0_supported & 4:
+        pytest.skip("the host has no AVX")
+    for at in (0, 1, 8, 16, 32):
+        nowhere = 0x20_0000_0000 + at
+        frame = m.fault(m.origin, rbx=nowhere)
+        if at % size:
+            assert (frame.vector, frame.error) == (13, 0)
+        else:
+            assert (frame.vector, frame.error, m.core.cr2) == (14, 2 if write else 0, nowhere)
+    faults = sum(1 for at in (0, 1, 8, 16, 32) if at % size == 0)
+    assert m.vcpu.statistics()["native helpers"]["page_fault"] == faults

@@ -6,6 +6,7 @@ length when unpacked, in four bytes that are no part of the compressed data.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable
 from functools import partial
@@ -23,8 +24,8 @@ _LZ4_LEGACY = b"\x02\x21\x4c\x18"
 _LZ4_BLOCK = 8 << 20
 """The legacy format's blocks unpack to this, but for the last (LZ4 frame format, "Legacy frame")."""
 _LARGEST = 1 << 30
-_THREADS = 2
-"""Unpacking gives up the GIL."""
+_THREADS = min(max(len(os.sched_getaffinity(0)) - 1, 1), 4)
+"""Unpacking gives up the GIL, and goes on beside what the main thread does; each has memory of its own to fill."""
 
 
 def kernel_payload(image: Image) -> Pieces:

@@ -9,7 +9,8 @@ import stat
 from collections.abc import Iterable
 from typing import NamedTuple
 
-_MAGIC = b"070701"
+_HEADER = b"070701" + b"%08X" * 13
+"""Magic, and the fields: inode, mode, owner, group, links, time, size, two devices, length of the name, checksum."""
 _TRAILER = "TRAILER!!!"
 
 
@@ -57,7 +58,7 @@ def _record(entry: Entry, inode: int) -> list[bytes]:
     major, minor = entry.device
     links = 2 if stat.S_ISDIR(entry.mode) else 1
     fields = (inode, entry.mode, 0, 0, links, 0, len(entry.data), 0, 0, major, minor, len(name), 0)
-    header = _MAGIC + b"".join(b"%08X" % field for field in fields) + name
+    header = _HEADER % fields + name
     return [header, _padding(len(header)), entry.data, _padding(len(entry.data))]
 
 

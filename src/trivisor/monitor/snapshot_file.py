@@ -203,18 +203,25 @@ class SnapshotFile:
         packed = os.pread(self._descriptor, piece.length, piece.at)
         if hashlib.sha256(packed).digest() != piece.digest:
             raise self._damaged()
-        length = piece.pages * PAGE_SIZE
+        runs = [memory.view[page * PAGE_SIZE : (page + count) * PAGE_SIZE] for page, count in piece.runs]
         try:
-            pages = memoryview(_unpack(packed, length))
+            _unpack_into(packed, runs)
         except (ValueError, zstandard.ZstdError):
             raise self._damaged() from None
-        if len(pages) != length:
-            raise self._damaged()
-        at = 0
-        for page, count in piece.runs:
-            size = count * PAGE_SIZE
-            memory.view[page * PAGE_SIZE : page * PAGE_SIZE + size] = pages[at : at + size]
-            at += size
+
+
+def _unpack_into(packed: bytes, parts: list[memoryview]) -> None:
+    """Fill `parts` from a zstd frame, which must have just so much; ValueError, ZstdError.
+
+    So it goes where it is to be without the GIL, and without being there twice.
+    """
+    told = zstandard.get_frame_parameters(packed)
+    if told.content_size != sum(map(len, parts)) or told.dict_id:
+        raise ValueError("another length")
+    with zstandard.ZstdDecompressor(max_window_size=_INDEX_LIMIT).stream_reader(packed) as reader:
+        for part in parts:
+            if reader.readinto(part) != len(part):
+                raise ValueError("too short")
 
 
 def _unpack(packed: bytes, limit: int) -> bytes:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from trivisor import VirtualMachine
 from trivisor.guests.test_kernel import STATUS, build
@@ -274,8 +275,6 @@ def test_no_list_of_pieces_does_harm(spinning: Path, tmp_path: Path, pieces: Any
 def test_an_index_that_unpacks_to_more_than_it_may_is_not_unpacked(spinning: Path, tmp_path: Path) -> None:
     import hashlib
 
-    import zstandard
-
     bomb = zstandard.ZstdCompressor().compress(bytes(256 << 20))
     assert len(bomb) < 1 << 20
     path = tmp_path / "bomb"
@@ -315,3 +314,16 @@ def test_restoring_needs_the_callers_technique(spinning: Path) -> None:
 
     with pytest.raises(TechniqueUnavailable, match="paravirt"):
         VirtualMachine.restore(spinning, technique="paravirt")
+
+
+def test_a_piece_of_ram_has_the_length_that_it_should_have() -> None:
+    packed = zstandard.ZstdCompressor().compress(random.Random(1).randbytes(5000))
+    parts = [memoryview(bytearray(length)) for length in (4000, 1000)]
+    snapshot_file._unpack_into(packed, parts)
+    assert b"".join(parts) == random.Random(1).randbytes(5000)
+    for wrong in ([4000, 1001], [4999], []):
+        with pytest.raises(ValueError, match="another length"):
+            snapshot_file._unpack_into(packed, [memoryview(bytearray(length)) for length in wrong])
+    for damaged in (packed[:-9], packed[:9] + b"\xff" * 9 + packed[18:], b"", b"x" * 40):
+        with pytest.raises((ValueError, zstandard.ZstdError)):
+            snapshot_file._unpack_into(damaged, parts)

@@ -134,7 +134,9 @@ class Emission:
                 if index in turns:
                     at = self._turn(recipe, constants, at, turns[index])
                 continue
-            code, misses, absolutes, patches, parked, fault_parked, _ = recipe.variant(parked, needed)
+            code, misses, absolutes, patches, parked, fault_parked, _ = recipe.variant(
+                parked, needed, carry_alone=tuned
+            )
             locations.append((start - body) | fault_parked << 21 | (at - rip) << 22)
             out += code
             for offset, width, which in patches:

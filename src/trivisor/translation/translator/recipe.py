@@ -14,6 +14,8 @@ from functools import lru_cache
 from struct import pack_into, unpack_from
 from typing import NamedTuple
 
+from iced_x86 import RflagsBits
+
 from trivisor.translation.assembled import Piece, assembled
 from trivisor.translation.layout import SITE_SIZE, TLB_ENTRIES
 
@@ -29,6 +31,10 @@ def asm(source: str) -> bytes:
 
 PARK = asm("mov r11, rax\n lahf\n seto al\n mov [rsp+FLAGS_AX], ax\n mov rax, r11")
 RESTORE = asm("mov r11, rax\n movzx eax, word [rsp+FLAGS_AX]\n add al, 0x7f\n sahf\n mov rax, r11")
+PARK_CARRY = asm("setb byte [rsp+FLAGS_AX+1]")
+RESTORE_CARRY = asm("movzx r11d, byte [rsp+FLAGS_AX+1]\n shr r11d, 1")
+"""The same where nobody needs another flag than CF; either goes with either."""
+CARRY = RflagsBits.CF
 POLL = asm("mov r11, [rsp+POLL]\n mov r11d, [r11]")
 
 
@@ -431,7 +437,7 @@ class Recipe:
     """r10 is an offset in this segment, which the next check turns into a linear address first."""
     simple: Variant | None = None
     """The bytes for flags that are not parked, where it does not matter who needs them."""
-    _variants: dict[tuple[bool, int], Variant] = field(default_factory=dict)
+    _variants: dict[tuple[bool, int, bool], Variant] = field(default_factory=dict)
     checks: int = 0
     """TLB checks, prepared ones included."""
     takes_form: bool = False
@@ -510,8 +516,11 @@ class Recipe:
             code[offset : offset + width] = constants.immediate if which == IMMEDIATE else constants.displacement
         return self, constants, bytes(code)
 
-    def variant(self, parked: bool, live: int) -> Variant:
-        """The bytes when flags are parked (or not) on entry and `live` flags are needed afterwards."""
+    def variant(self, parked: bool, live: int, *, carry_alone: bool = False) -> Variant:
+        """The bytes when flags are parked (or not) on entry and `live` flags are needed afterwards.
+
+        With `carry_alone`, CF is parked and restored alone where that is enough.
+        """
         needed = self.reads | (live & ~self.writes)
         if not needed:
             way = DEAD
@@ -519,14 +528,14 @@ class Recipe:
             way = WANTED
         else:
             way = KEPT if self.clobbers else UNTOUCHED
-        return self.variant_for(parked, way)
+        return self.variant_for(parked, way, carry_alone and needed == CARRY)
 
-    def variant_for(self, parked: bool, way: int) -> Variant:
+    def variant_for(self, parked: bool, way: int, carry_alone: bool = False) -> Variant:
         """The same by the way in which it meets the flags: `DEAD` and its like."""
-        key = (parked, way)
+        key = (parked, way, carry_alone)
         found = self._variants.get(key)
         if found is None:
-            found = self._variants[key] = self._build(parked, way)
+            found = self._variants[key] = self._build(parked, way, carry_alone)
         return found
 
     def fix_immediate(self) -> None:
@@ -544,14 +553,15 @@ class Recipe:
         self._variants.clear()
         self.finish()
 
-    def _build(self, parked: bool, way: int) -> Variant:
+    def _build(self, parked: bool, way: int, carry_alone: bool) -> Variant:
+        park, restore = (PARK_CARRY, RESTORE_CARRY) if carry_alone else (PARK, RESTORE)
         out = bytearray()
         misses: list[Miss] = []
         absolutes: list[tuple[int, int, int | None]] = []
         patches: list[tuple[int, int, int]] = []
         fields: list[tuple[int, int, int]] = []
         if way in (KEPT, WANTED) and self.clobbers and not parked:
-            out += PARK
+            out += park
             parked = True
         elif way == DEAD:
             parked = False
@@ -560,7 +570,7 @@ class Recipe:
         again = len(out)
         for item in self.items:
             if item.is_op and parked and way == WANTED:
-                out += RESTORE
+                out += restore
                 parked = False
             at = len(out)
             out += item.code
@@ -587,7 +597,7 @@ class Recipe:
                 again = len(out)
         fault_parked = parked
         if parked and way == WANTED:
-            out += RESTORE
+            out += restore
             parked = False
         if misses and misses[-1].kind_and_size & KIND_WRITE and not loops and not misses[-1].leads:
             last = misses[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -136,6 +137,38 @@ def test_flags_live_across_a_group_that_fails(machine: Make) -> None:
         m.restart()
         m.halt(rax=rax, rbx=rbx, rsp=PAGE + 8, rsi=0, rdi=0)
         assert (m["rsi"], m["rdi"], m["rcx"], m["rdx"]) == (below, overflow, rbx, rax)
+
+
+def test_a_carry_across_accesses(machine: Make) -> None:
+    """It is parked alone where an instruction needs no other flag, and with the rest where one does."""
+    source = """
+        start: add rax, [rsi]
+        mov [rdi], rax
+        mov rcx, [rsi+8]
+        adc rdx, [r13]
+        rcr r8, 1
+        mov [rdi+8], rcx
+        setc bl
+        inc r9d
+        mov [rdi+16], rdx
+        pushfq
+        pop rbp
+        hlt
+    """
+    outcomes = []
+    for at_once in (False, True):
+        m = machine(source)
+        m.vcpu.blocks.tunes_at_once = at_once
+        m.map(PAGE, TWO)
+        m.map(PAGE - 0x1000, ONE)
+        found = []
+        for low, high, at in itertools.product((0, 1 << 63), (0, 1 << 63, (1 << 64) - 1), (DATA, PAGE - 12)):
+            m.memory.write_u64(DATA + 0x100, high)
+            m.memory.write_u64(DATA + 0x200, low)
+            m.halt("start", rax=low, rdx=high, rsi=DATA + 0x100, rdi=at, r13=DATA + 0x200, r8=5, r9=0x7FFFFFFF, rbx=0)
+            found.append([m[r] for r in ("rax", "rcx", "rdx", "r8", "r9", "rbx", "rbp")])
+        outcomes.append(found)
+    assert outcomes[0] == outcomes[1]
 
 
 @pytest.mark.parametrize("between", ["cpuid", "rdmsr", "wrmsr", "mov r11, cr8", "in al, 0x80", "invlpg [rsi]"])

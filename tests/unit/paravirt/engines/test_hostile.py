@@ -25,7 +25,7 @@ _ENDS = {(HYPERCALL_NUMBERS[name], 2) for name in ("sched_op", "sched_op_compat"
 }
 """What ends a domain that means it."""
 
-# Each record: number, six arguments, and where the result goes.
+# Each record: number, six arguments, and the stack pointer, where the result goes then.
 PROGRAM = f"""
 start:
     mov rdi, traps
@@ -42,8 +42,7 @@ next:
     mov r10, [rbx + 32]
     mov r8, [rbx + 40]
     mov r9, [rbx + 48]
-    lea rsp, [rbx + 8]
-    mov r12, rsp
+    mov rsp, [rbx + 56]
     syscall
     mov [rbx + 56], rax
     add rbx, 64
@@ -107,9 +106,10 @@ class Arguments:
         second = rng.choice([count, self.pointer(), self.value()])
         third = rng.choice([count, 0, self.pointer()])
         fourth = rng.choice([abi.DOMID_SELF, abi.DOMID_SELF, self.value()])
+        stack = rng.choice([STRUCTURES, PAGE + 0x800, STRUCTURES + 0x1000, self.value()])
         if (number, first & 0xFFFFFFFF) in _ENDS:
             first = 0
-        return _RECORD.pack(number, first, second, third, fourth, self.value(), self.value(), 0)
+        return _RECORD.pack(number, first, second, third, fourth, self.value(), self.value(), stack)
 
     def structures(self) -> bytes:
         """Pairs of words, and among them entries of a multicall."""

@@ -12,6 +12,7 @@ from tests.unit.paravirt.xen.accounts import check_accounts
 from trivisor.machine.stop import PowerOff
 from trivisor.paravirt.xen import abi
 from trivisor.paravirt.xen.abi import HYPERCALL_NUMBERS
+from trivisor.paravirt.xen.domain import Domain
 
 BASE = 0xFFFFFFFF80000000
 CODE = BASE + 0x100000
@@ -25,7 +26,9 @@ _ENDS = {(HYPERCALL_NUMBERS[name], 2) for name in ("sched_op", "sched_op_compat"
 }
 """What ends a domain that means it."""
 
-# Each record: number, six arguments, and the stack pointer, where the result goes then.
+# Each record: number, six arguments, and the stack pointer, where the result goes then.  Number STORE and those above
+# it are accesses by instructions: to the first argument, of the second.
+STORE, EXCHANGE, COMPARE, HALF, LOAD = range((1 << 64) - 6, (1 << 64) - 1)
 PROGRAM = f"""
 start:
     mov rdi, traps
@@ -38,15 +41,40 @@ next:
     je shutdown
     mov rdi, [rbx + 8]
     mov rsi, [rbx + 16]
+    cmp rax, -6
+    jae access
     mov rdx, [rbx + 24]
     mov r10, [rbx + 32]
     mov r8, [rbx + 40]
     mov r9, [rbx + 48]
     mov rsp, [rbx + 56]
     syscall
+    mov rsp, STACK
     mov [rbx + 56], rax
     add rbx, 64
     inc qword [DATA + 8]
+    jmp next
+access:
+    mov rsp, STACK
+    add rbx, 64
+    lea rcx, [rax + 6]
+    mov rax, [rdi]
+    cmp ecx, 1
+    jb store
+    je exchange
+    cmp ecx, 3
+    jb compare
+    ja next
+    mov [rdi], esi
+    jmp next
+store:
+    mov [rdi], rsi
+    jmp next
+exchange:
+    xchg [rdi], rsi
+    jmp next
+compare:
+    lock cmpxchg [rdi], rsi
     jmp next
 fault:                              ; whatever came: on with the next record
     mov rsp, STACK
@@ -70,6 +98,10 @@ class Arguments:
             0, own.shared_info, own.grant_frames[0], own._map_at // 512, guest.domain.frames.count,
         ]  # fmt: skip
         self.tables = tables
+        # Where the guest sees its frames: as one piece from BASE on.
+        frames = [*map(guest.frame_of, places), *(table >> 12 for table in tables), guest.domain.state.kernel_root]
+        self.linear = [BASE + own.physical(frame) * 4096 for frame in frames]
+        self.linear += [BASE + own.physical(table >> 12) * 4096 + table % 4096 for table in tables]
 
     def pointer(self) -> int:
         return self.rng.choice([
@@ -96,6 +128,9 @@ class Arguments:
     def record(self) -> bytes:
         """Those that native code does come more often."""
         rng = self.rng
+        if rng.random() < 0.3:
+            at = rng.choice([rng.choice(self.linear) + 8 * rng.randrange(8), self.pointer(), self.value()])
+            return _RECORD.pack(rng.choice([STORE, EXCHANGE, COMPARE, HALF, LOAD]), at, self.value(), 0, 0, 0, 0, 0)
         names = [name for name in HYPERCALL_NUMBERS if name != "iret" or rng.random() < 0.1]
         names += ["mmu_update", "mmuext_op", "multicall", "vcpu_op", "set_segment_base", "stack_switch"] * 4
         number = HYPERCALL_NUMBERS[rng.choice(names)]
@@ -117,12 +152,24 @@ class Arguments:
         return b"".join(self.record() if self.rng.random() < 0.3 else parts[at : at + 64] for at in range(0, 4096, 64)) * 2
 
 
+def last_longer(domain: Domain) -> None:
+    """The guest keeps its first trap table, since without one it ends so soon, and goes on where nobody would wake it."""
+    number = HYPERCALL_NUMBERS["set_trap_table"]
+    set_trap_table = domain._handlers[number]
+
+    def once(*arguments: int) -> int:
+        return 0 if domain.state.traps else set_trap_table(*arguments)
+
+    domain._handlers[number] = once
+    domain.block = lambda: None  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_a_guest_that_asks_for_anything_harms_itself_alone(boot: Any, seed: int) -> None:
     """It goes on to its end or is ended; no exception of ours, nothing unsupported, and the frame table is true."""
     guest = boot(PROGRAM)
     domain = guest.domain
-    domain.block = lambda: None  # type: ignore[method-assign]  # nobody would wake it
+    last_longer(domain)
     clock = guest.xen.platform.clock
     clock.at(clock.now() + _LONGEST, lambda: guest.xen.platform.stop(PowerOff()))
     arguments = Arguments(guest, seed)

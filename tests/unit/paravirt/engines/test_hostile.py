@@ -13,6 +13,9 @@ from trivisor.machine.stop import PowerOff
 from trivisor.paravirt.xen import abi
 from trivisor.paravirt.xen.abi import HYPERCALL_NUMBERS
 from trivisor.paravirt.xen.domain import Domain
+from trivisor.paravirt.xen.frames import WRITABLE, Frames
+from trivisor.translation.cpu import TranslationVcpu
+from trivisor.translation.layout import OFFSETS, TLB_ENTRIES, TLB_ENTRY_SIZE
 
 BASE = 0xFFFFFFFF80000000
 CODE = BASE + 0x100000
@@ -164,6 +167,18 @@ def last_longer(domain: Domain) -> None:
     domain.block = lambda: None  # type: ignore[method-assign]
 
 
+def check_tlbs(vcpu: TranslationVcpu, frames: Frames) -> None:
+    """No translation that is still known leads to what is not the domain's, or for writing to a page table."""
+    words, ram = vcpu.core.words, vcpu.board.memory.base
+    for table in (OFFSETS["TLB_KERNEL"], OFFSETS["TLB_USER"]):
+        for index in range(TLB_ENTRIES):
+            at = (table + index * TLB_ENTRY_SIZE) // 8
+            readable, writable = (words[at + n] >> 12 & TLB_ENTRIES - 1 == index for n in range(2))
+            frame = words[at + 2] - ram >> 12
+            assert not (readable or writable) or frames.owns(frame), f"frame {frame:#x} is not the domain's"
+            assert not writable or not frames.kind_count[frame] or frames.kind[frame] == WRITABLE, hex(frame)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_a_guest_that_asks_for_anything_harms_itself_alone(boot: Any, seed: int) -> None:
     """It goes on to its end or is ended; no exception of ours, nothing unsupported, and the frame table is true."""
@@ -179,3 +194,5 @@ def test_a_guest_that_asks_for_anything_harms_itself_alone(boot: Any, seed: int)
     reason = type(guest.xen.platform.stop_reason).__name__
     assert reason in ("PowerOff", "Crash", "Reset"), (exit_, reason, hex(guest.cpu.rip))
     check_accounts(domain, (guest.xen._rings[0], guest.xen._rings[2]))
+    if isinstance(guest.vcpu, TranslationVcpu):
+        check_tlbs(guest.vcpu, domain.frames)

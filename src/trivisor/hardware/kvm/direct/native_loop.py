@@ -1,9 +1,10 @@
 """The run loop's frequent part as machine code: KVM_RUN, what the supervisor does natively, and KVM_RUN again.
 
-It calls the supervisor's own code (`machine.deprivileged.NativeSupervision`)
-and has what that may call.  Behind a page of words (`native_words.py`) the run
-structure is mapped once more.  Only system calls, page faults and #GP are
-looked at here; every other exit is Python's.
+It goes to the supervisor's own code (`machine.deprivileged.NativeSupervision`),
+which comes back here; what that calls is in `native_services.py`.  Behind a
+page of words (`native_words.py`) the run structure is mapped once more.  Only
+system calls, page faults and #GP are looked at here; every other exit is
+Python's.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from __future__ import annotations
 from typing import Final
 
 from trivisor.hardware.kvm import abi
-from trivisor.hardware.kvm.direct.native_words import CHANGED, GENERAL, MANY_CHANGED, MOST_CHANGED, RUN_GENERAL, SYMBOLS
+from trivisor.hardware.kvm.direct.native_services import SERVICES, SLOT_BITS
+from trivisor.hardware.kvm.direct.native_words import CHANGED, GENERAL, MANY_CHANGED, RUN_GENERAL, SYMBOLS
 from trivisor.hardware.kvm.direct.stub import AT_A_TIME
 from trivisor.machine.memory import PAGE_SIZE
 from trivisor.x86.assembler import assemble
 from trivisor.x86.exceptions import GENERAL_PROTECTION, PAGE_FAULT
-from trivisor.x86.flags import AC, DF, FIXED, ID, IF, NT, RF, STATUS, TF
-from trivisor.x86.paging import ACCESSED, DIRTY, PRESENT, USER, WRITABLE
+from trivisor.x86.flags import AC, DF, ID, NT, RF, STATUS, TF
 
 EXIT, ON, ASKS = range(3)
 """How it ends: at an exit that is Python's; with registers in the run structure that KVM is to go on with; or the same
@@ -28,8 +29,6 @@ _HOST_FLAGS: Final = STATUS | DF
 _SYSTEM_FLAGS: Final = TF | NT | RF | AC | ID
 _UNUSABLE: Final = 1 << 48
 """The last word of a null segment (struct kvm_segment)."""
-_ADDRESS: Final = (1 << 52) - PAGE_SIZE
-_LAST_SLOT_BITS: Final = 39
 _AFTER_ENTRIES: Final = 8
 """Words on the stub's stack above the entries: where to go on, rax, rdi, and the frame for ring 3 (`stub.py`)."""
 
@@ -131,7 +130,7 @@ stopped:
     jne leave_exit
     mov r10d, {PAGE_FAULT}
     mov rax, [rbp+GUEST_CR2]
-    shr rax, {_LAST_SLOT_BITS}
+    shr rax, {SLOT_BITS}
     cmp rax, [rbp+HIDDEN]
     je leave_exit
 exception:
@@ -349,151 +348,8 @@ load_segment:
     ret
 """
 
-_SERVICES = f"""
-FORGETS_AT_ONCE equ 0
-gather_flags:
-    mov rax, [rbp+FLAGS]
-    or rax, [rbp+SYSTEM_FLAGS]
-    or eax, {IF | FIXED}
-    ret
-
-supervised_enter:
-    mov [rbp+GUEST_CR3], rdi
-    mov [rbp+GUEST_KERNEL], rsi
-    mov rax, [rbp+IN_KERNEL_AT]
-    mov [rax], sil
-    test esi, esi
-    jz supervised_entered
-    mov [rbp+ROOT_KERNEL], rdi
-supervised_entered:
-    ret
-
-supervised_flush:
-supervised_flush_lower:
-invalidate_page:
-    mov qword [rbp+FLUSH_WANTED], 1
-    ret
-
-supervised_changed_upper:
-    mov qword [rbp+AT_ONCE], 1
-supervised_changed:
-    mov rax, [rdi]
-    xor rax, r10
-    test rax, {~(ACCESSED | DIRTY)}
-    jz supervised_unchanged
-    mov rax, rdi
-    sub rax, [rbp+RAM_BASE]
-    mov r8, [rbp+CHANGED_COUNT]
-    cmp r8, {MOST_CHANGED}
-    jae supervised_changed_table
-    mov [rbp+r8*8+{8 * CHANGED}], rax
-    inc qword [rbp+CHANGED_COUNT]
-supervised_unchanged:
-    mov eax, 1
-    ret
-supervised_changed_table:
-    ; no more entries can be noted: the whole table
-    mov rcx, rax
-    shr rcx, 12
-    mov rax, [rbp+TABLES]
-    cmp byte [rax+rcx], 2
-    je supervised_unchanged
-    call note_table
-    jmp supervised_unchanged
-
-; `Deprivileged.memory_written` of frame rcx.
-supervised_table:
-    mov rax, [rbp+TABLES]
-    cmp byte [rax+rcx], 1
-    ja supervised_table_noted
-    je note_table
-    mov byte [rax+rcx], 1
-supervised_table_noted:
-    ret
-
-; KVM is to forget the table in frame rcx, whose byte is at rax+rcx.  Loses rax.
-note_table:
-    mov byte [rax+rcx], 2
-    mov qword [rbp+AT_ONCE], 1
-    push r8
-    mov r8, [rbp+CHANGED_TABLES_COUNT]
-    mov rax, [rbp+CHANGED_TABLES]
-    mov [rax+r8*8], rcx
-    inc qword [rbp+CHANGED_TABLES_COUNT]
-    pop r8
-    ret
-
-supervised_alarm:
-    mov qword [rbp+LOOK_WANTED], 1
-    ret
-
-guest_cpuid:
-    or eax, 1
-    ret
-
-; As `RingThreeMemory.physical`.
-guest_page:
-    mov rax, r13
-    sar rax, 47
-    inc rax
-    cmp rax, 1
-    ja guest_page_not
-    mov rdx, [rbp+GUEST_CR3]
-    mov r8d, {USER | WRITABLE}
-    mov r9, {_ADDRESS:#x}
-    mov ecx, {_LAST_SLOT_BITS}
-    mov rax, r13
-    shr rax, cl
-    and eax, 511
-    cmp rax, [rbp+OWN_SLOT]
-    je guest_page_not
-guest_page_level:
-    and rdx, r9
-    cmp rdx, [rbp+RAM_SPAN]
-    jae guest_page_not
-    add rdx, [rbp+RAM_BASE]
-    mov rax, r13
-    shr rax, cl
-    and eax, 511
-    lea rdi, [rdx+rax*8]
-    mov rdx, [rdi]
-    test dl, {PRESENT}
-    jz guest_page_not
-    and r8d, edx
-    sub ecx, 9
-    cmp ecx, 12
-    jae guest_page_level
-    test r8b, {USER}
-    jz guest_page_not
-    mov eax, {ACCESSED}
-    test r12d, r12d
-    jz guest_page_mark
-    test r8b, {WRITABLE}
-    jz guest_page_not
-    mov eax, {ACCESSED | DIRTY}
-guest_page_mark:
-    and r9, rdx
-    cmp r9, [rbp+RAM_SPAN]
-    jae guest_page_not
-    and edx, eax
-    cmp edx, eax
-    je guest_page_marked
-    or [rdi], rax
-guest_page_marked:
-    mov rdi, r9
-    add rdi, [rbp+RAM_BASE]
-    mov eax, r13d
-    and eax, {PAGE_SIZE - 1}
-    add rdi, rax
-    xor eax, eax
-    ret
-guest_page_not:
-    or eax, 1
-    ret
-"""
-
 
 def native_loop(supervision: str) -> bytes:
     """The loop with the supervisor's code; it begins with a C function of one argument, the words' address."""
     symbols = {**SYMBOLS, **RUN_GENERAL, "HOST_FLAGS": _HOST_FLAGS}
-    return assemble("\n".join((_LOOP, _SERVICES, supervision)), symbols=symbols).code
+    return assemble("\n".join((_LOOP, SERVICES, supervision)), symbols=symbols).code

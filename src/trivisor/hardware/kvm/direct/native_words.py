@@ -16,7 +16,6 @@ _NAMES: Final = (
     # hidden parts of segments: those that native code loads are flat or null, so nobody looks at them
     "CS_BASE", "CS_LIMIT", "CS_ATTRIBUTES", "SS_BASE", "SS_LIMIT", "SS_ATTRIBUTES", "GS_LIMIT", "GS_ATTRIBUTES",
     "KERNEL_GS_BASE", "ROOT_KERNEL",
-    "ROOT_USER",  # of a TLB of the user's, which there is none
     "GUEST_KERNEL",  # 1: the guest's kernel runs
     "SUPERVISOR_TABLE", "RAM_BASE", "TSC_OFFSET", "EXIT_A", "EXIT_B",
     "IGNORE_CLI",  # 0

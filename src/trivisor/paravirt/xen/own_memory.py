@@ -38,6 +38,13 @@ _DOMAIN_SLOT = FIRST_XEN_SLOT + 4
 GDT_ADDRESS = MACH2PHYS_VIRT_START + ((_DOMAIN_SLOT - FIRST_XEN_SLOT) << 39)
 """Linear address of the domain's descriptor table, in a part that only the processor reads."""
 _GDT_PAGES = 16
+_ASIDE = 256
+"""By how many pages the place of the machine-to-physical table that the guest is told is not a multiple of 2 MiB.
+
+What is looked up there is mostly looked up next in the guest's own table of the other way, at about the same distance
+from its start, and comes from a page table that is among others at a multiple of 2 MiB.  A direct-mapped TLB could not
+have two of them at a time, were all three so.
+"""
 ENGINE_SLOT = FIRST_XEN_SLOT + 8
 """The level-4 entry in which an engine may have ring-0 code of its own."""
 
@@ -75,9 +82,11 @@ class OwnMemory:
         self.slots = [0] * (LAST_XEN_SLOT - FIRST_XEN_SLOT + 1)
         """Xen's entries of a level-4 table."""
         pages = range(self._map_at // 512, self._map_at // 512 + -(-8 * frames.count // PAGE_SIZE))
-        self.slots[0] = self._tables([page << 12 | _READ_ONLY_USER for page in pages])
-        self.map_address = MACH2PHYS_VIRT_START + self._show_again(self._next - 2, -(-len(pages) // 512))
-        """Where the guest is told that the machine-to-physical table is."""
+        shown = [page << 12 | _READ_ONLY_USER for page in pages]
+        again = -(-len(pages) // 512) * 512 + _ASIDE
+        self.slots[0] = self._tables([*shown, *[0] * (again - len(shown)), *shown])
+        self.map_address = MACH2PHYS_VIRT_START + again * PAGE_SIZE
+        """Where the guest is told that the machine-to-physical table is, which is shown there a second time."""
         for page in pages:
             frames.share(page, writable=False)
         descriptors = {
@@ -137,20 +146,6 @@ class OwnMemory:
             entries = tables
         (entry,) = entries
         return entry
-
-    def _show_again(self, table: int, count: int) -> int:
-        """Enter the first `count` entries of a level-2 table in it a second time; returns how many bytes further on.
-
-        What is looked up in the machine-to-physical table is mostly looked up next in the guest's own table of the
-        other way, at about the same distance from its start.  A direct-mapped TLB could not have both at a time,
-        were the distance between the two tables a multiple of its reach.  So it is not one of 4 MiB.
-        """
-        again = count | 1
-        if again + count > 512:
-            return 0
-        first = table * 512
-        self._frames.words[first + again : first + again + count] = self._frames.words[first : first + count]
-        return again << 21
 
     def set_physical(self, frame: int, physical: int) -> None:
         """Enter in the machine-to-physical table which of the domain's pages `frame` is."""

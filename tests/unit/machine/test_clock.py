@@ -86,3 +86,24 @@ def test_what_is_posted_is_called_by_run_due_in_order() -> None:
     assert told == ["posted", "posted", "first", "posted", "third"]
     clock.run_due()
     assert len(told) == 5
+
+
+def test_a_timer_that_is_kept_elsewhere_is_set_before_anybody_looks() -> None:
+    host = Host()
+    clock = Clock(host)
+    told: list[int] = []
+    fired: list[int] = []
+    waits = [30, 10]
+    clock.on_earlier = told.append
+
+    def set_now() -> None:
+        while waits:
+            clock.at(waits.pop(), lambda: fired.append(1), quietly=True)
+
+    clock.on_look = set_now
+    assert clock.next_deadline() == 10
+    waits.append(5)
+    host.time += 10
+    clock.run_due()
+    assert len(fired) == 2 and clock.next_deadline() == 30
+    assert not told

@@ -9,6 +9,8 @@ from trivisor.machine.exits import Halt
 from trivisor.machine.stop import Crash, PowerOff, Reset
 from trivisor.paravirt.xen import abi
 from trivisor.paravirt.xen.abi import EEXIST, EFAULT, EINVAL, ENOENT, ENOSYS, EPERM, ESRCH, ETIME
+from trivisor.paravirt.xen.shared_table import INDEX
+from trivisor.paravirt.xen.timers import SET, STOPPED
 
 A = 0x10000
 BAD = 0xDEAD0000
@@ -165,3 +167,20 @@ def test_places_of_vcpu_info(guest: Guest) -> None:
     guest.put("<QI", frame, 4032)
     assert vcpu(guest, abi.VCPUOP_REGISTER_VCPU_INFO) == 0
     assert guest.extended(abi.MMUEXT_PIN_L1_TABLE, frame) == -EINVAL, "it stays writable memory"
+
+
+def test_what_native_code_did_to_the_singleshot_timer_is_minded_when_timers_are_looked_at(guest: Guest) -> None:
+    """The last thing that was done to it holds, whoever did it."""
+    timers, words = guest.domain.timers, guest.domain.table.words
+    single, change = INDEX["SINGLE"], INDEX["SINGLE_CHANGE"]
+    words[single], words[change] = 7_000_000, SET
+    assert timers.single.deadline == timers.save()["single"] == 7_000_000
+    words[change] = STOPPED
+    assert timers.single.deadline is None
+    words[single], words[change] = 8_000_000, SET
+    guest.put("<QI", 9_000_000, 0)
+    assert vcpu(guest, abi.VCPUOP_SET_SINGLESHOT_TIMER) == 0
+    assert timers.single.deadline == 9_000_000
+    words[single], words[change] = 8_000_000, SET
+    assert vcpu(guest, abi.VCPUOP_STOP_SINGLESHOT_TIMER) == 0
+    assert timers.single.deadline is None

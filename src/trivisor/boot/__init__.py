@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from trivisor.boot import linux, multiboot
 from trivisor.boot.image import Image, ImageError, ImageKind
 from trivisor.boot.placement import E820Map
 from trivisor.machine.memory import GuestMemory
@@ -31,6 +30,8 @@ def load_image(
     put; `rsdp_address` is where the ACPI tables begin.  Raises ImageError.
     """
     if image.kind is ImageKind.MULTIBOOT:
+        from trivisor.boot import multiboot
+
         if initrd is not None:
             raise image.fail("is a multiboot kernel, which takes modules; use --module instead of --initrd")
         return multiboot.load(
@@ -38,6 +39,8 @@ def load_image(
         )
     if modules:
         raise image.fail("is a Linux kernel, which takes an initrd; use --initrd instead of --module")
+    from trivisor.boot import linux
+
     return linux.load(
         memory, image, initrd=initrd, command_line=command_line, e820=e820, rsdp_address=rsdp_address
     )

@@ -11,7 +11,6 @@ import os
 import struct
 from collections.abc import Iterable
 
-from trivisor.boot.elf import load_segments, read_elf
 from trivisor.boot.image import Image, ImageError, ImageKind
 from trivisor.boot.placement import E820Map, find_room, usable
 from trivisor.machine.memory import GIB, MIB, PAGE_SIZE, GuestMemory
@@ -135,6 +134,8 @@ def _load_bzimage(
 
 def _load_vmlinux(memory: GuestMemory, image: Image) -> tuple[bytearray, int, tuple[int, int]]:
     """Load an ELF kernel's segments, and make up the setup header that its bzImage would have had."""
+    from trivisor.boot.elf import load_segments, read_elf
+
     elf = read_elf(image)
     start = min(segment.physical for segment in elf.segments)
     end = max(segment.end for segment in elf.segments)

@@ -8,7 +8,6 @@ from trivisor.machine.memory import GuestMemory
 from trivisor.machine.stop import Crash, DebugExit, PowerOff, Reset
 from trivisor.machine.vcpu import Vcpu
 from trivisor.monitor.outcome import STATUS_CRASH, Outcome, StopReason
-from trivisor.monitor.statedump import dump_state
 
 
 def by_device(stop_reason: object) -> Outcome | None:
@@ -44,6 +43,8 @@ def by_processor(exit_: Exit, vcpu: Vcpu, memory: GuestMemory) -> Outcome | None
 
 
 def _crash(reason: StopReason, what: str, vcpu: Vcpu, memory: GuestMemory) -> Outcome:
+    from trivisor.monitor.statedump import dump_state
+
     state = vcpu.state
     return Outcome(reason, f"{what} at {state.rip:#x}", dump=dump_state(state, memory, vcpu.last_block()))
 

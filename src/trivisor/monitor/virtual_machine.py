@@ -23,7 +23,6 @@ from trivisor.monitor.assembly import Assembly, assemble
 from trivisor.monitor.attachments import DiskName, Network
 from trivisor.monitor.console import Console, Deadline, Pattern, compile_pattern
 from trivisor.monitor.endings import by_device, by_processor, with_command
-from trivisor.monitor.handover import change_technique
 from trivisor.monitor.linear import read_linear
 from trivisor.monitor.outcome import Outcome, StopReason
 from trivisor.monitor.plan import Hardware, Progress, Wish, checked_engine, make_hardware, make_plan
@@ -483,6 +482,8 @@ class VirtualMachine:
         leaves all as it was, where that cannot be done: this host has no such
         technique or it lacks what the guest uses, or a PV guest is concerned.
         """
+        from trivisor.monitor.handover import change_technique
+
         with self._exclusively():
             chosen = choose(technique).technique.name
             if chosen == self.technique:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pty
 import re
@@ -400,3 +401,19 @@ def test_doctor_says_what_works_and_how_to_mend_the_rest(capfd, monkeypatch, tro
 def test_version(capfd) -> None:
     assert main(["--version"]) == 0
     assert "0.1.0" in capfd.readouterr().out
+
+
+def test_only_the_processs_own_command_line_ends_the_look_for_garbage(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    thresholds, interval, frozen = gc.get_threshold(), sys.getswitchinterval(), gc.get_freeze_count()
+    try:
+        assert main(["--version"]) == 0
+        assert gc.get_threshold()[0] > thresholds[0] or thresholds[0] == 100_000
+        assert sys.getswitchinterval() < 0.001
+        assert gc.get_freeze_count() == frozen
+        monkeypatch.setattr(sys, "argv", ["trivisor", "--version"])
+        assert main() == 0
+        assert gc.get_freeze_count() > frozen
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*thresholds)
+        sys.setswitchinterval(interval)

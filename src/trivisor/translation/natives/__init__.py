@@ -9,24 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
-from trivisor.translation.block_tables import TABLE_SYMBOLS
-from trivisor.translation.layout import OFFSETS, SYMBOLS
-from trivisor.translation.natives import (
-    alarm,
-    apic,
-    assists,
-    blocks,
-    compose,
-    entry,
-    events,
-    flush,
-    lookup,
-    miss,
-    supervised,
-    walk,
-)
-from trivisor.translation.natives.common import CONSTANTS
-from trivisor.translation.shapes import SHAPE_SYMBOLS
+from trivisor.translation.layout import OFFSETS
 
 
 class Helpers(NamedTuple):
@@ -42,33 +25,11 @@ def assembled_helpers(xsave_mask: int, supervision: str = "") -> Helpers:
 
     `supervision` is a hypervisor's own (`machine.deprivileged.NativeSupervision`).
     """
-    from trivisor.x86.assembler import assemble  # slow to import, and the helpers are kept
+    # Both are slow to import, and the helpers are kept.
+    from trivisor.translation.natives.source import helpers_source
+    from trivisor.x86.assembler import assemble
 
-    source = "\n".join(
-        (
-            CONSTANTS,
-            entry.ENTER_LEAVE,
-            lookup.LOOKUP,
-            blocks.BLOCKS,
-            compose.COMPOSE,
-            walk.WALK,
-            walk.FILL_TLB,
-            walk.WALK_FOR_PYTHON,
-            miss.MISS,
-            events.EVENTS,
-            assists.ASSISTS,
-            apic.APIC,
-            alarm.ALARM,
-            supervised.SUPERVISED,
-            supervision or supervised.NONE,
-            flush.C_FUNCTIONS,
-            flush.JUMP_FLUSHES,
-        )
-    )
-    source = source.replace("RESTORE_FPU", "xrstor" if xsave_mask else "fxrstor")
-    source = source.replace("SAVE_FPU", "xsave" if xsave_mask else "fxsave")
-    source = source.replace("CLEAN_UPPER", "vzeroupper" if xsave_mask & 4 else "")
-    symbols = {**SYMBOLS, **TABLE_SYMBOLS, **SHAPE_SYMBOLS, "XSAVE_MASK": xsave_mask or 3}
+    source, symbols = helpers_source(xsave_mask, supervision)
     program = assemble(source, bits=64, symbols=symbols)
     return Helpers(program.code, program.labels)
 

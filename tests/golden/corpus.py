@@ -42,6 +42,11 @@ SAMPLES = (
     Sample("tuned: pushes", "push rbp\n push rbx\n sub rsp, 24\n mov [rsp+8], rax\n jmp next\n next:", tuned=True),
     Sample("tuned: pops and the return", "add rsp, 8\n pop rbx\n pop rbp\n ret", tuned=True),
     Sample("tuned: fields of a structure", "mov rax, [rdi+8]\n mov rdx, [rdi+16]\n add [rdi+24], rax\n ret", tuned=True),
+    Sample(
+        "tuned: a table by a computed index",
+        "movzx edx, al\n mov ecx, [r8+rdx*4+64]\n add ecx, [r8+rdx*4]\n inc r8\n add ecx, [rsi+r8*4]\n ret",
+        tuned=True,
+    ),
     Sample("tuned: a carry across a store", "add rax, [rsi]\n mov [rdi], rax\n adc rdx, 0\n ret", tuned=True),
     Sample(
         "a trace: a loop",

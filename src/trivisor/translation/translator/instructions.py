@@ -306,7 +306,7 @@ class InstructionMaker:
         if baked:
             self._baked = True
             size = 4
-        if recipe.distant and not offset:  # a move, which processors do by renaming
+        if recipe.distant and not offset and index == Register.NONE:  # a move, which processors do by renaming
             recipe.code(f"mov r11, {name(GPR[lea.memory_base][0], 8)}")
             return
         lea.memory_displacement = offset & 0xFFFFFFFFFFFFFFFF
@@ -463,11 +463,19 @@ class InstructionMaker:
             recipe.ends = Missing()
             return
         recipe.check(size, write=write, judged=priority.may_fault_before(instruction))
+        if recipe.distant and not recipe.addressed and instruction.memory_index != Register.NONE:
+            self._add_base(recipe, instruction.memory_base)
         slotted = sum(number in DISPLACED for number in self._explicit_registers(instruction))
         recipe.takes_form = slotted <= 1 and not high and not memory_forms.has_pointers(instruction)
         body = self.on_host_address(instruction, high, write, access in _READS, size, recipe)
         self._op(recipe, instruction, body)
         memory_forms.hide_pointers(recipe, instruction)
+
+    def _add_base(self, recipe: Recipe, base: RegisterNumber) -> None:
+        """r10, the distance from linear to host addresses, becomes that of the base from the host's."""
+        if base != Register.NONE:
+            number = GPR[base][0]
+            recipe.code(f"lea r10, [r10+{name(STACK if number == RSP else number, 8)}]")
 
     def _op(self, recipe: Recipe, instruction: Instruction, code: bytes) -> None:
         """Add the instruction as it was encoded last, within `code`, and share the recipe if all constants allow."""
@@ -508,12 +516,15 @@ class InstructionMaker:
         Other operands get r11 where they need it.
         """
         host = instruction.copy()
-        host.memory_index_scale = 1
-        if recipe is not None and recipe.distant:
+        if recipe is not None and recipe.distant and host.memory_index != Register.NONE:
+            host.memory_base = Register.R10
+        elif recipe is not None and recipe.distant:
             host.memory_index = Register.R10
+            host.memory_index_scale = 1
             if host.memory_base == Register.RSP:
                 host.memory_base = BY_SIZE[8][STACK]
         else:
+            host.memory_index_scale = 1
             offset = recipe.before if recipe is not None else 0
             host.memory_base = Register.R10
             host.memory_index = Register.NONE

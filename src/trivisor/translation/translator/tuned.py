@@ -134,6 +134,7 @@ class Tuning:
         self._plain = recipes
         self.forms: list[Form | None] = [None] * len(decoded)
         self._next_sites = list(next_sites)
+        self._computed = self._computed_registers()
         self._known_sites: dict[tuple[Address, bool, int, bool], int] = {}
         for group in self._groups():
             self._form(group)
@@ -169,7 +170,7 @@ class Tuning:
                 groups.append(single)
                 current = None
             elif current is not None:
-                moved = _moves(instruction, current.address)
+                moved = _moves(instruction, current.address) if current.address[2] == Register.NONE else None
                 if _leaves_r10_unknown(recipe):
                     current = None
                 elif moved is not None:
@@ -217,13 +218,26 @@ class Tuning:
                     return True
         return False
 
+    def _computed_registers(self) -> set[int]:
+        """Registers to which some instruction gives a value that is more than their own moved along."""
+        found: set[int] = set()
+        for instruction, _, _ in self._decoded:
+            along = Register.NONE
+            if instruction.mnemonic in _STEPS and instruction.op0_kind == OpKind.REGISTER:
+                along = RegisterExt.full_register(instruction.op0_register)
+            for used in self._info.info(instruction).used_registers():
+                full = RegisterExt.full_register(used.register)
+                if used.access in _WRITES and full not in (along, Register.RSP):
+                    found.add(full)
+        return found
+
     # -- forms ----------------------------------------------------------------------------------------------
 
     def _form(self, group: _Group) -> None:
         """Give the group's instructions their forms."""
         first = group.members[0][0]
         scattered = first in self._scattered
-        distant = not (scattered or group.single) and _has_base_alone(group.address)
+        distant = not (scattered or group.single) and self._is_distant(group.address)
         if len(group.members) == 1 and not distant:
             write = [bool(miss.kind_and_size & KIND_WRITE) for item in self._plain[first].items for miss in item.misses]
             if write in _CACHED_CHECKS and not scattered:
@@ -249,6 +263,19 @@ class Tuning:
                 self._next_sites[half] = FIRST_SITES[half]
         return site
 
+    def _is_distant(self, address: Address) -> bool:
+        """Whether accesses are to be `Form.distant`: off one register, or off two that are not known early.
+
+        The latter take an instruction more, which is lost where the check is out of the way anyway.
+        """
+        segment, base, index, _ = address
+        registers = [register for register in (base, index) if register != Register.NONE]
+        if segment != Register.NONE or not registers:
+            return False
+        if any(GPR.get(register, (0, 0))[1] != 8 or GPR[register][0] in DISPLACED for register in registers):
+            return False
+        return index == Register.NONE or not self._computed.isdisjoint(registers)
+
     @property
     def next_sites(self) -> tuple[int, int]:
         """Like `FIRST_SITES`, for the next block."""
@@ -256,13 +283,7 @@ class Tuning:
         return distant, other
 
 
-def _has_base_alone(address: Address) -> bool:
-    """Whether the address is a register that the host has too, and a displacement."""
-    segment, base, index, _ = address
-    if segment != Register.NONE or index != Register.NONE or base not in GPR:
-        return False
-    number, size = GPR[base]
-    return size == 8 and number not in DISPLACED
+_STEPS = {Mnemonic.INC, Mnemonic.DEC, Mnemonic.ADD, Mnemonic.SUB}
 
 
 def _address(instruction: Instruction) -> Address:

@@ -321,6 +321,9 @@ def _program(rng: random.Random) -> str:
             f"movzx ecx, byte [{off}+{displacement}]", f"lea {base}, [{base}+{displacement & ~7}]",
             f"add {base}, {displacement & ~7}", f"sub {data}, 8", f"adc {register}, rcx", f"mov {register}, {base}",
             "bt rax, rcx", f"xchg [{off}+{displacement}], {register}", "sub rsp, 16", f"movq xmm1, [{off}+{displacement}]",
+            f"movzx ecx, byte [{off}+{displacement}]\n {rng.choice(('mov', 'add'))} {register}, [{base}+rcx*2+{displacement}]",
+            f"movzx edx, byte [{off}+{displacement}]\n add [{data}+rdx+{displacement}], {register}\n"
+            f" cmp {register}, [{data}+rdx+{displacement + 8}]\n {rng.choice(('adc dl, 3', 'setc dl', 'nop'))}",
             f"movdqu [{off}+{displacement}], xmm1", f"lock xadd [{off}+{displacement}], {register}",
         ]  # fmt: skip
         if depth:

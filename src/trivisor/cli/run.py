@@ -185,7 +185,7 @@ def run(image: Path | None, kernel: Path | None, **options: Any) -> int:
 
 
 _IN_THE_SNAPSHOT = (
-    "initrd", "append", "modules", "firmware", "memory", "devices", "cpu", "disks", "network", "perf_map", "engine",
+    "initrd", "append", "modules", "firmware", "memory", "devices", "cpu", "perf_map",
 )  # fmt: skip
 """Options that the file of `--restore` has already decided."""
 

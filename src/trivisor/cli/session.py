@@ -20,7 +20,6 @@ from trivisor.monitor import VirtualMachine
 from trivisor.monitor.outcome import Outcome, StopReason
 from trivisor.monitor.plan import is_other_system
 from trivisor.monitor.sizes import format_memory
-from trivisor.monitor.techniques import TechniqueUnavailable
 
 STATUS_CANNOT_WRITE = 1
 _SETTLE_SECONDS = 0.5
@@ -126,8 +125,6 @@ def _run_on(request: Request, machine: VirtualMachine, interruption: Interruptio
             _write_snapshot(request.snapshot, machine)
         except OSError as error:  # no reason to lose the guest
             _say(f"no snapshot: {request.snapshot}: {error.strerror}")
-        except TechniqueUnavailable as error:
-            _say(f"no snapshot: {error}")
 
 
 def _check_place(path: Path) -> None:
@@ -157,8 +154,11 @@ def _build(request: Request, serial: Serial, shown: Progress) -> VirtualMachine:
         return VirtualMachine.restore(
             request.restore,
             technique=request.technique,
+            engine=request.engine,
             command=request.command,
             serial=speaks,
+            disks=request.disks,
+            network=request.network,
             terminal_size=_terminal_size() if serial.interactive else None,
             keep_translations=not request.no_keep,
         )
@@ -207,6 +207,8 @@ def _announce(request: Request, machine: VirtualMachine) -> None:
     if request.verbose or request.stats or (request.command is None and sys.stderr.isatty()):
         chosen = f" (auto: {machine.why})" if machine.why else ""
         _say(f"{machine.technique}{chosen}, {machine.engine}, {format_memory(machine.memory_size)} of RAM")
+    for warning in machine.warnings:
+        _say(warning)
     if request.verbose and machine.kept:
         _say(f"translations of earlier runs: {machine.kept}")
 

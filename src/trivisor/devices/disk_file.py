@@ -47,6 +47,12 @@ class DiskFile:
             os.close(self._descriptor)
             raise
 
+    @property
+    def written_at(self) -> int:
+        """When the file was last written to, in ns since the epoch; 0 for a device, of which nobody knows."""
+        found = os.fstat(self._descriptor)
+        return max(found.st_mtime_ns, 0) if stat.S_ISREG(found.st_mode) else 0
+
     def _measure(self) -> int:
         kind = os.fstat(self._descriptor).st_mode
         if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):

@@ -52,6 +52,8 @@ UNPRIVILEGED: Final = frozenset({"rdpid", "serialize", "xgetbv1"})
 """Those of them that a processor runs by itself in ring 3, if it has them."""
 OPTIONAL: Final = frozenset({"pcid", "invpcid", "pku", "pks"})
 """Emulated, and off unless asked for with `extra`."""
+AVX512: Final = frozenset(name for name in FEATURES if name.startswith("avx512"))
+"""What translation does not have; there for guests that would see it anyway (`with_avx512`)."""
 _REQUIRES: Final = {
     "avx": "xsave",
     "fma": "avx",
@@ -102,6 +104,11 @@ _LEGACY_AREA = 576
 _AVX_AREA = 256
 _PKRU_AREA = 8
 _PKRU_COMPONENT = 9
+_AVX512_COMPONENTS: Final = (5, 6, 7)
+_COMPONENTS: Final = (2, *_AVX512_COMPONENTS, _PKRU_COMPONENT)
+"""Parts of the XSAVE area behind its header, which come in this order."""
+_ALIGNED = 64
+"""What some begin at a multiple of in its compacted format."""
 
 _CACHES = (
     # type (1 data, 2 code, 3 both), level, KiB, ways
@@ -169,9 +176,12 @@ class GuestCpuid(NamedTuple):
         """EBX of leaf 0xD: bytes that XSAVE, and XSAVEC, need for what XCR0 enables now."""
         if "xsave" not in self.features or (subleaf and "xsavec" not in self.features):
             return answer
-        size = _LEGACY_AREA + (_AVX_AREA if xcr0 & control.XCR0_AVX else 0)
-        if xcr0 & control.XCR0_PKRU:
-            size = _PKRU_AREA + (size if subleaf else self.table[0xD, _PKRU_COMPONENT][EBX])
+        size = _LEGACY_AREA
+        for component in _COMPONENTS:
+            row = self.table.get((0xD, component))
+            if row is not None and xcr0 >> component & 1:
+                start = row[EBX] if not subleaf else -(-size // _ALIGNED) * _ALIGNED if row[ECX] & 2 else size
+                size = start + row[EAX]
         return (answer[EAX], size, answer[ECX], answer[EDX])
 
 
@@ -180,8 +190,9 @@ def xcr0_of(names: Collection[str]) -> int:
     if "xsave" not in names:
         return 0
     avx = control.XCR0_AVX if "avx" in names else 0
+    avx512 = control.XCR0_AVX512 if "avx512f" in names else 0
     pkru = control.XCR0_PKRU if "pku" in names else 0
-    return control.XCR0_X87 | control.XCR0_SSE | avx | pkru
+    return control.XCR0_X87 | control.XCR0_SSE | avx | avx512 | pkru
 
 
 def xcr0_on_host(xcr0: int) -> int:
@@ -231,6 +242,24 @@ def guest_cpuid(
     if "xsave" in chosen:
         _merge(table, _xsave_leaves("avx" in chosen, _pkru_offset(host) if "pku" in chosen else 0))
     return GuestCpuid(chosen, table, vendor=vendor)
+
+
+def with_avx512(cpuid: GuestCpuid, host: Query) -> GuestCpuid:
+    """`cpuid`, with all that the processor `host` has of AVX-512.
+
+    For a guest whose programs see it whatever the guest is told: its kernel would not know that they have registers
+    which one process must not leave to the next.
+    """
+    names, table = AVX512 & features(host), dict(cpuid.table)
+    _merge(table, _feature_leaves(names))
+    rows = {(0xD, component): host(0xD, component) for component in _AVX512_COMPONENTS}
+    size = max(row[EAX] + row[EBX] for row in rows.values())
+    a, b, c, d = table[0xD, 0]
+    return cpuid._replace(
+        features=cpuid.features | names,
+        table={**table, **rows, (0xD, 0): (a | control.XCR0_AVX512, b, max(c, size), d)},
+        hidden_xcr0=cpuid.hidden_xcr0 & ~control.XCR0_AVX512,
+    )
 
 
 def tsc_ratio(tsc_frequency: int, crystal_frequency: int) -> tuple[int, int]:

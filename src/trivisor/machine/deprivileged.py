@@ -184,6 +184,9 @@ class DeprivilegedCpu(Protocol):
     def tsc(self) -> int:
         """What RDTSC gives now."""
 
+    def set_tsc_offset(self, offset: int) -> bool:
+        """Have RDTSC give the host's TSC plus `offset`; False where ring 3 reads the host's itself."""
+
     def attention(self) -> None:
         """Have the engine ask for interrupts soon; from the vCPU's own thread."""
 

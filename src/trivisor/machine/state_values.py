@@ -132,17 +132,20 @@ def save_cpuid(cpuid: GuestCpuid) -> Saved:
     }
 
 
-def load_cpuid(saved: Any, host: Query, host_xcr0: int) -> GuestCpuid:
-    """The identity that `save_cpuid` gave; ValueError for none, or one that this host's processor cannot give."""
+def load_cpuid(saved: Any, host: Query, host_xcr0: int, beyond: frozenset[str] = frozenset()) -> GuestCpuid:
+    """The identity that `save_cpuid` gave; ValueError for none, or one that this host's processor cannot give.
+
+    `beyond` are features that an engine may have beyond those of all engines, if the host has them.
+    """
     if not isinstance(saved, dict):
         raise ValueError("the processor's identity is missing")
     names = saved.get("features")
     if not isinstance(names, list) or not all(isinstance(name, str) and name in FEATURES for name in names):
         raise ValueError("no such features")
     chosen = frozenset(names)
-    if unknown := chosen - COPIED - EMULATED - OPTIONAL:
+    if unknown := chosen - COPIED - EMULATED - OPTIONAL - beyond:
         raise ValueError(f"no guest is told of {', '.join(sorted(unknown))}")
-    if missing := (chosen & COPIED) - features(host):
+    if missing := (chosen & (COPIED | beyond)) - features(host):
         raise ValueError(f"this host's processor lacks {', '.join(sorted(missing))}, which the guest was told of")
     table = saved.get("table")
     if not isinstance(table, list) or len(table) > MOST:

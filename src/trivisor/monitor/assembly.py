@@ -162,13 +162,7 @@ def _assemble_xen(
             undo.callback(keeper.close)
         xen = make_xen_machine(memory_size, tsc.frequency(), console_output, on_stop)
         undo.callback(xen.close)
-        network = plan.hardware.network
-        if network is not None:
-            from trivisor.devices.user_network import UserNetwork  # sockets are slow to import
-
-            xen.attach_network(lambda deliver: UserNetwork(deliver, network.forwards))
-        for disk in plan.hardware.disks:
-            xen.attach_disk(DiskFile(disk.path, readonly=disk.readonly))
+        attach_devices(xen, plan.hardware)
         vcpu, cpu = xen_processor(xen, plan.engine, begin_keeping(plan.keep and plan.engine != "direct"))
         undo.pop_all()
     machine = Assembly(xen.memory, xen.platform, vcpu, keeper, xen)
@@ -180,6 +174,8 @@ def _assemble_xen(
         vcpu.state = state
         cpu.enter_space(state.cr3, True)
         machine.begin_with_kept()
+        if plan.keep and not machine.kept_as:
+            machine.kept_as = guest_digest(plan, b"xen")  # for translation, which may go on from a snapshot
     except BaseException:
         reading.cancel()
         machine.close()
@@ -208,6 +204,17 @@ def make_xen_machine(
         tsc_frequency=tsc_frequency,
         on_stop=on_stop,
     )
+
+
+def attach_devices(xen: XenMachine, hardware: Hardware) -> None:
+    """Give a PV domain its disks and its network; raises OSError, DiskError and NetworkUnavailable."""
+    network = hardware.network
+    if network is not None:
+        from trivisor.devices.user_network import UserNetwork  # sockets are slow to import
+
+        xen.attach_network(lambda deliver: UserNetwork(deliver, network.forwards))
+    for disk in hardware.disks:
+        xen.attach_disk(DiskFile(disk.path, readonly=disk.readonly))
 
 
 def _load(plan: BootPlan, machine: Assembly, board: Pc) -> CpuState:

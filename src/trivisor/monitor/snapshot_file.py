@@ -29,7 +29,7 @@ from trivisor.machine.jobs import Jobs
 from trivisor.machine.memory import PAGE_SIZE, GuestMemory
 from trivisor.machine.saving import Saved
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 """Grows with every change that an older version would misread."""
 MAGIC: Final = b"trivisor machine"
 _HEADER = Struct("<16sIIQQ32s")

@@ -13,19 +13,20 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from trivisor.boot import firmware
+from trivisor.devices.disk_file import DiskError
 from trivisor.machine import tsc
 from trivisor.machine.clock import Clock
-from trivisor.machine.cpuid import GuestCpuid
+from trivisor.machine.cpuid import AVX512, GuestCpuid
 from trivisor.machine.memory import MAXIMUM_RAM, GuestMemory
 from trivisor.machine.saved_values import part, text
 from trivisor.machine.saving import Remembers, Saved
 from trivisor.machine.state_values import load_cpuid, load_state, save_cpuid, save_state
-from trivisor.monitor.assembly import Assembly, make_vcpu, make_xen_machine
+from trivisor.monitor.assembly import Assembly, attach_devices, make_vcpu, make_xen_machine
 from trivisor.monitor.handover import EXCHANGEABLE
 from trivisor.monitor.keeping import begin_keeping, begin_restored_keeper, keeper_for
 from trivisor.monitor.plan import DEVICES, Hardware
-from trivisor.monitor.snapshot_file import SnapshotFile
-from trivisor.monitor.techniques import PARAVIRT, TechniqueUnavailable
+from trivisor.monitor.snapshot_file import SnapshotError, SnapshotFile
+from trivisor.monitor.techniques import PARAVIRT
 from trivisor.monitor.xen_processor import xen_processor
 from trivisor.pc import Pc
 from trivisor.x86.cpuid import FEATURES, host_cpuid, host_xgetbv
@@ -51,23 +52,11 @@ class Extra(NamedTuple):
     """The word of the guest that waits for what to run (`guests.waiting`); empty for any other."""
 
 
-def check_savable(hardware: Hardware, engine: str) -> None:
-    """Raise `TechniqueUnavailable` for a Xen guest that is in no snapshot; `engine` is one of `plan.ENGINES`."""
-    if hardware.xen_device:
-        raise TechniqueUnavailable(f"a paravirt guest with {hardware.xen_device} cannot be put into a snapshot")
-    if engine == "direct":
-        raise TechniqueUnavailable(
-            "a paravirt guest under direct execution cannot be put into a snapshot; take --engine translation"
-        )
-
-
 def remember(machine: Assembly, hardware: Hardware, waits_as: bytes) -> Saved:
-    """All that a machine remembers beside its RAM; raises `TechniqueUnavailable` (`check_savable`)."""
-    from trivisor.translation.cpu import TranslationVcpu
-
+    """All that a machine remembers beside its RAM, which must not be read before; OSError for a disk that fails."""
     vcpu, board, xen = machine.vcpu, machine.board, machine.xen
     if xen is not None:
-        check_savable(hardware, "translation" if isinstance(vcpu, TranslationVcpu) else "direct")
+        xen.quiesce()
     whole: Remembers | None = board if isinstance(board, Pc) else xen
     assert whole is not None
     state = vcpu.state
@@ -107,21 +96,30 @@ def extra(file: SnapshotFile) -> Extra:
         raise file.error(f"cannot be restored: {error}") from None
 
 
+class Host(NamedTuple):
+    """What the host gives a restored machine."""
+
+    technique: str
+    engine: str
+    """Out of `plan.ENGINES`, for a Xen guest."""
+    hardware: Hardware
+    """With the disks and the network that a Xen guest had, in files and on links of now."""
+    keep: bool
+
+
 def restore(
-    file: SnapshotFile,
-    technique: str,
-    serial_output: Callable[[bytes], None],
-    on_stop: Callable[[], None],
-    *,
-    keep: bool,
+    file: SnapshotFile, host: Host, serial_output: Callable[[bytes], None], on_stop: Callable[[], None]
 ) -> Assembly:
-    """The machine of a snapshot, ready to go on; raises `SnapshotError`, and ValueError or OSError of the host's."""
+    """The machine of a snapshot, ready to go on.
+
+    Raises `SnapshotError`, `TechniqueUnavailable`, and what a disk or a network of the host's raises.
+    """
     try:
-        if technique == PARAVIRT:
-            return _restore_xen(file, file.remembered, serial_output, on_stop, keep)
-        return _restore(file, file.remembered, technique, serial_output, on_stop, keep)
+        if host.technique == PARAVIRT:
+            return _restore_xen(file, file.remembered, host, serial_output, on_stop)
+        return _restore(file, file.remembered, host, serial_output, on_stop)
     except (ValueError, TypeError, KeyError, OverflowError) as error:
-        if type(error).__name__ == "SnapshotError":
+        if isinstance(error, SnapshotError | DiskError):
             raise
         raise file.error(f"cannot be restored: {error}") from None
 
@@ -129,10 +127,9 @@ def restore(
 def _restore(
     file: SnapshotFile,
     saved: Saved,
-    technique: str,
+    host: Host,
     serial_output: Callable[[bytes], None],
     on_stop: Callable[[], None],
-    keep: bool,
 ) -> Assembly:
     cpuid = load_cpuid(saved.get("cpuid"), host_cpuid, host_xgetbv())
     state = load_state(saved.get("processor"), cpuid)
@@ -142,17 +139,17 @@ def _restore(
         undo.callback(memory.close)
         loading = file.begin_loading(memory)  # goes on beside what Python has to do, as the keeper's reading does
         undo.callback(loading.cancel)
-        keeper = _begin_keeper(saved, cpuid, undo) if technique == "translation" and keep else None
+        keeper = _begin_keeper(saved, cpuid, undo) if host.technique == "translation" and host.keep else None
         board = _board(memory, saved, cpuid, frequency, serial_output, on_stop)
         rom = bytes.fromhex(text(saved, "firmware", 2 * firmware.MAXIMUM_SIZE))
         if rom:
             firmware.attach(board.mmio, rom)
-        vcpu = make_vcpu(technique, board, extra(file).hardware, cpuid, keep=keep)
+        vcpu = make_vcpu(host.technique, board, host.hardware, cpuid, keep=host.keep)
         undo.pop_all()
     machine = Assembly(memory, board, vcpu, keeper)
     try:
         machine.firmware = rom
-        machine.booted_as, machine.kept_as = _names(saved) if keep else (b"", b"")
+        machine.booted_as, machine.kept_as = _names(saved) if host.keep else (b"", b"")
         if keeper is None:
             machine.keeper = keeper_for(vcpu, machine.kept_as, machine.booted_as)
         else:
@@ -173,11 +170,11 @@ def _restore(
 def _restore_xen(
     file: SnapshotFile,
     saved: Saved,
+    host: Host,
     console_output: Callable[[bytes], None],
     on_stop: Callable[[], None],
-    keep: bool,
 ) -> Assembly:
-    cpuid = load_cpuid(saved.get("cpuid"), host_cpuid, host_xgetbv())
+    cpuid = load_cpuid(saved.get("cpuid"), host_cpuid, host_xgetbv(), AVX512)
     given = load_state(saved.get("processor"), cpuid)
     frequency, size, domain = _frequency(saved), _integer(saved, "memory"), part(saved, "board")
     if size > MAXIMUM_RAM:
@@ -188,12 +185,13 @@ def _restore_xen(
         xen.clear()
         loading = file.begin_loading(xen.memory)
         undo.callback(loading.cancel)
-        keeper = _begin_keeper(saved, cpuid, undo) if keep else None
-        vcpu, cpu = xen_processor(xen, "translation", begin_keeping(keep), cpuid)
+        attach_devices(xen, host.hardware)
+        keeper = _begin_keeper(saved, cpuid, undo) if host.keep and host.engine != "direct" else None
+        vcpu, cpu = xen_processor(xen, host.engine, begin_keeping(host.keep and host.engine != "direct"), cpuid)
         undo.pop_all()
     machine = Assembly(xen.memory, xen.platform, vcpu, keeper, xen)
     try:
-        machine.booted_as, machine.kept_as = _names(saved) if keep else (b"", b"")
+        machine.booted_as, machine.kept_as = _names(saved) if host.keep else (b"", b"")
         machine.begin_with_kept()
         xen.domain.observers = lambda kind: vcpu.observed.get(kind, [])
         xen.domain.cpu = cpu
@@ -201,9 +199,10 @@ def _restore_xen(
         xen.load(domain)
         vcpu.state = xen.processor(given)
         # Guest time runs from here on; the domain's timers hang on it.
-        vcpu.tsc_offset = _integer(saved, "tsc") - tsc.read()
+        offset = _integer(saved, "tsc") - tsc.read()
+        jump = 0 if cpu.set_tsc_offset(offset) else -offset
         xen.platform.clock.elapsed = _integer(saved, "now")
-        xen.go_on(domain, given.dr)
+        xen.go_on(domain, given.dr, jump)
     except BaseException:
         loading.cancel()
         machine.close()

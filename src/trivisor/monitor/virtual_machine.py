@@ -106,11 +106,6 @@ class VirtualMachine:
         choice = choose(technique, Needs(hardware.cpu, perf_map is not None, hardware.xen_device))
         memory_size = parse_memory(memory)
         name = choice.technique.name
-        if waiting and name == PARAVIRT:
-            from trivisor.monitor.snapshots import check_savable
-
-            check_savable(hardware, engine)
-            engine = "translation"
         wish = Wish(
             kernel=None if kernel is None else Path(kernel),
             initrd=None if initrd is None else Path(initrd),
@@ -150,27 +145,35 @@ class VirtualMachine:
         path: str | os.PathLike[str],
         *,
         technique: str = "auto",
+        engine: str = "auto",
         command: Sequence[str] | None = None,
         serial: Callable[[bytes], None] | None = None,
         terminal_size: tuple[int, int] | None = None,
+        disks: Sequence[DiskName] = (),
+        network: Network | str | None = None,
         keep_translations: bool = True,
     ) -> Self:
         """The machine that `snapshot` wrote into a file, at the moment at which it was written.
 
         A guest that waited (`waiting`) starts a shell, or `command` and nothing
         else.  Parameters are those of the constructor; the file has all the others.
-        A restored guest that reboots has come to its end.
+        Disks are not in it: a Xen guest is given its own again, and a network if it had one,
+        whose connections are new.  A restored guest that reboots has come to its end.
 
         Raises `SnapshotError`, a ValueError, for a file that is none, damaged, of
-        another format, or of a processor that this host cannot stand for; OSError;
-        and `TechniqueUnavailable`.
+        another format, of a processor that this host cannot stand for, or of a guest that had
+        other disks than it is given; what the constructor does for disks and networks; OSError;
+        and `TechniqueUnavailable`.  `warnings` has what may not be as the guest expects.
         """
         from trivisor.monitor.snapshot_file import SnapshotFile
-        from trivisor.monitor.snapshots import extra, restore
+        from trivisor.monitor.snapshots import Host, extra, restore
 
         choice = choose(technique)
+        given = make_hardware((), "", disks, network)
         with closing(SnapshotFile(Path(path))) as file:
             about = extra(file)
+            if given.xen_device and about.technique != PARAVIRT:
+                raise file.error(f"its guest is no Xen guest, and can have no {given.xen_device}")
             if about.technique == PARAVIRT and technique == "auto":
                 choice = choose(PARAVIRT)._replace(why="the snapshot is of a Xen guest")
             if PARAVIRT in (about.technique, choice.technique.name) and about.technique != choice.technique.name:
@@ -182,16 +185,19 @@ class VirtualMachine:
                 line = waiting_guest.line(command, terminal_size)
             elif command is not None:
                 raise file.error("its guest does not wait for a command; `trivisor run --snapshot` makes one that does")
+            hardware = about.hardware._replace(disks=given.disks, network=given.network)
+            host = Host(choice.technique.name, checked_engine(engine), hardware, keep_translations)
             machine = cls.__new__(cls)
             machine._set_up(
-                lambda: restore(file, machine._technique, machine._printed, machine._kick, keep=keep_translations),
+                lambda: restore(file, host, machine._printed, machine._kick),
                 choice,
-                about.hardware,
+                hardware,
                 serial,
                 marker=b"" if command is None else about.waits_as,
                 no_reboot=True,
             )
             machine._console.write(line)
+            machine.warnings = _warnings(machine._machine, waits=bool(about.waits_as))
         return machine
 
     def _set_up(
@@ -209,6 +215,8 @@ class VirtualMachine:
         """Begin with a machine that `build` makes, and makes again after a reset."""
         self._build = build
         self._technique, self.why = choice.technique.name, choice.why
+        self.warnings: list[str] = []
+        """What the owner should know of a restored machine, a line each."""
         self._hardware = hardware
         self._no_reboot = no_reboot
         self._serial = None if serial is None else self._guard(serial)
@@ -509,9 +517,9 @@ class VirtualMachine:
 
         `restore` makes a machine of it that goes on from here; this one can go on
         too.  The file is there whole or not at all, and only its owner may read
-        it, since it has the guest's memory.  Raises OSError when it cannot be written,
-        `TechniqueUnavailable` for a PV guest with a disk, a network or direct
-        execution, ValueError for a machine that runs a command or has come to its end.
+        it, since it has the guest's memory; what the guest wrote to disks is in their files,
+        which are no part of it.  Raises OSError when it cannot be written, or the disks' files,
+        and ValueError for a machine that runs a command or has come to its end.
         """
         from trivisor.monitor.snapshot_file import write_snapshot
         from trivisor.monitor.snapshots import remember
@@ -638,6 +646,14 @@ class VirtualMachine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _warnings(machine: Assembly, *, waits: bool) -> list[str]:
+    """What may not be as a restored guest expects; one that `waits` has not used its disks yet."""
+    if machine.xen is None or waits:
+        return []
+    changed = machine.xen.changed_disks
+    return [f"{path} is not as old as {name} was: what the guest knows of that may be wrong" for name, path in changed]
 
 
 def _module(module: Module) -> tuple[Path, str]:

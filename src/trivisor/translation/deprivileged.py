@@ -234,5 +234,9 @@ class Deprivileged:
     def tsc(self) -> int:
         return self._vcpu.tsc()
 
+    def set_tsc_offset(self, offset: int) -> bool:
+        self._vcpu.tsc_offset = offset
+        return True
+
     def attention(self) -> None:
         self._vcpu.board.interrupts.on_pending()

@@ -18,7 +18,7 @@ from trivisor.guests.test_kernel import STATUS, build
 from trivisor.machine.memory import MIB, GuestMemory
 from trivisor.monitor import snapshot_file
 from trivisor.monitor.outcome import StopReason
-from trivisor.monitor.snapshot_file import MAGIC, SnapshotError, SnapshotFile, write_snapshot
+from trivisor.monitor.snapshot_file import FORMAT, MAGIC, SnapshotError, SnapshotFile, write_snapshot
 from trivisor.x86.assembler import assemble
 
 DAMAGES = 150
@@ -140,8 +140,8 @@ def test_only_a_guest_that_waits_takes_a_command(spinning: Path) -> None:
         (b"\x7fELF" + bytes(1000), "no snapshot"),
         (MAGIC, "damaged"),
         (MAGIC + bytes(100), "format 0"),
-        (MAGIC + (1).to_bytes(4, "little") + bytes(100), "format 1; this version reads format 2"),
-        (MAGIC + (2).to_bytes(4, "little") + b"\xff" * 100, "damaged"),
+        (MAGIC + (1).to_bytes(4, "little") + bytes(100), f"format 1; this version reads format {FORMAT}"),
+        (MAGIC + FORMAT.to_bytes(4, "little") + b"\xff" * 100, "damaged"),
     ],
 )
 def test_foreign_and_other_formats(tmp_path: Path, content: bytes, says: str) -> None:

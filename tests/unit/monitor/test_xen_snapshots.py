@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,21 @@ import pytest
 from tests.unit.monitor.test_snapshots import HOSTILE, _leaves
 from tests.unit.paravirt.engines.conftest import _PRELUDE, CODE, DATA, STACK, _elf
 from trivisor import StopReason, VirtualMachine
+from trivisor.devices.disk_file import DiskError
+from trivisor.devices.user_network import NetworkUnavailable
+from trivisor.guests.test_kernel import build
 from trivisor.machine.memory import GuestMemory
-from trivisor.monitor import TechniqueUnavailable
+from trivisor.monitor import TechniqueUnavailable, xen_processor
 from trivisor.monitor.snapshot_file import SnapshotError, SnapshotFile, write_snapshot
 from trivisor.paravirt.xen import abi
 from trivisor.paravirt.xen.abi import HYPERCALL_NUMBERS
 from trivisor.x86.assembler import assemble
+from trivisor.x86.control import XCR0_AVX512
+from trivisor.x86.cpuid import host_xgetbv
+from trivisor.x86.msr import IA32_KERNEL_GS_BASE
 
 CHANGES = 40
+ENGINES = ("translation", "direct")
 ROUNDS = 150
 # Each round sleeps 2 ms by a poll with a timeout and prints a dot, or an X when it took a second and more.
 SLEEPER = f"""
@@ -72,9 +80,9 @@ now:
 """
 
 
-def options(directory: Path, **more: Any) -> dict[str, Any]:
+def options(directory: Path, source: str = SLEEPER, **more: Any) -> dict[str, Any]:
     symbols = {"DATA": DATA - (1 << 64), "STACK": STACK - (1 << 64), **HYPERCALL_NUMBERS}
-    code = assemble(_PRELUDE + SLEEPER, origin=CODE, symbols=symbols).code
+    code = assemble(_PRELUDE + source, origin=CODE, symbols=symbols).code
     (directory / "kernel").write_bytes(_elf(code))
     (directory / "initrd").write_bytes(b"none")
     return {
@@ -121,19 +129,184 @@ def test_one_technique_only(sleeping: tuple[Path, bytes]) -> None:
         VirtualMachine.restore(sleeping[0], technique="translation")
 
 
-def test_what_cannot_be_put_into_a_snapshot(tmp_path: Path) -> None:
-    (tmp_path / "disk").write_bytes(bytes(4096))
-    machine = VirtualMachine(**options(tmp_path, disks=[tmp_path / "disk"]))
-    with machine, pytest.raises(TechniqueUnavailable, match="with --disk cannot"):
-        machine.snapshot(tmp_path / "file")
-    for more in ({"disks": [tmp_path / "disk"]}, {"engine": "direct"}):
-        with pytest.raises(TechniqueUnavailable, match="cannot be put into a snapshot"):
-            VirtualMachine(technique="paravirt", waiting=True, **more)  # type: ignore[arg-type]
-    assert not (tmp_path / "file").exists()
+# -- engines -------------------------------------------------------------------------------------------------
 
 
-def test_no_value_in_a_file_does_harm(sleeping: tuple[Path, bytes], tmp_path: Path) -> None:
+def machine_on(engine: str, make: Callable[[], VirtualMachine]) -> VirtualMachine:
+    """A machine on an engine, if this host has that."""
+    try:
+        return make()
+    except TechniqueUnavailable as reason:
+        if engine == "translation":
+            raise
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("first", ENGINES)
+@pytest.mark.parametrize("second", ENGINES)
+def test_a_guest_of_one_engine_goes_on_under_either(
+    tmp_path: Path, first: str, second: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # This guest looks for no AVX-512, whatever its processor shows it.
+    monkeypatch.setattr(xen_processor, "_is_beyond_translation", lambda cpuid: False)
+    path, printed = tmp_path / "file", b""
+    machine = machine_on(first, lambda: VirtualMachine(**options(tmp_path, engine=first)))
+    for engine in (second, first):  # there and back
+        with machine:
+            machine.read_until("." * 10, timeout=60)
+            state, system_time = machine.registers, machine._machine.xen.domain.time.now()  # type: ignore[union-attr]
+            machine.snapshot(path)
+            printed += machine.output
+        time.sleep(0.2)
+        machine = machine_on(engine, lambda engine=engine: VirtualMachine.restore(path, engine=engine))  # type: ignore[misc]
+        now = machine._machine.xen.domain.time.now()  # type: ignore[union-attr]
+        assert 0 <= now - system_time < 190_000_000, "time stood still in the snapshot"
+        again = machine.registers
+        for name in ("gpr", "rip", "rflags", "cs", "ss", "cr3", "xcr0", "dr", "halted"):
+            assert getattr(again, name) == getattr(state, name), name
+        assert again.msrs[IA32_KERNEL_GS_BASE] == state.msrs[IA32_KERNEL_GS_BASE]
+    with machine:
+        assert machine.run(timeout=60).reason is StopReason.POWEROFF
+        assert printed + machine.output == b"." * ROUNDS
+
+
+def test_what_the_guest_was_told_of_and_direct_execution_lacks(sleeping: tuple[Path, bytes], tmp_path: Path) -> None:
+    with closing(SnapshotFile(sleeping[0])) as file:
+        told = {*file.remembered["cpuid"]["features"]}
+    machine_on("direct", lambda: VirtualMachine.restore(sleeping[0], engine="direct")).close()
     path = tmp_path / "made"
+    rewritten(sleeping[0], path, lambda remembered: remembered["cpuid"].update(features=sorted(told | {"pks"})))
+    with pytest.raises(TechniqueUnavailable, match="KVM lacks pks, which the guest was told of"):
+        VirtualMachine.restore(path, engine="direct")
+    with VirtualMachine.restore(path) as machine:
+        assert machine.engine.startswith("on the translation engine")
+
+
+def test_programs_that_saw_more_than_translation_has(sleeping: tuple[Path, bytes], tmp_path: Path) -> None:
+    path = tmp_path / "made"
+    rewritten(sleeping[0], path, lambda remembered: remembered["cpuid"].update(hidden_xcr0=host_xgetbv() & XCR0_AVX512))
+    if not host_xgetbv() & XCR0_AVX512:
+        pytest.skip("this host has no AVX-512")
+    with pytest.raises(TechniqueUnavailable, match="AVX-512, which translation does not have"):
+        VirtualMachine.restore(path, engine="translation")
+    with machine_on("direct", lambda: VirtualMachine.restore(path)) as machine:
+        assert machine.engine.startswith("direct"), "which is what can be had"
+
+
+SERIALIZING = """
+start:
+    mov rcx, 50
+next:
+    serialize
+    loop next
+    mov rdx, DATA + 0x300
+    mov byte [rdx], 's'
+    mov edi, 0
+    mov esi, 1
+    mov eax, console_io
+    syscall
+    cmp ebx, 3
+    je shutdown
+    inc ebx
+    jmp start
+"""
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_serialize_is_there_for_a_guest_that_was_told_of_it(tmp_path: Path, engine: str) -> None:
+    """Translation has it on every host."""
+    guest = options(tmp_path, source=SERIALIZING)
+    with VirtualMachine(**guest) as machine:
+        assert "serialize" in machine.features
+        machine.snapshot(tmp_path / "file")
+    with machine_on(engine, lambda: VirtualMachine.restore(tmp_path / "file", engine=engine)) as machine:
+        assert machine.run(timeout=60).reason is StopReason.POWEROFF
+        assert machine.output == b"ssss"
+
+
+# -- disks and networks --------------------------------------------------------------------------------------
+
+
+def test_a_guest_is_given_its_disks_again(tmp_path: Path) -> None:
+    disk, other, path = tmp_path / "disk", tmp_path / "other", tmp_path / "file"
+    disk.write_bytes(bytes(4096))
+    other.write_bytes(bytes(8192))
+    with VirtualMachine(**options(tmp_path, disks=[disk, f"{other},readonly"])) as machine:
+        machine.read_until("." * 10, timeout=60)
+        machine.snapshot(path)
+        printed = machine.output
+    for disks, says in (
+        ([], "had xvda, xvdb and is given no device"),
+        ([disk], "is given xvda; --disk and --net have to be as they were"),
+        ([other, disk], f"xvda had 4096 bytes, and {other} has 8192"),
+        ([disk, other], f"xvdb was read-only, and {other} is not"),
+    ):
+        with pytest.raises(SnapshotError, match=says) as refusal:
+            VirtualMachine.restore(path, disks=disks)
+        assert str(refusal.value).startswith(f"{path}: ") and "\n" not in str(refusal.value)
+    with pytest.raises(OSError, match="No such file"):
+        VirtualMachine.restore(path, disks=[disk, tmp_path / "nothing"])
+    (tmp_path / "odd").write_bytes(bytes(100))
+    with pytest.raises(DiskError, match="odd: 100 bytes"):
+        VirtualMachine.restore(path, disks=[disk, tmp_path / "odd"])
+    for number in range(2):  # of a restored one, too
+        with VirtualMachine.restore(path, disks=[disk, f"{other},readonly"]) as machine:
+            assert machine.warnings == [] and {"xvda", "xvdb"} <= {*machine.statistics()}
+            machine.read_until("." * 10, timeout=60)
+            path = tmp_path / f"again {number}"
+            machine.snapshot(path)
+            printed += machine.output
+    time.sleep(0.02)
+    disk.write_bytes(b"x" * 4096)
+    with VirtualMachine.restore(path, disks=[disk, f"{other},readonly"]) as machine:
+        assert machine.warnings == [f"{disk} is not as old as xvda was: what the guest knows of that may be wrong"]
+        machine.run(timeout=60)
+        assert printed + machine.output == b"." * ROUNDS
+
+
+def test_a_network_is_asked_for_again(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    try:
+        machine = VirtualMachine(**options(tmp_path, network="user"))
+    except NetworkUnavailable as reason:
+        pytest.skip(str(reason))
+    with machine:
+        machine.read_until("." * 10, timeout=60)
+        machine.snapshot(path)
+        printed = machine.output
+    with pytest.raises(SnapshotError, match="had eth0 and is given no device"):
+        VirtualMachine.restore(path)
+    with VirtualMachine.restore(path, network="user") as machine:
+        assert machine.run(timeout=60).reason is StopReason.POWEROFF
+        assert printed + machine.output == b"." * ROUNDS
+
+
+def test_devices_that_only_xen_guests_have(tmp_path: Path) -> None:
+    kernel, path = tmp_path / "kernel.elf", tmp_path / "file"
+    kernel.write_bytes(build())
+    with VirtualMachine(kernel, append="spin", memory="16M", technique="translation") as machine:
+        machine.run(timeout=0.2)
+        machine.snapshot(path)
+    with pytest.raises(SnapshotError, match="no Xen guest, and can have no --net"):
+        VirtualMachine.restore(path, network="user")
+
+
+# -- files that somebody made on purpose ---------------------------------------------------------------------
+
+
+def rewritten(source: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """The same snapshot, with something else remembered."""
+    with closing(SnapshotFile(source)) as file, closing(GuestMemory(64 << 20)) as memory:
+        file.begin_loading(memory).results()
+        remembered = json.loads(json.dumps(file.remembered))
+        change(remembered)
+        write_snapshot(target, remembered, memory)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_value_in_a_file_does_harm(sleeping: tuple[Path, bytes], tmp_path: Path, engine: str) -> None:
+    path = tmp_path / "made"
+    machine_on(engine, lambda: VirtualMachine.restore(sleeping[0], engine=engine)).close()
     choose = random.Random(13)
     refused = 0
     with closing(SnapshotFile(sleeping[0])) as file, closing(GuestMemory(64 << 20)) as memory:
@@ -141,18 +314,21 @@ def test_no_value_in_a_file_does_harm(sleeping: tuple[Path, bytes], tmp_path: Pa
         for _ in range(CHANGES):
             remembered = json.loads(json.dumps(file.remembered))
             part = choose.choice([remembered, *remembered["board"].values(), remembered["processor"]])
-            container, key = choose.choice([*_leaves(part)])
+            container, key = choose.choice([*_leaves(part)] or [(remembered["board"], "back_ends")])
             container[key] = value = choose.choice(HOSTILE)
             write_snapshot(path, remembered, memory)
             try:
-                machine = VirtualMachine.restore(path, keep_translations=False)
+                machine = VirtualMachine.restore(path, engine=engine, keep_translations=False)
             except SnapshotError as refusal:
                 refused += 1
                 assert "\n" not in str(refusal)
                 continue
             except TechniqueUnavailable:
-                assert key == "technique"
+                assert key in ("technique", "cpuid", "features") or container is remembered["cpuid"]["features"]
                 continue
+            except BaseException as error:
+                error.add_note(f"with {key} {value!r}")
+                raise
             try:
                 with machine:
                     machine.write("x")

@@ -106,11 +106,13 @@ class EventChannels(Remembers):
         self._polled = None if saved.get("polled") is None else frozenset(number_list(saved, "polled", 12))
         self._poll_over = flag(saved, "poll_over")
 
-    def rebind_back_end(self, port: int, notify: Callable[[], None]) -> None:
-        """After `load`: the back end at `port` is this one, unless the guest has closed the port."""
+    def rebind_back_end(self, port: int, notify: Callable[[], None]) -> bool:
+        """After `load`: the back end at `port` is this one; False if the guest has closed the port."""
         found = self._ports.get(port)
-        if found is not None and found.status == EVTCHNSTAT_INTERDOMAIN and not found.remote_port:
-            found.notify = notify
+        if found is None or found.status != EVTCHNSTAT_INTERDOMAIN or found.remote_port:
+            return False
+        found.notify = notify
+        return True
 
     # -- as the processor sees it ---------------------------------------------------------------------------
 

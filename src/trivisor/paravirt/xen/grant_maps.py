@@ -10,13 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trivisor.machine.memory import PAGE_SIZE
 from trivisor.machine.saved_values import rows
 from trivisor.machine.saving import Remembers, Saved
 from trivisor.paravirt.xen import abi
 from trivisor.paravirt.xen.errors import HypercallError
 from trivisor.paravirt.xen.frames import L1
-from trivisor.paravirt.xen.grants import BACK_END_DOMAIN, ActiveGrant, GrantError
+from trivisor.paravirt.xen.grants import BACK_END_DOMAIN, GrantError
 from trivisor.paravirt.xen.page_tables import ACCESSED, DIRTY, PRESENT, USER, WRITE, entry_frame
 from trivisor.paravirt.xen.walk import entry_address
 
@@ -70,15 +69,10 @@ class GrantMaps(Remembers):
                 raise ValueError(f"handle {handle} is not of one mapping")
             mapping = Mapping(reference, frame, flags)
             try:
-                grants.entry_address(reference)
+                grants.enter_again(reference, self._domain.number, frame, write=mapping.writable)
                 self._hold(mapping)
             except GrantError as error:
                 raise ValueError(str(error)) from None
-            new = ActiveGrant(self._domain.number, frame, 0, PAGE_SIZE, False, grants.status_address(reference))
-            active = grants.active.get(reference, new)
-            if active.frame != frame:
-                raise ValueError(f"grant {reference} is of two frames")
-            grants.enter(reference, active, write=mapping.writable)
             self.mappings[handle] = mapping
 
     # -- mapping --------------------------------------------------------------------------------------------

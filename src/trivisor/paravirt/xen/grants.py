@@ -102,7 +102,7 @@ class GrantTable(Remembers):
         """By reference."""
 
     remembered = ("used", "version")
-    """What is in use is not remembered: back ends have nothing, and mappings are entered again by `GrantMaps`."""
+    """What is in use is entered again by those who use it (`enter_again`)."""
 
     def load(self, saved: Saved) -> None:
         self.version = number(saved.get("version"), "version", 2)
@@ -244,6 +244,19 @@ class GrantTable(Remembers):
         active.writers += write
         self.active[reference] = active
 
+    def enter_again(self, reference: int, domain: int, frame: int, *, write: bool) -> ActiveGrant:
+        """After `load`: a user of when the snapshot was made; raises GrantError for what cannot be in use so.
+
+        The entry is marked already, and may say something else since.
+        """
+        self.entry_address(reference)
+        new = ActiveGrant(domain, frame, 0, PAGE_SIZE, False, self.status_address(reference))
+        active = self.active.get(reference, new)
+        if (active.domain, active.frame) != (domain, frame):
+            raise GrantError(f"grant {reference} is of two frames, or two domains")
+        self.enter(reference, active, write=write)
+        return active
+
     def release(self, reference: int, *, write: bool) -> None:
         """One user less; without any the entry is marked as unused."""
         active = self.active[reference]
@@ -270,7 +283,13 @@ class GrantTable(Remembers):
         Meanwhile the entry is marked as in use and the frame is held, so that
         the guest can neither free it nor make it a page table.
         """
-        active = self.acquire(reference, domain, write=write, whole=whole)
+        return self._hold(reference, self.acquire(reference, domain, write=write, whole=whole), write)
+
+    def take_again(self, reference: int, frame: int, *, write: bool) -> Grant:
+        """After `load`: what a back end had when the snapshot was made; raises GrantError."""
+        return self._hold(reference, self.enter_again(reference, BACK_END_DOMAIN, frame, write=write), write)
+
+    def _hold(self, reference: int, active: ActiveGrant, write: bool) -> Grant:
         try:
             self._frames.hold(active.frame, writable=write)
         except HypercallError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from trivisor.boot.xen_notes import XenKernel
@@ -32,7 +33,7 @@ from trivisor.paravirt.xen.saved_memory import check_memory, load_memory, save_m
 from trivisor.paravirt.xen.saved_processor import goes_on
 from trivisor.paravirt.xen.shared_table import SharedTable
 from trivisor.paravirt.xen.time import SystemTime
-from trivisor.paravirt.xen.toolstack import DISK_NAMES, add_disk, add_network, introduce
+from trivisor.paravirt.xen.toolstack import DISK_NAMES, NETWORK_NAME, add_disk, add_network, introduce
 from trivisor.paravirt.xen.xenstore.ring import StoreRing
 from trivisor.paravirt.xen.xenstore.store import Store
 from trivisor.x86.control import (
@@ -118,7 +119,13 @@ class XenMachine(Remembers):
     def attach_network(self, plug: Plug) -> None:
         """Give the domain its network card, whose link is made by `plug` and closed with the machine."""
         front, back = add_network(self.store, OWN_ID)
-        self._back_ends["eth0"] = NetworkBackEnd(self._guest, front, back, plug)
+        self._back_ends[NETWORK_NAME] = NetworkBackEnd(self._guest, front, back, plug)
+
+    @property
+    def changed_disks(self) -> list[tuple[str, Path]]:
+        """(name, file) of disks that were written to since the snapshot from which this machine goes on."""
+        disks = (device for device in self._back_ends.values() if isinstance(device, BlockBackEnd))
+        return [(disk.name, disk.disk.path) for disk in disks if disk.is_changed]
 
     def statistics(self) -> dict[str, Any]:
         """What crossed into the hypervisor, and what the back ends did."""
@@ -185,8 +192,13 @@ class XenMachine(Remembers):
         """The whole memory is zeros, to be given another's content."""
         self.memory.write(0, bytes(self._own.end * PAGE_SIZE))
 
+    def quiesce(self) -> None:
+        """Finish what back ends have under way, and tell the guest; before any part of it is saved."""
+        for device in self._back_ends.values():
+            device.quiesce()
+
     def save(self) -> Saved:
-        """All but the memory's content and the processor.  Not for a domain with back ends."""
+        """All but the memory's content and the processor, after `quiesce`; raises OSError for a disk that fails."""
         domain = self.domain
         return {
             "memory": save_memory(domain),
@@ -199,6 +211,7 @@ class XenMachine(Remembers):
             "timers": domain.timers.save(),
             "store": self.store.save(),
             "store_ring": self._store_ring.save(),
+            "back_ends": {name: device.save() for name, device in self._back_ends.items()},
         }
 
     def load(self, saved: Saved) -> None:
@@ -217,6 +230,7 @@ class XenMachine(Remembers):
         domain.grants.load(part(saved, "grants"))  # first: the guest may have mapped its status frames
         load_memory(domain, self.ram, part(saved, "memory"), [rings[0], rings[2]])
         domain.grant_maps.load(part(saved, "grant_maps"))
+        self._load_back_ends(part(saved, "back_ends"))
         check_memory(domain, part(saved, "memory"))
         domain.vcpu_info_moved()
         self.store.load(part(saved, "store"))
@@ -225,14 +239,26 @@ class XenMachine(Remembers):
         events.rebind_back_end(self._rings[1], console.guest_sent)
         events.rebind_back_end(self._rings[3], ring.guest_sent)
 
+    def _load_back_ends(self, saved: Saved) -> None:
+        if not {*saved} <= {*DISK_NAMES, NETWORK_NAME}:
+            raise ValueError("there are no such devices")
+        if {*saved} != {*self._back_ends}:
+            had, has = (", ".join(sorted(names)) or "no device" for names in (saved, self._back_ends))
+            raise ValueError(f"its guest had {had} and is given {has}; --disk and --net have to be as they were")
+        for name, device in self._back_ends.items():
+            device.load(part(saved, name))
+
     def processor(self, saved: CpuState) -> CpuState:
         """The state with which the processor goes on after `load`; ValueError for one that it cannot be in."""
         state = self.domain.state
         root = state.kernel_root if state.in_kernel else state.user_root
         return goes_on(saved, _first_state(0, 0, 0, root), self.domain.cpu.xcr0_supported)
 
-    def go_on(self, saved: Saved, debug: list[int]) -> None:
-        """The processor has its state and its time: what hangs on them; `debug` are DR0 to DR7."""
+    def go_on(self, saved: Saved, debug: list[int], tsc_jump: int = 0) -> None:
+        """The processor has its state and its time: what hangs on them; `debug` are DR0 to DR7.
+
+        `tsc_jump` is how far the TSC is ahead of where it would be if it had stood still in the snapshot.
+        """
         domain, info = self.domain, self.events.vcpu_info
         state = domain.state
         domain.cpu.enter_space((state.kernel_root if state.in_kernel else state.user_root) << 12, state.in_kernel)
@@ -242,6 +268,7 @@ class XenMachine(Remembers):
             if set_debug_register(domain, number, debug[number]):
                 raise ValueError(f"DR{number} cannot be so")
         domain.time.load(part(saved, "time"))
+        domain.time.moved(tsc_jump)
         domain.time.write(info + abi.VCPU_INFO_TIME)
         domain.time.write_wallclock((self._own.shared_info << 12) + abi.SHARED_WALLCLOCK)
         domain.timers.load(part(saved, "timers"))

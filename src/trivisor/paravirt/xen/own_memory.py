@@ -84,9 +84,13 @@ class OwnMemory:
         pages = range(self._map_at // 512, self._map_at // 512 + -(-8 * frames.count // PAGE_SIZE))
         shown = [page << 12 | _READ_ONLY_USER for page in pages]
         again = -(-len(pages) // 512) * 512 + _ASIDE
-        self.slots[0] = self._tables([*shown, *[0] * (again - len(shown)), *shown])
-        self.map_address = MACH2PHYS_VIRT_START + again * PAGE_SIZE
-        """Where the guest is told that the machine-to-physical table is, which is shown there a second time."""
+        self.slots[0] = self.slots[1] = self._tables([*shown, *[0] * (again - len(shown)), *shown])
+        self.map_address = MACH2PHYS_VIRT_START + (1 << 39) + again * PAGE_SIZE
+        """Where a guest is told that the machine-to-physical table is, which is shown there again, whatever the engine.
+
+        Guests that have its usual address built in find it there too, but not where the host's KVM has the first
+        512 GiB of the upper half to itself (kvm-pvm).
+        """
         for page in pages:
             frames.share(page, writable=False)
         descriptors = {
@@ -111,14 +115,8 @@ class OwnMemory:
         return [(at, self._memory.read(at, length)) for at, length in places]
 
     def give_slot(self, entry: int) -> None:
-        """Have `ENGINE_SLOT` of every level-4 table be `entry`.
-
-        The machine-to-physical table is shown a second time, since a host's KVM may have
-        the first 512 GiB of the upper half to itself (kvm-pvm).
-        """
+        """Have `ENGINE_SLOT` of every level-4 table be `entry`."""
         self.slots[ENGINE_SLOT - FIRST_XEN_SLOT] = entry
-        self.slots[1] = self.slots[0]
-        self.map_address += 1 << 39
 
     def _take(self, count: int = 1) -> int:
         first = self._next

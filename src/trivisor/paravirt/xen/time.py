@@ -53,6 +53,11 @@ class SystemTime(Remembers):
     def load(self, saved: Saved) -> None:
         """Once the processor's TSC goes on from where it was.  The time of day is the host's, as it is now."""
         self._start = number(saved.get("start"), "start", 64)
+        self.moved(0)
+
+    def moved(self, ticks: int) -> None:
+        """The TSC has jumped by so many ticks, of which the system time knows nothing; `write` tells the guest."""
+        self._start = self._start + ticks & (1 << 64) - 1
         self._wallclock = max(time.time_ns() - self.now(), 0)
 
     def now(self) -> int:

@@ -13,6 +13,8 @@ _CONTROL = tuple(f"control/{name}" for name in ("feature-poweroff", "feature-reb
 """Where the guest tells what it can be asked for."""
 DISK_NAMES = tuple(f"xvd{letter}" for letter in "abcdefghijklmnop")
 """What Linux calls the disks, in their order (docs/man/xen-vbd-interface.7.pandoc)."""
+NETWORK_NAME = "eth0"
+"""What it calls the network card."""
 _MAC = "00:16:3e:00:00:{:02x}"
 """Of Xen's own range."""
 _DISK_MAJOR, _DISK_MINORS = 202, 16

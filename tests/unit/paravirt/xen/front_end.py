@@ -31,7 +31,7 @@ class FrontEnd:
         self.store = guest.machine.store
         self.path = f"/local/domain/1/device/{kind}/{number}"
         self.back = f"/local/domain/0/backend/{kind}/1/{number}"
-        self.last_grant = 8
+        self.last_grant = 16 if kind == "vbd" else 128
         self.port = 0
 
     def tell(self, **values: object) -> None:

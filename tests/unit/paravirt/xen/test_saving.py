@@ -11,15 +11,21 @@ import json
 import random
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.unit.paravirt.xen.conftest import Guest, StillCpu
+from tests.unit.paravirt.xen.test_block import PATTERN, Disk
+from tests.unit.paravirt.xen.test_network import Card, Wire
+from trivisor.devices.disk_file import DiskFile
 from trivisor.machine.clock import Clock
 from trivisor.machine.saving import Saved
 from trivisor.machine.state import CpuState, Segment, Table
 from trivisor.paravirt.xen import abi
+from trivisor.paravirt.xen.errors import HypercallError
 from trivisor.paravirt.xen.frames import DESCRIPTORS, DOMAIN, L1, L4, NONE, WRITABLE
 from trivisor.paravirt.xen.grants import BACK_END_DOMAIN
 from trivisor.paravirt.xen.machine import XenMachine
@@ -27,12 +33,28 @@ from trivisor.paravirt.xen.saved_processor import goes_on
 from trivisor.paravirt.xen.xenstore import protocol
 
 A = 0x10000
+DISK: Path
+"""A read-only disk that all domains here have, beside a network."""
 CHANGES = 400
 """Values exchanged for others."""
 HOSTILE: list[Any] = [
     -1, 0, 1, 2, 3, 255, 4096, 1 << 31, (1 << 40) - 1, 1 << 63, 1 << 64, 1 << 300, True, None, 1.5, "", "x", "ü", "ff" * 600,
     "/a//b", [], [1], [[]], [[0, 0]], [[1, 4]], {}, {"0": 0}, [0] * 5000,
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _disk(tmp_path_factory: pytest.TempPathFactory) -> None:
+    global DISK
+    DISK = tmp_path_factory.mktemp("saving") / "disk"
+    DISK.write_bytes(PATTERN)
+
+
+def attach(machine: XenMachine) -> Wire:
+    wire = Wire()
+    machine.attach_disk(DiskFile(DISK, readonly=True))
+    machine.attach_network(wire.plug)
+    return wire
 
 
 def machine_for(cpu: StillCpu, time: Callable[[], int] = lambda: 0) -> XenMachine:
@@ -52,6 +74,7 @@ def request(guest: Guest, kind: int, payload: bytes, transaction: int = 0) -> No
 def busy(guest: Guest) -> Guest:
     """A domain with something of everything."""
     machine, events, frames, domain = guest.machine, guest.events, guest.frames, guest.domain
+    wire = attach(machine)
     store_port, console_port = (events.allocate_unbound(BACK_END_DOMAIN) for _ in range(2))
     console_frame, store_frame = guest.frame(), guest.frame()
     for frame in (console_frame, store_frame):
@@ -85,6 +108,8 @@ def busy(guest: Guest) -> Guest:
     at = domain.grants.entry_address(9)
     domain.view[at : at + 16] = struct.pack("<HHIQ", abi.GTF_PERMIT_ACCESS, 1, 0, data)
     domain.grant_maps.map(0, abi.GNTMAP_DEVICE_MAP | 7 << abi.GNTMAP_GUEST_AVAIL_SHIFT, 9, 1)
+    Disk(guest)
+    Card(guest, wire)
     # the processor
     guest.put("<BBH4xQBBH4xQ16x", 14, 4, 0x33, 0xFFFFFFFF81000000, 3, 3, 0x33, 0x1234)
     assert guest.call("set_trap_table", A) == 0
@@ -124,6 +149,7 @@ def put(saved: Saved, memory: bytes, time: Callable[[], int] = lambda: 0) -> Xen
     """A machine made of that; raises what loading raises."""
     machine = machine_for(StillCpu(), time)
     try:
+        attach(machine)
         machine.clear()
         machine.memory.view[:] = memory
         machine.load(saved)
@@ -159,7 +185,7 @@ def test_grants_are_in_use_as_before(busy: Guest, again: XenMachine) -> None:
     assert (theirs.version, theirs.used, theirs.status_shared()) == (2, 9, ours.status_shared())
     assert ours.active and theirs.active == ours.active
     again.domain.grant_maps.unmap(0, ours.active[9].frame << 12, 0)
-    assert not theirs.active and not again.memory.read_u16(theirs.status_address(9))
+    assert 9 not in theirs.active and not again.memory.read_u16(theirs.status_address(9))
 
 
 @pytest.mark.parametrize(
@@ -342,6 +368,10 @@ def test_no_value_in_a_file_does_harm(busy: Guest) -> None:
         check_tables(machine)
         machine.platform.clock.run_due()
         machine.events.raise_virq(abi.VIRQ_TIMER)
+        for port in [*machine.events._ports]:
+            with suppress(HypercallError):
+                machine.events.send(port)
+        machine.quiesce()
         machine.save()
         machine.close()
     assert CHANGES // 4 < refused < CHANGES

@@ -10,11 +10,13 @@ from trivisor.machine.deprivileged import CS, DS, ES, FS, GS, SS
 from trivisor.machine.memory import PAGE_SIZE
 from trivisor.machine.vcpu import GeneralProtection
 from trivisor.x86.control import CR0_TS, CR4_FSGSBASE
-from trivisor.x86.descriptors import SELECTOR_INDEX, SELECTOR_RPL, SELECTOR_TI, parse_segment
+from trivisor.x86.descriptors import PRESENT, SELECTOR_INDEX, SELECTOR_RPL, SELECTOR_TI, parse_segment
 from trivisor.x86.exceptions import GENERAL_PROTECTION, SEGMENT_NOT_PRESENT, STACK_FAULT, GuestException
+from trivisor.x86.msr import IA32_KERNEL_GS_BASE
 
 if TYPE_CHECKING:
     from trivisor.hardware.kvm.direct.vcpu import DirectVcpu
+    from trivisor.machine.state import CpuState
 
 _ACCESSED_DIRTY: Final = 0x60
 FLAT_CODE: Final = 0x00AFFB000000FFFF
@@ -69,6 +71,17 @@ class Deprivileged:
     @rflags.setter
     def rflags(self, value: int) -> None:
         self._run.rflags = value
+
+    def state_loaded(self, state: CpuState) -> None:
+        """The processor has this state: what of it is kept here."""
+        self.dr[:] = state.dr
+        self._xcr0 = state.xcr0
+        self.other_gs = state.msrs.get(IA32_KERNEL_GS_BASE, 0)
+        self._memory.root = state.cr3
+        present = bool(state.ldtr.attributes & PRESENT)
+        self.set_descriptor_tables(
+            state.gdtr.base, state.gdtr.limit, state.ldtr.base, state.ldtr.limit if present else -1
+        )
 
     @property
     def xcr0(self) -> int:
@@ -263,6 +276,12 @@ class Deprivileged:
 
     def tsc(self) -> int:
         return self._vcpu.tsc()
+
+    def set_tsc_offset(self, offset: int) -> bool:
+        if self._vcpu.ring_0_is_emulated:
+            return False
+        self._vcpu.tsc_offset = offset
+        return True
 
     def attention(self) -> None:
         self._vcpu.board.interrupts.on_pending()

@@ -20,17 +20,17 @@ from trivisor.hardware.kvm.direct.native_run import NativeRun
 from trivisor.hardware.kvm.direct.registers import RunRegisters, segment
 from trivisor.hardware.kvm.direct.segment_faults import prefix_made_stack_fault
 from trivisor.hardware.kvm.direct.stub import AT_A_TIME, PHYSICAL, TSS_LIMIT, VECTORS, Stub
-from trivisor.hardware.kvm.guest_cpuid import ring_0_is_emulated
-from trivisor.hardware.kvm.system import cpuid_table
-from trivisor.machine.cpuid import HAS_SUBLEAVES
+from trivisor.hardware.kvm.guest_cpuid import kvm_cpuid, ring_0_is_emulated
+from trivisor.hardware.kvm.system import KvmUnavailable, System, cpuid_table
+from trivisor.machine.cpuid import AVX512, HAS_SUBLEAVES, GuestCpuid, with_avx512
 from trivisor.machine.deprivileged import CS, SS, Supervisor
 from trivisor.machine.exits import DebugStop, Exit, Halt, Kicked, Unsupported
 from trivisor.machine.memory import PAGE_SIZE
 from trivisor.machine.state import CpuState, Segment, Table
 from trivisor.machine.vcpu import Surroundings
 from trivisor.x86 import msr
+from trivisor.x86.control import XCR0_AVX512
 from trivisor.x86.cpuid import CpuChoice, features, host_cpuid
-from trivisor.x86.descriptors import PRESENT
 from trivisor.x86.exceptions import (
     BREAKPOINT,
     DEBUG,
@@ -51,10 +51,25 @@ _MONITOR_SLOT: Final = 30
 _RAX, _RSP, _RDI = 0, 4, 7
 _FRAME = struct.Struct("<5Q")
 _RING0_CODE, _RING0_DATA = 0x00AF9B000000FFFF, 0x00CF93000000FFFF
-_INT = 0xCD
+_INT = b"\xcd"
+_SERIALIZE = b"\x0f\x01\xe8"
 _SYSCALL_MASK: Final = 0x47700  # AC, NT, IOPL, DF, IF and TF
 _RING3_FLAGS: Final = STATUS | TF | DF | NT | RF | AC | 1 << 21
 """Flags that ring 3 has in its own hands; where it can go to the entry point itself, it says what they were."""
+
+
+def shown_cpuid(system: System, board: Surroundings, choice: CpuChoice) -> GuestCpuid:
+    """The best processor for a guest all of whose programs see what the host's KVM shows ring 3."""
+    cpuid = kvm_cpuid(system, board, choice)
+    return with_avx512(cpuid, host_cpuid) if cpuid.hidden_xcr0 & XCR0_AVX512 else cpuid
+
+
+def _check_continued(told: GuestCpuid, here: GuestCpuid) -> None:
+    """Raise `KvmUnavailable` unless a guest that was told of one processor elsewhere can go on with `here`."""
+    if missing := told.features - here.features - {"serialize"}:
+        raise KvmUnavailable(f"the host's KVM lacks {', '.join(sorted(missing))}, which the guest was told of")
+    if (here.features - told.features) & AVX512:
+        raise KvmUnavailable("the host's KVM shows programs AVX-512, of which the guest's kernel was not told")
 
 
 class Selectors:
@@ -72,15 +87,24 @@ class Selectors:
 class DirectVcpu(KvmVcpu):
     """`board`'s processor for a guest that is all in ring 3; `slot` is the level-4 entry that the stub may have.
 
-    `supervise` must come before anything else.  Raises `KvmUnavailable`.
+    `supervise` must come before anything else.  The guest sees the best processor that there is, or `cpuid` if it
+    began elsewhere.  Raises `KvmUnavailable`.
     """
 
     supervisor: Supervisor
     native: NativeRun
 
-    def __init__(self, board: Surroundings, slot: int, selectors: Selectors) -> None:
+    def __init__(
+        self, board: Surroundings, slot: int, selectors: Selectors, cpuid: GuestCpuid | None = None
+    ) -> None:
         self._selectors, self._slot = selectors, slot
-        super().__init__(board, CpuChoice(added=frozenset({"cx16"}) & features(host_cpuid)))
+        choice = CpuChoice(added=frozenset({"cx16"}) & features(host_cpuid))
+        with System() as system:
+            system.require()
+            here = shown_cpuid(system, board, choice)
+        if cpuid is not None:
+            _check_continued(cpuid, here)
+        super().__init__(board, choice, cpuid or here)
         try:
             self.ring_0_is_emulated = ring_0_is_emulated(self._system)
             linear = slot << 39 | (0xFFFF << 48 if slot & 0x100 else 0)
@@ -137,6 +161,7 @@ class DirectVcpu(KvmVcpu):
         state.idtr, state.tr = Table(0, 0), Segment(0, 0, 0, 0x8B)
         for index in (msr.IA32_STAR, msr.IA32_LSTAR, msr.IA32_CSTAR, msr.IA32_FMASK):
             state.msrs.pop(index, None)
+        state.msrs[msr.IA32_KERNEL_GS_BASE] = self.deprivileged.other_gs  # there is no SWAPGS in ring 3
         return state
 
     @state.setter
@@ -157,12 +182,8 @@ class DirectVcpu(KvmVcpu):
                 msr.IA32_FMASK: _SYSCALL_MASK,
             }
         )
-        self.ring3_memory.root = state.cr3
         self._pull()
-        present = bool(state.ldtr.attributes & PRESENT)
-        self.deprivileged.set_descriptor_tables(
-            state.gdtr.base, state.gdtr.limit, state.ldtr.base, state.ldtr.limit if present else -1
-        )
+        self.deprivileged.state_loaded(state)
 
     def _push(self) -> None:
         """Registers that wait in the run structure go to KVM now."""
@@ -401,19 +422,27 @@ class DirectVcpu(KvmVcpu):
             return supervisor.software_interrupt(error >> 3 & 0xFF, run.rip + 2)
         elif vector == STACK_FAULT and self.ring_0_is_emulated and prefix_made_stack_fault(run, self.ring3_memory):
             return supervisor.exception(GENERAL_PROTECTION, 0, None)
-        elif vector == INVALID_OPCODE and (number := self._software_interrupt()) is not None:
-            return supervisor.software_interrupt(number, run.rip + 2)
+        elif vector == INVALID_OPCODE:
+            if (number := self._software_interrupt()) is not None:
+                return supervisor.software_interrupt(number, run.rip + 2)
+            if "serialize" in self.guest_cpuid.features and self._code(3) == _SERIALIZE:
+                run.rip += len(_SERIALIZE)  # translation has it on every host; the way here has serialized
+                return None
         return supervisor.exception(vector, error, None)
 
     def _software_interrupt(self) -> int | None:
         """The number if INT n is what raised #UD, as it does in kvm-pvm."""
         if not self.ring_0_is_emulated:
             return None
+        code = self._code(2)
+        return code[1] if code[:1] == _INT else None
+
+    def _code(self, length: int) -> bytes:
+        """So many bytes at rip; none if they are not all there."""
         try:
-            code = self.ring3_memory.load(self.registers.rip, 2)
+            return self.ring3_memory.load(self.registers.rip, length)
         except GuestException:
-            return None
-        return code[1] if code[0] == _INT else None
+            return b""
 
     def _system_call(self) -> Exit | None:
         run, selectors = self.registers, self._selectors

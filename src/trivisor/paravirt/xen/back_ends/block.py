@@ -12,10 +12,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from trivisor.devices.disk_file import SECTOR, DiskFile
 from trivisor.machine.memory import PAGE_SIZE
+from trivisor.machine.saved_values import numbers
+from trivisor.machine.saving import Saved
 from trivisor.paravirt.xen.back_ends.back_end import BackEnd, Guest
 from trivisor.paravirt.xen.back_ends.ring import SharedRing
 from trivisor.paravirt.xen.back_ends.worker import Worker
@@ -66,9 +68,13 @@ class Request:
 class BlockBackEnd(BackEnd):
     """A disk; the file is closed with the back end."""
 
+    ring_names: ClassVar = {"ring-ref": REQUEST_SIZE}
+
     def __init__(self, guest: Guest, front: str, back: str, disk: DiskFile, name: str) -> None:
         self.name = name
-        self._disk = disk
+        self.disk = disk
+        self.is_changed = False
+        """The snapshot that this goes on from was made before the file was last written to."""
         self._ring: SharedRing | None = None
         self._counts: Counter[str] = Counter()
         self._busy = 0
@@ -78,24 +84,51 @@ class BlockBackEnd(BackEnd):
     # -- the connection -------------------------------------------------------------------------------------
 
     def connect(self) -> None:
-        self.bind()
-        self._ring = self.ring("ring-ref", REQUEST_SIZE)
         self.tell(
             {
-                "sectors": str(self._disk.sectors),
+                "sectors": str(self.disk.sectors),
                 "sector-size": str(SECTOR),
                 "physical-sector-size": str(SECTOR),
-                "info": str(_READONLY if self._disk.readonly else 0),
+                "info": str(_READONLY if self.disk.readonly else 0),
             }
         )
 
-    def disconnect(self) -> None:
+    def use(self, rings: list[SharedRing]) -> None:
+        self._ring = rings[0] if rings else None
+
+    def quiesce(self) -> None:
         self._worker.drain()
-        self._ring = None
 
     def close(self) -> None:
         self._worker.close()
-        self._disk.close()
+        self.disk.close()
+
+    # -- into a snapshot and out of it ----------------------------------------------------------------------
+
+    def save(self) -> Saved:
+        """The connection, and by what to know the disk again.  What was written is on the host's own disk then.
+
+        Raises OSError when it cannot be brought there.
+        """
+        disk = self.disk
+        if not disk.readonly:
+            try:
+                disk.flush()
+            except OSError as error:
+                raise OSError(error.errno, f"{disk.path}: {error.strerror}") from None
+        return {**super().save(), "disk": [disk.sectors, int(disk.readonly), disk.written_at]}
+
+    def load(self, saved: Saved) -> None:
+        disk = self.disk
+        sectors, readonly, written_at = numbers(saved, "disk", [64, 1, 64])
+        if sectors != disk.sectors:
+            raise ValueError(
+                f"{self.name} had {sectors * SECTOR} bytes, and {disk.path} has {disk.sectors * SECTOR}"
+            )
+        if bool(readonly) != disk.readonly:
+            raise ValueError(f"{self.name} was {'read-only' if readonly else 'writable'}, and {disk.path} is not")
+        self.is_changed = written_at != disk.written_at
+        super().load(saved)
 
     # -- requests, in the vCPU's thread ---------------------------------------------------------------------
 
@@ -130,7 +163,7 @@ class BlockBackEnd(BackEnd):
                 raise BadRequest(f"{segments} segments")
         if operation not in _NAMES:
             raise BadRequest(f"operation {operation}", NOT_SUPPORTED)
-        if self._disk.readonly and (operation in _WRITING or (operation == FLUSH and segments)):
+        if self.disk.readonly and (operation in _WRITING or (operation == FLUSH and segments)):
             raise BadRequest("the disk is read-only")
         request = Request(number, operation, sector * SECTOR, 0, ring)
         if operation == DISCARD:
@@ -140,7 +173,7 @@ class BlockBackEnd(BackEnd):
         try:
             if operation != DISCARD:
                 self._map(request, described, segments)
-            if request.length and request.position + request.length > self._disk.sectors * SECTOR:
+            if request.length and request.position + request.length > self.disk.sectors * SECTOR:
                 raise BadRequest("beyond the end of the disk")
         except BaseException:
             _release(request)
@@ -184,7 +217,7 @@ class BlockBackEnd(BackEnd):
         self._busy += time.perf_counter_ns() - started
 
     def _do(self, request: Request) -> None:
-        disk, operation = self._disk, request.operation
+        disk, operation = self.disk, request.operation
         if operation == READ:
             disk.read(request.position, request.buffers)
         elif operation == DISCARD:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import struct
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from trivisor.machine.memory import PAGE_SIZE
+from trivisor.machine.saved_values import flag
+from trivisor.machine.saving import Saved
 from trivisor.paravirt.xen.back_ends.back_end import BackEnd, Guest, NoConnection
 from trivisor.paravirt.xen.back_ends.checksums import fill_checksum
 from trivisor.paravirt.xen.back_ends.ring import RingError, SharedRing
@@ -63,6 +65,8 @@ Plug = Callable[[Callable[[bytes], None]], Link]
 class NetworkBackEnd(BackEnd):
     """A network card on the link that `plug` makes."""
 
+    ring_names: ClassVar = {"tx-ring-ref": TX_SIZE, "rx-ring-ref": RX_SIZE}
+
     def __init__(self, guest: Guest, front: str, back: str, plug: Plug) -> None:
         self._tx: SharedRing | None = None
         self._rx: SharedRing | None = None
@@ -79,15 +83,23 @@ class NetworkBackEnd(BackEnd):
         if not self.flag("request-rx-copy"):
             raise NoConnection("the front end does not have frames copied")
         self._scatters = self.flag("feature-sg")
-        tx, rx = self.ring("tx-ring-ref", TX_SIZE), self.ring("rx-ring-ref", RX_SIZE)
-        self.bind()
-        self._tx, self._rx = tx, rx
 
-    def disconnect(self) -> None:
-        self._tx = self._rx = None
+    def use(self, rings: list[SharedRing]) -> None:
+        self._tx, self._rx = rings or (None, None)
+
+    def quiesce(self) -> None:
+        """Frames are taken whole.  Those that wait for room may be lost, as on any network."""
 
     def close(self) -> None:
         self._link.close()
+
+    def save(self) -> Saved:
+        """The connection.  The link is another one after a snapshot."""
+        return {**super().save(), "scatters": self._scatters}
+
+    def load(self, saved: Saved) -> None:
+        self._scatters = flag(saved, "scatters")
+        super().load(saved)
 
     def notified(self) -> None:
         tx = self._tx

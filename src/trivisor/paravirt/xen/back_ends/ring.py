@@ -22,19 +22,27 @@ class RingError(Exception):
 class SharedRing:
     """The ring at physical `address`, of entries of `entry_size` bytes."""
 
-    def __init__(self, memory: GuestMemory, address: int, entry_size: int) -> None:
+    def __init__(self, memory: GuestMemory, address: int, entry_size: int, answered: int | None = None) -> None:
+        """All requests up to index `answered` were answered; without it, as many as the ring itself tells."""
         self._memory = memory
         self._at = address
         self._entry = entry_size
         self.size = 1 << ((PAGE_SIZE - _HEADER) // entry_size).bit_length() - 1
         """How many entries it has."""
-        self._consumed = self._responded = self._pushed = self._read(_RSP_PROD)
+        if answered is None:
+            answered = self._read(_RSP_PROD)
+        self._consumed = self._responded = self._pushed = answered
 
     def _read(self, offset: int) -> int:
         return self._memory.read_u32(self._at + offset)
 
     def _write(self, offset: int, value: int) -> None:
         self._memory.write(self._at + offset, (value & _MASK32).to_bytes(4, "little"))
+
+    @property
+    def answered(self) -> int:
+        """The index up to which requests were answered, and the guest told so."""
+        return self._pushed
 
     @property
     def waiting(self) -> int:

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import random
+import socket
 import subprocess
 import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from trivisor import StopReason, VirtualMachine
+from trivisor.devices.user_network import NetworkUnavailable, UserNetwork
 from trivisor.guests.debian import DefaultGuest
+from trivisor.monitor import TechniqueUnavailable
+from trivisor.monitor.xen_processor import _is_beyond_translation
 
 pytestmark = [pytest.mark.boot, pytest.mark.timeout(240)]
 PROMPT = "/root # "
@@ -19,6 +29,14 @@ PROMPT = "/root # "
 
 def command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "trivisor", "run", *map(str, arguments)]
+
+
+def restored(path: Path, engine: str, **options: Any) -> VirtualMachine:
+    """The machine of a snapshot under an engine, if this host has that."""
+    try:
+        return VirtualMachine.restore(path, engine=engine, **options)
+    except TechniqueUnavailable as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.fixture(scope="module")
@@ -67,20 +85,27 @@ def test_a_shell_put_into_a_snapshot_and_taken_out(booted: Path, tmp_path: Path)
             assert machine.run(30).reason is StopReason.POWEROFF
 
 
-def test_linux_at_work_goes_through_files_at_chance_moments(booted: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("engine", "count"), [("translation", 60_000), ("direct", 1_500)])
+def test_linux_at_work_goes_through_files_at_chance_moments(
+    booted: Path, tmp_path: Path, engine: str, count: int
+) -> None:
+    """Each number is a system call, and those are dear where ring 0 is emulated."""
     path, choose = tmp_path / "snapshot", random.Random(5)
-    numbers = "".join(f"{number}\n" for number in range(1, 60_001)).encode()
-    machine = VirtualMachine.restore(booted)
+    numbers = "".join(f"{number}\n" for number in range(1, count + 1)).encode()
+    machine = restored(booted, engine)
     try:
         machine.read_until(PROMPT, 60)
-        machine.write("for i in 1 2 3 4 5 6; do seq 1 60000 | sha256sum; done; echo all; dmesg | grep -ci -e oops -e 'rcu.*stall'\n")
+        machine.write(
+            f"for i in 1 2 3 4 5 6; do seq 1 {count} | sha256sum; done; "
+            "echo all; dmesg | grep -ci -e oops -e 'rcu.*stall'\n"
+        )
         seen = b""
         for _ in range(6):
             machine.run(timeout=choose.uniform(0.05, 0.3))
             machine.snapshot(path)
             seen += machine.output
             machine.close()
-            machine = VirtualMachine.restore(path)
+            machine = restored(path, engine)
         machine.read_until("\r\nall\r\n0\r\n", 120)
         seen += machine.output
     finally:
@@ -91,3 +116,172 @@ def test_linux_at_work_goes_through_files_at_chance_moments(booted: Path, tmp_pa
 def test_one_technique_only(booted: Path) -> None:
     run = subprocess.run(command("--restore", booted, "--technique", "translation"), capture_output=True, timeout=60)
     assert run.returncode == 3 and run.stderr.count(b"\n") == 1 and b"technique paravirt" in run.stderr
+
+
+# -- direct execution ----------------------------------------------------------------------------------------
+
+
+def test_a_guest_of_direct_execution(debian: DefaultGuest, booted: Path, tmp_path: Path) -> None:
+    path = tmp_path / "direct"
+    script = "echo $((6 * 7)); cat /sys/hypervisor/guest_type; seq 1 5000 | sha256sum; exit 7"
+    with restored(booted, "direct", command=["sh", "-c", script]) as machine:  # that was booted under translation
+        assert machine.engine.startswith("direct") and machine.run(60).status == 7
+        answer = machine.output
+    assert answer.startswith(b"42\nPV\n")
+    made = subprocess.run(
+        command("--technique", "paravirt", "--engine", "direct", "--snapshot", path, "--memory", "256M"),
+        stdin=subprocess.DEVNULL, capture_output=True, timeout=200,
+    )  # fmt: skip
+    assert made.returncode == 0 and made.stderr.startswith(b"trivisor: snapshot of"), made.stderr
+    with restored(path, "direct", command=["sh", "-c", script]) as machine:
+        beyond = _is_beyond_translation(machine._machine.vcpu.guest_cpuid)
+        assert machine.run(60).status == 7 and machine.output == answer
+    run = subprocess.run(
+        command("--restore", path, "--engine", "translation", "--", "sh", "-c", script), capture_output=True, timeout=60
+    )
+    if beyond:
+        assert run.returncode == 3 and run.stderr.count(b"\n") == 1 and b"AVX-512" in run.stderr
+    else:
+        assert (run.returncode, run.stdout, run.stderr) == (7, answer, b"")
+
+
+# -- disks and networks --------------------------------------------------------------------------------------
+
+FILL = """
+mke2fs /dev/xvda >/dev/null
+mkdir /disk
+mount -t ext4 /dev/xvda /disk
+cd /disk
+dd if=/dev/urandom of=random bs=64k count=48 2>/dev/null
+sha256sum random >sums
+"""
+AT_WORK = """
+for number in 1 2 3 4 5; do cp random copy$number; sync; done; sha256sum copy* >>sums; sync
+cd /; umount /disk; mount -t ext4 -o ro /dev/xvda /disk
+(cd /disk && sha256sum -c sums && cut -c1-64 sums | uniq | wc -l); dmesg -r | grep '^<[0-3]>'; echo o''ver
+"""
+
+
+def image(path: Path) -> Path:
+    with path.open("wb") as file:
+        file.truncate(32 << 20)
+    return path
+
+
+@pytest.mark.parametrize("engine", ["translation", "direct"])
+def test_a_disk_that_is_written_to_before_and_after(debian: DefaultGuest, tmp_path: Path, engine: str) -> None:
+    """Snapshots in the middle of writes; the files are whole, and the file system knows of nothing."""
+    disk, path, choose = image(tmp_path / "disk"), tmp_path / "snapshot", random.Random(8)
+    try:
+        machine = VirtualMachine(disks=[disk], technique="paravirt", engine=engine, memory="256M")
+    except TechniqueUnavailable as reason:
+        pytest.skip(str(reason))
+    try:
+        machine.read_until(PROMPT, 120)
+        machine.write(f"{{{FILL}}}; echo fil''led\n")
+        machine.read_until("\nfilled", 60)
+        machine.read_until("/disk # ", 30)
+        machine.write(f"{{{AT_WORK}}}\n")
+        for _ in range(4):
+            machine.run(timeout=choose.uniform(0.05, 0.3))
+            machine.snapshot(path)
+            machine.close()
+            machine = restored(path, engine, disks=[disk])
+            assert machine.warnings == []
+        seen = machine.read_until("\nover", 120).decode(errors="replace")
+    finally:
+        machine.close()
+    names = ("random", *(f"copy{number}" for number in range(1, 6)))
+    assert all(f"{name}: OK" in seen for name in names) and "\n1\r\n" in seen, seen
+    assert "<3>" not in seen, "nothing in the log is an error"
+
+
+@pytest.fixture(scope="module")
+def attached(tmp_path_factory: pytest.TempPathFactory, debian: DefaultGuest) -> tuple[Path, Path]:
+    """A snapshot of the default guest that waits with a disk and a network, and the disk."""
+    try:
+        UserNetwork(lambda frame: None).close()
+    except NetworkUnavailable as reason:
+        pytest.skip(str(reason))
+    directory = tmp_path_factory.mktemp("attached")
+    path, disk = directory / "snapshot", image(directory / "disk")
+    made = subprocess.run(
+        command("--disk", disk, "--net", "user", "--snapshot", path, "--memory", "256M"),
+        stdin=subprocess.DEVNULL, capture_output=True, timeout=200,
+    )  # fmt: skip
+    assert made.returncode == 0 and made.stderr.startswith(b"trivisor: snapshot of"), made.stderr
+    return path, disk
+
+
+def test_one_snapshot_and_what_is_on_its_disk_since(attached: tuple[Path, Path]) -> None:
+    path, disk = attached
+    base = command("--restore", path, "--disk", disk, "--net", "user", "--")
+    fill = subprocess.run([*base, "sh", "-e", "-c", FILL + "cat sums; cd /; umount /disk"], capture_output=True, timeout=100)
+    assert (fill.returncode, fill.stderr) == (0, b"")
+    check = "mkdir /disk; mount -t ext4 -o ro /dev/xvda /disk && cd /disk && sha256sum -c sums && cat sums"
+    run = subprocess.run([*base, "sh", "-c", check], capture_output=True, timeout=100)
+    assert (run.returncode, run.stderr) == (0, b"") and run.stdout == b"random: OK\n" + fill.stdout
+    for options in ((), ("--disk", disk), ("--net", "user"), ("--disk", f"{disk},readonly", "--net", "user")):
+        run = subprocess.run(command("--restore", path, *options), capture_output=True, timeout=60)
+        assert run.returncode == 2 and run.stderr.count(b"\n") == 1 and b"xvda" in run.stderr, run.stderr
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[int]:
+    """The port of a server on the host's loopback that has a file."""
+    (tmp_path / "file").write_bytes(random.Random(2).randbytes(2 << 20))
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as made:
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        yield made.server_port
+        made.shutdown()
+
+
+def test_the_network_of_a_restored_guest(attached: tuple[Path, Path], server: int, tmp_path: Path) -> None:
+    path, disk = attached
+    script = f"""
+        ifconfig eth0 | grep -o 'addr:[0-9][0-9.]*'
+        wget -q -O - http://10.0.2.2:{server}/file | sha256sum
+        udhcpc -q -n -f -t 5 -T 1 -i eth0 -s /etc/udhcpc.script 2>&1 | grep -o 'lease of [0-9.]*'
+        wget -q -O - http://10.0.2.2:{server}/file | sha256sum
+    """
+    with VirtualMachine.restore(path, disks=[disk], network="user", command=["sh", "-c", script]) as machine:
+        outcome = machine.run(timeout=120)
+        lines = machine.output.decode().splitlines()
+    digest = hashlib.sha256((tmp_path / "file").read_bytes()).hexdigest()
+    assert outcome.status == 0
+    assert lines == ["addr:10.0.2.15", f"{digest}  -", "lease of 10.0.2.15", f"{digest}  -"]
+
+
+def test_connections_of_before_are_gone_and_a_port_is_forwarded_in(
+    attached: tuple[Path, Path], server: int, tmp_path: Path
+) -> None:
+    path, disk = attached
+    snapshot = tmp_path / "connected"
+    with VirtualMachine.restore(path, disks=[disk], network="user") as machine:
+        machine.read_until(PROMPT, 60)
+        machine.write(f"(sleep 2; echo GET; sleep 5) | nc 10.0.2.2 {server}; echo en''ded\n")
+        machine.run(timeout=1)
+        machine.snapshot(snapshot)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with VirtualMachine.restore(snapshot, disks=[disk], network=f"user,forward={port}:80") as machine:
+        machine.read_until("\nended", 30)  # what it sends is answered by a reset
+        machine.write("echo served >/tmp/page; httpd -p 80 -h /tmp; echo rea''dy\n")
+        machine.read_until("\nready", 30)
+        answers: list[bytes] = []
+
+        def fetch() -> None:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/page", timeout=30) as answer:
+                answers.append(answer.read())
+            machine.stop()
+
+        thread = threading.Thread(target=fetch)
+        thread.start()
+        machine.run(timeout=40)
+        thread.join()
+        assert answers == [b"served\n"]

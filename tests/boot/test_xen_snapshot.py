@@ -270,7 +270,7 @@ def test_connections_of_before_are_gone_and_a_port_is_forwarded_in(
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with VirtualMachine.restore(snapshot, disks=[disk], network=f"user,forward={port}:80") as machine:
-        machine.read_until("\nended", 30)  # what it sends is answered by a reset
+        machine.read_until("ended\r\n", 30)  # what it sends is answered by a reset
         machine.write("echo served >/tmp/page; httpd -p 80 -h /tmp; echo rea''dy\n")
         machine.read_until("\nready", 30)
         answers: list[bytes] = []

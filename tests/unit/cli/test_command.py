@@ -13,7 +13,7 @@ import subprocess
 import sys
 import termios
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,13 @@ class FakeMachine:
         self.stopped.set()
 
     kept = ""
+    warnings: Sequence[str] = ()
+
+    @classmethod
+    def restore(cls, path: Path, **options: Any) -> FakeMachine:
+        made = cls(path, **options)
+        made.warnings = ["beware", "of this too"]
+        return made
 
     def keep(self) -> None:
         pass
@@ -100,6 +107,20 @@ def test_the_guests_output_is_all_of_stdout_and_stderr_is_silent(guest, capfd) -
     guest(prints(b"hel", b"lo\n"))
     assert main(["run"]) == 0
     assert capfd.readouterr() == ("hello\n", "")
+
+
+def test_what_a_restored_guest_is_given_and_what_is_said_of_it(guest, capfd) -> None:
+    guest(prints(b"hello\n"))
+    given = ["--disk", "a", "--disk", "b,readonly", "--net", "user", "--engine", "direct", "--technique", "paravirt"]
+    assert main(["run", "--restore", "up.snap", *given]) == 0
+    made = FakeMachine.made
+    assert made.kernel == Path("up.snap")
+    assert (made.options["disks"], made.options["network"]) == (("a", "b,readonly"), "user")
+    assert (made.options["engine"], made.options["technique"]) == ("direct", "paravirt")
+    assert capfd.readouterr() == ("hello\n", "trivisor: beware\ntrivisor: of this too\n")
+    for decided in (["--memory", "64M"], ["--append", "x"], ["--cpu", "+umip"]):
+        assert main(["run", "--restore", "up.snap", *decided]) == 2
+        assert f"leave out {decided[0]}" in capfd.readouterr().err
 
 
 def test_options_reach_the_machine(guest, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from trivisor.machine.cpuid import (
     ARCH_CAPABILITIES,
+    AVX512,
     COPIED,
     EMULATED,
     OPTIONAL,
@@ -17,6 +18,7 @@ from trivisor.machine.cpuid import (
     closest_ratio,
     guest_cpuid,
     tsc_ratio,
+    with_avx512,
 )
 from trivisor.x86 import control, cpuid, msr
 from trivisor.x86.cpuid import EAX, EBX, ECX, EDX, FEATURES, Registers
@@ -122,6 +124,28 @@ def test_xsave_leaf() -> None:
     assert seen.query(0xD, 2) == (256, 576, 0, 0)
     assert seen.query(0xD, 5) == (0, 0, 0, 0)
     assert guest(without=["xsavec"]).query(0xD, 1, xcr0=7) == (5, 0, 0, 0)
+
+
+@pytest.mark.parametrize("places", [{5: 832, 6: 896, 7: 1408}, {5: 1088, 6: 1152, 7: 1664}])
+def test_a_guest_whose_programs_see_avx512_is_told_where_it_is_kept(places: dict[int, int]) -> None:
+    """As AMD and Intel lay the XSAVE area out."""
+    sizes = {5: 64, 6: 512, 7: 1024}
+
+    def host(leaf: int, subleaf: int) -> Registers:
+        if leaf == 0xD and subleaf in places:
+            return (sizes[subleaf], places[subleaf], 0, 0)
+        return EVERYTHING(leaf, subleaf)
+
+    plain = guest()
+    seen = with_avx512(plain, host)
+    assert seen.features == plain.features | AVX512 == cpuid.features(seen.query)
+    assert seen.xcr0_supported == 0xE7 and not plain.features & AVX512 and plain.xcr0_supported == 7
+    whole = places[7] + 1024
+    assert seen.query(0xD, 0, xcr0=1) == (0xE7, 576, whole, 0)
+    assert seen.query(0xD, 0, xcr0=7)[EBX] == 832
+    assert seen.query(0xD, 0, xcr0=0xE7) == (0xE7, whole, whole, 0)
+    assert seen.query(0xD, 1, xcr0=0xE7)[EBX] == 832 + 64 + 512 + 1024
+    assert [seen.query(0xD, component)[:2] for component in places] == [(sizes[n], places[n]) for n in places]
 
 
 def test_protection_keys_are_a_component_of_xsave() -> None:

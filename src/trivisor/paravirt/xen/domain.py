@@ -298,6 +298,20 @@ class Domain:
         cpu.other_gs = base
         cpu.enter_space((state.kernel_root if state.in_kernel else state.user_root) << 12, state.in_kernel)
 
+    def tell_time(self) -> None:
+        """Tell the time at the place that the guest's kernel has for it; if that cannot be written, it does without."""
+        area, user = self.state.time_area, not self.state.in_kernel
+        if not area:
+            return
+        if user:
+            self.switch_mode()
+        try:
+            self.cpu.store(area, self.time.told(int.from_bytes(self.cpu.load(area, 4), "little")))
+        except GuestException:
+            self.state.time_area = 0
+        if user:
+            self.switch_mode()
+
     def block(self) -> None:
         """Have the engine wait for an event when this hypercall is done."""
         self.halt = Halt(True)

@@ -271,6 +271,7 @@ class XenMachine(Remembers):
         domain.time.moved(tsc_jump)
         domain.time.write(info + abi.VCPU_INFO_TIME)
         domain.time.write_wallclock((self._own.shared_info << 12) + abi.SHARED_WALLCLOCK)
+        domain.tell_time()
         domain.timers.load(part(saved, "timers"))
 
 

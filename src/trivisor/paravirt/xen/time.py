@@ -77,11 +77,14 @@ class SystemTime(Remembers):
 
     def write(self, address: int) -> None:
         """Tell it at the physical `address` of a struct vcpu_time_info."""
-        version = self._memory.read_u32(address) + 2 & ~1 & 0xFFFFFFFF
-        data = struct.pack(
-            "<IIQQIbBxx", version, 0, self._start, 0, self._multiplier, self._shift, PVCLOCK_TSC_STABLE
-        )
-        self._memory.write(address, data)
+        self._memory.write(address, self.told(self._memory.read_u32(address)))
+
+    def told(self, version: int) -> bytes:
+        """A struct vcpu_time_info in place of one of an older `version`."""
+        return struct.pack(
+            "<IIQQIbBxx", version + 2 & ~1 & 0xFFFFFFFF, 0, self._start, 0, self._multiplier, self._shift,
+            PVCLOCK_TSC_STABLE,
+        )  # fmt: skip
 
     def write_wallclock(self, address: int) -> None:
         """Tell the time of day at system time 0 at the physical `address` of wc_version (xen.h, struct shared_info)."""

@@ -36,6 +36,7 @@ NO_CALLBACK = Callback()
 _CALLBACKS = ("event", "failsafe", "syscall", "syscall32", "sysenter", "nmi")
 _NUMBERS = {
     "kernel_stack": 64, "kernel_stack_selector": 16, "iopl": 2, "cr2": 64, "cr4": 64, "runstate_area": 64,
+    "time_area": 64,
 }  # fmt: skip
 """Their widths in bits."""
 
@@ -71,7 +72,8 @@ class VcpuState(Remembers):
         self.assists: set[int] = set()
         """Types of vm_assist that are on."""
         self.runstate_area = 0
-        """Linear address, 0 for none."""
+        self.time_area = 0
+        """Linear addresses of places of the guest's own, 0 for none."""
 
     def save(self) -> Saved:
         """All but what page tables and descriptors are used: those are the frames' (`saved_memory.py`)."""

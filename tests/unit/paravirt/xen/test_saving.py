@@ -256,6 +256,25 @@ def test_events_go_where_they_went(busy: Guest) -> None:
     machine.close()
 
 
+def test_the_time_is_told_again_where_the_guest_wants_it(busy: Guest) -> None:
+    """By its kernel's page tables, whatever it was at."""
+    busy.domain.state.time_area = A + 0x100
+    saved, memory = taken(busy)
+    saved["state"]["in_kernel"], saved["time"]["start"] = False, 123
+    cpu = StillCpu()
+    machine = machine_for(cpu)
+    machine.clear()
+    machine.memory.view[:] = memory
+    machine.load(saved)
+    assert cpu.load(A + 0x100, 32) == bytes(32)
+    spaces = []
+    cpu.enter_space = lambda root, kernel: spaces.append(kernel)  # type: ignore[method-assign]
+    machine.go_on(saved, [0, 0, 0, 0, 0, 0, 0xFFFF0FF0, 0x400])
+    assert struct.unpack("<IIQ", cpu.load(A + 0x100, 16)) == (2, 0, 123)
+    assert spaces == [False, True, False] and not machine.domain.state.in_kernel
+    machine.close()
+
+
 def test_timers_go_off_when_they_would_have(busy: Guest) -> None:
     saved, memory = taken(busy)
     now = [0]

@@ -121,7 +121,7 @@ def test_there_is_one_processor(guest: Guest) -> None:
     assert vcpu(guest, abi.VCPUOP_INITIALISE) == -EEXIST and vcpu(guest, abi.VCPUOP_UP) == 0
     assert vcpu(guest, abi.VCPUOP_IS_UP, BAD) == 1
     assert vcpu(guest, abi.VCPUOP_GET_PHYSID) == -EINVAL
-    for command in (abi.VCPUOP_SEND_NMI, abi.VCPUOP_REGISTER_VCPU_TIME_MEMORY_AREA, 99, HUGE):
+    for command in (abi.VCPUOP_SEND_NMI, 99, HUGE):
         assert vcpu(guest, command) == -ENOSYS
 
 
@@ -134,6 +134,7 @@ def test_pointers_of_vcpu_op(guest: Guest) -> None:
     for command in (
         abi.VCPUOP_GET_RUNSTATE_INFO, abi.VCPUOP_REGISTER_RUNSTATE_MEMORY_AREA, abi.VCPUOP_SET_PERIODIC_TIMER,
         abi.VCPUOP_SET_SINGLESHOT_TIMER, abi.VCPUOP_REGISTER_VCPU_INFO,
+        abi.VCPUOP_REGISTER_VCPU_TIME_MEMORY_AREA,
     ):  # fmt: skip
         assert vcpu(guest, command, BAD) == vcpu(guest, command, HUGE) == -EFAULT
     assert vcpu(guest, abi.VCPUOP_GET_RUNSTATE_INFO) == 0
@@ -184,3 +185,20 @@ def test_what_native_code_did_to_the_singleshot_timer_is_minded_when_timers_are_
     words[single], words[change] = 8_000_000, SET
     assert vcpu(guest, abi.VCPUOP_STOP_SINGLESHOT_TIMER) == 0
     assert timers.single.deadline is None
+
+
+def test_the_time_is_told_at_a_place_of_the_guests_too(guest: Guest) -> None:
+    register = abi.VCPUOP_REGISTER_VCPU_TIME_MEMORY_AREA
+    guest.domain.time.write(guest.events.vcpu_info + abi.VCPU_INFO_TIME)
+    guest.put("<I", 7, at=A + 0x100)
+    guest.put("<Q", A + 0x100)
+    assert vcpu(guest, register) == 0
+    assert guest.get("<I", at=A + 0x100) == (8,)
+    told = guest.domain.memory.read(guest.events.vcpu_info + abi.VCPU_INFO_TIME, 32)
+    assert guest.cpu.load(A + 0x104, 28) == told[4:] and told[29] == abi.PVCLOCK_TSC_STABLE
+    for area, result, kept in (
+        (abi.HYPERVISOR_VIRT_START, -EFAULT, A + 0x100), (1 << 47, -EFAULT, A + 0x100), (BAD, 0, 0), (A + 8, 0, A + 8),
+        (0, 0, 0),
+    ):  # fmt: skip
+        guest.put("<Q", area)
+        assert vcpu(guest, register) == result and guest.domain.state.time_area == kept

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from trivisor.machine.stop import Crash, PowerOff, Reset
 from trivisor.paravirt.xen import abi
-from trivisor.paravirt.xen.abi import EEXIST, EINVAL, ENOENT, ENOSYS, EPERM, ESRCH, ETIME, HYPERCALL_NUMBERS
+from trivisor.paravirt.xen.abi import EEXIST, EFAULT, EINVAL, ENOENT, ENOSYS, EPERM, ESRCH, ETIME, HYPERCALL_NUMBERS
 from trivisor.paravirt.xen.errors import HypercallError
 from trivisor.paravirt.xen.grants import BACK_END_DOMAIN
 from trivisor.paravirt.xen.timers import LONGEST_PERIOD, SHORTEST_PERIOD
@@ -199,8 +199,14 @@ class _Scheduling:
         return 0
 
     def _register_time(self, argument: int) -> int:
-        """A second place for the time: there is none, vcpu_info has it."""
-        raise HypercallError(ENOSYS)
+        """A second place for the time, a page that the guest shows its programs; a null pointer is none."""
+        domain = self._domain
+        (area,) = struct.unpack("<Q", domain.cpu.load(argument, 8))
+        if abi.HYPERVISOR_VIRT_START <= area < abi.HYPERVISOR_VIRT_END or area >> 47 not in (0, 0x1FFFF):
+            raise HypercallError(EFAULT)
+        domain.state.time_area = area
+        domain.tell_time()
+        return 0
 
 
 def _not_pinned(_argument: int) -> int:

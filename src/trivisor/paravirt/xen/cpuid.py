@@ -5,6 +5,7 @@ Xen, docs/misc/pvh or arch/x86/cpu-policy.c, "PV max policy"; leaves 0x40000000 
 
 from __future__ import annotations
 
+from trivisor.machine.cpuid import HAS_SUBLEAVES
 from trivisor.machine.deprivileged import DeprivilegedCpu
 from trivisor.paravirt.xen.abi import CPUID_FEAT1_MMU_PT_UPDATE_PRESERVE_AD, CPUID_FIRST_LEAF, CPUID_SIGNATURE
 from trivisor.x86.cpuid import FEATURES
@@ -30,7 +31,7 @@ def guest_cpuid(cpu: DeprivilegedCpu, tsc_frequency: int, leaf: int, subleaf: in
     if CPUID_FIRST_LEAF <= leaf < CPUID_FIRST_LEAF + 0x100:
         return _xen_leaf(tsc_frequency, leaf - CPUID_FIRST_LEAF, subleaf)
     a, b, c, d = cpu.cpuid(leaf, subleaf)
-    hidden = _HIDDEN.get((leaf, subleaf))
+    hidden = _HIDDEN.get((leaf, subleaf if leaf in HAS_SUBLEAVES else 0))
     if hidden is not None:
         a, b, c, d = (value & ~mask for value, mask in zip((a, b, c, d), hidden, strict=True))
     if leaf == 1:

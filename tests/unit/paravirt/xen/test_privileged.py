@@ -104,6 +104,15 @@ def test_cpuid_by_the_prefix(guest) -> None:
     assert not privileged.forced(guest.domain)
 
 
+def test_cpuid_hides_ring_0_whatever_stands_in_ecx(guest) -> None:
+    """Leaves without subleaves do not look at it; in one that has them, the others are others."""
+    for leaf, register, bit in ((1, 2, 21), (1, 3, 9), (0x80000001, 3, 26)):  # x2apic, apic, pdpe1gb
+        for subleaf in (0, 5, 0xFFFFFFFF):
+            assert not guest.domain.cpuid(leaf, subleaf)[register] >> bit & 1
+    answers = [guest.domain.cpuid(7, subleaf) for subleaf in (0, 1)]
+    assert answers[0][2:] != answers[1][2:]
+
+
 def mapped_table(guest) -> tuple[int, int]:
     """(a pinned level-1 table, the linear address that shows it read-only)."""
     frames = guest.frames

@@ -48,6 +48,7 @@ def table(maker: InstructionMaker) -> dict[int, Make]:
     out[Mnemonic.INVLPG] = bind(sensitive.invlpg)
     out[Mnemonic.CLTS] = bind(sensitive.clts)
     out[Mnemonic.CPUID] = bind(sensitive.cpuid)
+    out[Mnemonic.XGETBV] = bind(sensitive.xgetbv)
     out[Mnemonic.RDPKRU] = bind(sensitive.pkru)
     out[Mnemonic.WRPKRU] = bind(sensitive.pkru)
     out[Mnemonic.IN] = bind(sensitive.port)

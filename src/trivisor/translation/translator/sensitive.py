@@ -17,6 +17,7 @@ from trivisor.translation.translator.registers import (
     STACK,
     name,
 )
+from trivisor.x86.control import CR4_OSXSAVE
 from trivisor.x86.flags import AC
 
 if TYPE_CHECKING:
@@ -314,6 +315,23 @@ def msr(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> No
 def cpuid(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
     """CPUID, at any privilege level."""
     recipe.clobber("assist CPUID")
+
+
+def xgetbv(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:
+    """XGETBV of XCR0, at any privilege level; Python does what faults, and other registers."""
+    recipe.clobber(
+        f"""
+        test ecx, ecx
+        jnz other
+        test dword [rsp+GUEST_CR4], {CR4_OSXSAVE}
+        jnz enabled
+        other:
+        escape
+        enabled:
+        mov eax, [rsp+XCR0_FIELD]
+        mov edx, [rsp+XCR0_FIELD+4]
+        """
+    )
 
 
 def pkru(maker: InstructionMaker, recipe: Recipe, instruction: Instruction) -> None:

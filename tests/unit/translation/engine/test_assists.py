@@ -560,3 +560,32 @@ def test_cpuid_is_remembered_while_it_holds(machine: Make) -> None:
     assert natively(m, "cpuid") == 1
     assert (m["r8"] >> 27 & 1, m["r9"] >> 27 & 1) == (0, 1), "OSXSAVE"
     assert m["r10"] >> 9 & 1 == 0, "APIC"
+
+
+def test_xgetbv_of_xcr0_is_inline(machine: Make) -> None:
+    """Only with CR4.OSXSAVE; what else ECX may be is Python's, who faults."""
+    m = machine(
+        """
+        mov rax, cr4
+        or eax, 0x40000
+        mov cr4, rax
+        user:
+        mov rax, -1
+        mov rdx, -1
+        xgetbv
+        mov r8, rax
+        mov r9, rdx
+        end: hlt
+        """
+    )
+    state = m.initial_state(0)
+    state.xcr0 = 3
+    m.vcpu.state = state
+    m.halt(m.origin, rcx=1 << 32)
+    assert (m["r8"], m["r9"]) == (3, 0)
+    assert "xgetbv" not in m.vcpu.statistics()["instructions done by Python"]
+    frame = m.fault("user", rcx=2)
+    assert (frame.vector, frame.error) == (13, 0)
+    m.vcpu.core.cr4 &= ~0x40000
+    m.vcpu.mode_changed()
+    assert m.fault("user", rcx=0).vector == 6

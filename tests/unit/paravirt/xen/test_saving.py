@@ -145,9 +145,11 @@ def taken(guest: Guest) -> tuple[Saved, bytes]:
     return json.loads(json.dumps(guest.machine.save())), bytes(guest.machine.memory.view)
 
 
-def put(saved: Saved, memory: bytes, time: Callable[[], int] = lambda: 0) -> XenMachine:
+def put(
+    saved: Saved, memory: bytes, time: Callable[[], int] = lambda: 0, cpu: StillCpu | None = None
+) -> XenMachine:
     """A machine made of that; raises what loading raises."""
-    machine = machine_for(StillCpu(), time)
+    machine = machine_for(cpu or StillCpu(), time)
     try:
         attach(machine)
         machine.clear()
@@ -261,15 +263,14 @@ def test_the_time_is_told_again_where_the_guest_wants_it(busy: Guest) -> None:
     busy.domain.state.time_area = A + 0x100
     saved, memory = taken(busy)
     saved["state"]["in_kernel"], saved["time"]["start"] = False, 123
-    cpu = StillCpu()
-    machine = machine_for(cpu)
-    machine.clear()
-    machine.memory.view[:] = memory
-    machine.load(saved)
-    assert cpu.load(A + 0x100, 32) == bytes(32)
-    spaces = []
-    cpu.enter_space = lambda root, kernel: spaces.append(kernel)  # type: ignore[method-assign]
-    machine.go_on(saved, [0, 0, 0, 0, 0, 0, 0xFFFF0FF0, 0x400])
+    spaces: list[bool] = []
+
+    class Watched(StillCpu):
+        def enter_space(self, root: int, kernel: bool) -> None:
+            spaces.append(kernel)
+
+    cpu = Watched()
+    machine = put(saved, memory, cpu=cpu)
     assert struct.unpack("<IIQ", cpu.load(A + 0x100, 16)) == (2, 0, 123)
     assert spaces == [False, True, False] and not machine.domain.state.in_kernel
     machine.close()

@@ -37,6 +37,8 @@ _libc.mmap.argtypes = [
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _MADV_HUGEPAGE = 14
+_MARGIN = 2 * MIB
+"""Reserved on either side of RAM, lest the kernel make one area of it and a neighbour; as large as a huge page."""
 
 
 class GuestMemoryError(ValueError):
@@ -84,7 +86,7 @@ class GuestMemory:
         self.high_end = HIGH_RAM_START + size - self.low_end if size > self.low_end else 0
         self.span = self.high_end or self.low_end
         """Bytes of host address space from `base`, the hole included."""
-        self.base = host_map(self.span, _PROT_NONE)
+        self.base = host_map(self.span + 2 * _MARGIN, _PROT_NONE) + _MARGIN
         for start, length in self.regions():
             host_map(length, mmap.PROT_READ | mmap.PROT_WRITE, at=self.base + start)
             prefer_huge_pages(self.base + start, length)
@@ -97,7 +99,7 @@ class GuestMemory:
         if not self._closed:
             self._closed = True
             self.view.release()
-            host_unmap(self.base, self.span)
+            host_unmap(self.base - _MARGIN, self.span + 2 * _MARGIN)
 
     def regions(self) -> Iterator[tuple[int, int]]:
         """Yield (start, length) of each piece of RAM, lowest first."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
+
 from trivisor.machine.footprint import footprint, resident
-from trivisor.machine.memory import MIB, GuestMemory
+from trivisor.machine.memory import MIB, GuestMemory, host_map, host_unmap, prefer_huge_pages
 
 AREAS = """\
 7f0000000000-7f0000200000 rw-p 00000000 00:00 0
@@ -33,3 +35,18 @@ def test_touched_ram_is_the_guests_and_the_rest_is_ours() -> None:
     assert before["guest RAM"] <= 2
     assert 20 <= after["guest RAM"] <= 24
     assert 0 < after["all else, at most"] < 1000
+
+
+def test_a_mapping_of_the_same_kind_beside_the_rams_is_not_taken_for_it() -> None:
+    """The kernel makes one area of two that lie side by side."""
+    memory = GuestMemory(64 * MIB)
+    others = [host_map(4 * MIB, mmap.PROT_READ | mmap.PROT_WRITE) for _ in range(4)]
+    try:
+        for other in others:
+            prefer_huge_pages(other, 4 * MIB)
+        memory.write(8 * MIB, bytes([1]) * (20 * MIB))
+        assert 20 <= footprint(memory)["guest RAM"] <= 24
+    finally:
+        for other in others:
+            host_unmap(other, 4 * MIB)
+        memory.close()

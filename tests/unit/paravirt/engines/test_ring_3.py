@@ -195,3 +195,38 @@ next:
     assert vcpu.run() == Kicked()
     timer.cancel()
     timer.join()
+
+
+def test_the_kernel_is_told_of_the_vector_registers_that_programs_find(boot) -> None:
+    """CPUID that the hypervisor answers has AVX-512 where CPUID by itself has; and XSETBV takes what XGETBV shows."""
+    guest = boot(
+        """
+start:
+    mov eax, 7
+    xor ecx, ecx
+    cpuid
+    mov [DATA + 8], rbx
+    mov eax, 7
+    xor ecx, ecx
+    db 0x0f, 0x0b, 0x78, 0x65, 0x6e
+    cpuid
+    mov [DATA + 16], rbx
+    xor ecx, ecx
+    xgetbv
+    and eax, 0xe7
+    mov [DATA + 24], rax
+    xor edx, edx
+    xsetbv
+    mov eax, 0xd
+    xor ecx, ecx
+    db 0x0f, 0x0b, 0x78, 0x65, 0x6e
+    cpuid
+    mov [DATA + 32], rax
+    jmp shutdown
+"""
+    )
+    guest.finish()
+    by_itself, by_hypervisor, in_use, supported = guest.words(1, 4)
+    avx512 = 0xDC230000
+    assert by_itself & avx512 == by_hypervisor & avx512
+    assert in_use & ~supported == 0

@@ -361,9 +361,13 @@ wait:
 
 
 def test_a_deadline_that_is_past_or_stopped_or_put_off(boot: Boot) -> None:
+    """Where the host lets so much time pass that a deadline comes before it is stopped, put off or seen, once more."""
     source = EVENTS + f"""
 start:
     call bind
+again:
+    call stop_single
+    mov qword [DATA + 8], 0
     call now
     mov r12, rax
     lea rax, [r12 + 60000000]           ; stopped in time
@@ -376,6 +380,10 @@ start:
     lea rax, [r12 + 120000000]
     xor edx, edx
     call set_single
+    call now
+    lea rcx, [r12 + 60000000]
+    cmp rax, rcx
+    jae again
 wait:
     call now
     lea rcx, [r12 + 90000000]
@@ -383,6 +391,10 @@ wait:
     jb wait
     mov rax, [DATA + 8]
     mov [DATA + 24], rax                ; none yet
+    call now
+    lea rcx, [r12 + 120000000]
+    cmp rax, rcx
+    jae again
 sleep:
     cmp qword [DATA + 8], 0
     je sleep

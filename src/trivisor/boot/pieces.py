@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from mmap import mmap
 
 
 class Pieces:
     """Bytes in pieces that follow each other; offsets count from the first one's beginning."""
 
-    def __init__(self, pieces: Sequence[bytes | mmap]) -> None:
+    def __init__(self, pieces: Sequence[bytes]) -> None:
         self._pieces = pieces
         self.size = sum(map(len, pieces))
 

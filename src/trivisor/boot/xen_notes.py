@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from mmap import ACCESS_READ, mmap
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from trivisor.boot.image import Image, ImageError, ImageKind
@@ -19,6 +18,8 @@ _ELF_HEADER, _SEGMENT, _SECTION = map(struct.Struct, ("<16sHHIQQQIHHHHHH", "<IIQ
 _ELF64_LITTLE = b"\x7fELF\2\1"
 _X86_64 = 62
 _PT_LOAD, _PT_NOTE, _SHT_NOTE = 1, 4, 7
+_LARGEST_NOTES = 1 << 20
+"""Bytes of all notes, Xen's and others; a kernel has some hundreds."""
 _NUMBERS = frozenset({_ENTRY, _HYPERCALL_PAGE, _VIRT_BASE, _PADDR_OFFSET, _INIT_P2M, _MOD_START_PFN})
 
 
@@ -62,7 +63,8 @@ def read_xen_kernel(image: Image) -> XenKernel:
         with image.stream() as stream:
             data = Pieces([stream.read()])
     try:
-        entry, loads, notes = _parse(data)
+        entry, loads, notes = _parse(data.read)
+        segments = tuple(_placed(data, loads))
     except ValueError as error:
         raise image.fail("has a damaged or truncated ELF header; get a whole copy") from error
     if not notes:
@@ -81,7 +83,7 @@ def read_xen_kernel(image: Image) -> XenKernel:
     if start < 0 or end > 1 << 40:
         raise image.fail("is damaged: its segments lie outside of what its notes tell of")
     return XenKernel(
-        segments=tuple(_placed(loads, offset)),
+        segments=tuple((address - offset, part) for address, part in segments),
         start=start,
         end=end,
         entry=numbers.get(_ENTRY, entry),
@@ -99,62 +101,72 @@ def guest_os(image: Image) -> str:
     """What an ELF kernel's Xen notes call the system that it is of, "linux" say; empty if nothing says so."""
     if image.kind is not ImageKind.VMLINUX:
         return ""
-    with image.stream() as stream:
-        data = mmap(stream.fileno(), 0, access=ACCESS_READ)
     try:
-        _, _, notes = _parse(Pieces([data]))
+        _, _, notes = _parse(image.read)
     except ValueError:
         return ""  # whoever boots it says what is wrong
     return _text(notes.get(_GUEST_OS, b""))
 
 
-def _placed(loads: list[_Load], offset: int) -> Iterator[tuple[int, memoryview]]:
-    """Each part of the segments, and where in the domain's memory it goes."""
+def _placed(data: Pieces, loads: list[_Load]) -> Iterator[tuple[int, memoryview]]:
+    """Each part of the segments, and its physical address; raises ValueError."""
     for load in loads:
-        address = load.address - offset
-        for part in load.content:
+        address = load.address
+        for part in data.views(load.offset, load.in_file):
             yield address, part
             address += len(part)
 
 
 class _Load(NamedTuple):
-    """A PT_LOAD segment: its physical address, what the file has of it, its size in memory."""
+    """A PT_LOAD segment: its physical address, where the file has what of it, its size in memory."""
 
     address: int
-    content: list[memoryview]
+    offset: int
+    in_file: int
     size: int
 
 
-def _parse(data: Pieces) -> tuple[int, list[_Load], dict[int, bytes]]:
-    """(entry, what is loaded, Xen's notes by type); raises ValueError (System V gABI, chapters 4 and 5)."""
-    header = _ELF_HEADER.unpack(data.read(0, _ELF_HEADER.size))
+def _parse(read: Callable[[int, int], bytes]) -> tuple[int, list[_Load], dict[int, bytes]]:
+    """(entry, what is loaded, Xen's notes by type) of a file that `read(offset, length)` reads.
+
+    Raises ValueError (System V gABI, chapters 4 and 5).
+    """
+    header = _ELF_HEADER.unpack(read(0, _ELF_HEADER.size))
     identity, _, machine, _, entry, segments, sections = header[:7]
     segment_size, count, section_size, section_count = header[9:13]
     if not identity.startswith(_ELF64_LITTLE) or machine != _X86_64 or (count and segment_size != _SEGMENT.size):
         raise ValueError("not an x86-64 file")
     loads: list[_Load] = []
-    notes: dict[int, bytes] = {}
+    places: list[tuple[int, int]] = []
     for kind, _, offset, _, physical, in_file, in_memory, _ in _SEGMENT.iter_unpack(
-        data.read(segments, count * _SEGMENT.size)
+        read(segments, count * _SEGMENT.size)
     ):
         if kind == _PT_LOAD and in_memory:
             if in_file > in_memory:
                 raise ValueError("a segment is larger in the file than in memory")
-            loads.append(_Load(physical, data.views(offset, in_file), in_memory))
+            loads.append(_Load(physical, offset, in_file, in_memory))
         elif kind == _PT_NOTE:
-            notes |= _notes(data.read(offset, in_file))
+            places.append((offset, in_file))
+    notes = _notes(read, places)
     if not notes and section_count:  # older kernels and small ones have them in a section alone
         if section_size != _SECTION.size:
             raise ValueError("not an x86-64 file")
-        for _, kind, _, _, offset, size, *_ in _SECTION.iter_unpack(
-            data.read(sections, section_count * _SECTION.size)
-        ):
-            if kind == _SHT_NOTE:
-                notes |= _notes(data.read(offset, size))
+        table = _SECTION.iter_unpack(read(sections, section_count * _SECTION.size))
+        notes = _notes(read, [(offset, size) for _, kind, _, _, offset, size, *_ in table if kind == _SHT_NOTE])
     return entry, loads, notes
 
 
-def _notes(data: bytes) -> dict[int, bytes]:
+def _notes(read: Callable[[int, int], bytes], places: list[tuple[int, int]]) -> dict[int, bytes]:
+    """Xen's notes at all these (offset, length); raises ValueError."""
+    if sum(length for _, length in places) > _LARGEST_NOTES:
+        raise ValueError("its notes are too large")
+    found: dict[int, bytes] = {}
+    for offset, length in places:
+        found |= _notes_in(read(offset, length))
+    return found
+
+
+def _notes_in(data: bytes) -> dict[int, bytes]:
     """Xen's notes in a run of them: name size, content size, type, name, content, each padded to 4 bytes."""
     found: dict[int, bytes] = {}
     at = 0

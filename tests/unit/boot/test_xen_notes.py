@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import os
 import random
 import struct
 import threading
@@ -15,7 +16,7 @@ import pytest
 import zstandard
 
 from trivisor.boot.image import Image, ImageError
-from trivisor.boot.xen_notes import XenKernel, read_xen_kernel
+from trivisor.boot.xen_notes import XenKernel, guest_os, read_xen_kernel
 from trivisor.machine.jobs import NAME as JOB
 
 BASE = 0xFFFFFFFF80000000
@@ -164,3 +165,47 @@ def test_damaged_headers_are_told_in_one_line(write_image) -> None:
             read(write_image, bytes(data))
         except ImageError as error:
             assert "\n" not in str(error)
+
+
+def test_the_system_that_a_kernel_is_of_is_told_without_reading_all_of_it(write_image, monkeypatch) -> None:
+    read, lengths = Image.read, []
+    with Image(write_image(large_kernel(1))) as image:
+        monkeypatch.setattr(Image, "read", lambda *place: lengths.append(place[2]) or read(*place))
+        assert guest_os(image) == "linux"
+    assert 0 < sum(lengths) < 1000
+
+
+def test_a_file_that_is_cut_short_meanwhile_tells_no_system(write_image, monkeypatch) -> None:
+    """Wherever it ends: before anything is read of it, or after its header was."""
+    good, read = kernel(NOTES), Image.read
+    for length in range(0, len(good), 16):
+        path = write_image(good)
+        with Image(path) as image:
+            os.truncate(path, length)
+            assert guest_os(image) == ""
+        write_image(good)
+        with Image(path) as image, monkeypatch.context() as patched:
+
+            def cut(image: Image, offset: int, size: int, path: str = path, length: int = length) -> bytes:
+                data = read(image, offset, size)
+                os.truncate(path, length)
+                return data
+
+            patched.setattr(Image, "read", cut)
+            assert guest_os(image) == ""
+
+
+def test_notes_larger_than_any_kernel_has(write_image) -> None:
+    """Of a sparse file, say, that has more than fits in memory."""
+    data = bytearray(kernel(NOTES))
+    struct.pack_into("<Q", data, 64 + 56 + 8, 1 << 40)
+    struct.pack_into("<QQ", data, 64 + 56 + 32, 1 << 40, 1 << 40)
+    path = write_image(bytes(data))
+    os.truncate(path, 2 << 40)
+    with Image(path) as image:
+        assert guest_os(image) == ""
+    struct.pack_into("<Q", data, 64 + 56 + 8, 2 << 20)
+    struct.pack_into("<QQ", data, 64 + 56 + 32, 2 << 20, 2 << 20)
+    os.truncate(write_image(bytes(data)), 4 << 20)
+    with pytest.raises(ImageError, match="get a whole copy"), Image(path) as image:
+        read_xen_kernel(image)

@@ -19,13 +19,14 @@ from trivisor.hardware.kvm.kernel_apic import KernelApicVcpu, crystal_for, why_n
 from trivisor.hardware.kvm.split import SplitVcpu
 from trivisor.hardware.kvm.system import KvmUnavailable, System
 from trivisor.machine import tsc
-from trivisor.machine.cpuid import GuestCpuid
+from trivisor.machine.cpuid import AVX512, GuestCpuid
 from trivisor.machine.exits import Exit
 from trivisor.machine.state import GPR_NAMES, CpuState
 from trivisor.machine.vcpu import Vcpu
 from trivisor.pc import Pc
 from trivisor.translation.cpu import TranslationVcpu
 from trivisor.translation.ring_zero import RingZero
+from trivisor.x86.cpuid import CpuChoice
 from trivisor.x86.flags import AC, RF
 
 PORTS = 0x500
@@ -75,7 +76,10 @@ def make_vcpu(technique: str, board: Pc) -> Vcpu:
     if technique == "translation":
         return TranslationVcpu(board, cpuid=cpuid)
     if technique == "hardware, ring 3":
-        return SplitVcpu(board, cpuid=cpuid, ring_zero=lambda common: RingZero(TranslationVcpu(board, cpuid=common)))
+        no_avx512 = CpuChoice(removed=AVX512)  # which these guests do not look for
+        return SplitVcpu(
+            board, no_avx512, cpuid, ring_zero=lambda common: RingZero(TranslationVcpu(board, cpuid=common))
+        )
     kind = KernelApicVcpu if technique == "hardware, KVM's APIC" else KvmVcpu
     return kind(board, cpuid=cpuid, substitute=lambda common: TranslationVcpu(board, cpuid=common))
 

@@ -186,7 +186,9 @@ def expected(kernel) -> str:
 @pytest.mark.skipif("hardware" in UNAVAILABLE, reason=UNAVAILABLE.get("hardware", ""))
 def test_a_guest_changes_its_technique_all_the_time(kernel, expected: str) -> None:
     choose = random.Random(3)
-    with VirtualMachine(kernel, memory="64M", technique="translation", keep_translations=False) as machine:
+    with VirtualMachine(
+        kernel, memory="64M", technique="translation", cpu="-avx512f", keep_translations=False
+    ) as machine:
         changes = 0
         names = ["hardware", "translation"]
         outcome = machine.run(timeout=0.1)
@@ -225,7 +227,11 @@ def test_a_guest_goes_through_files_from_technique_to_technique(kernel, expected
         assert machine.run(timeout=0.1).reason is StopReason.TIMEOUT
         machine.snapshot(path)
     for technique in ("hardware", "translation") * 3:
-        with VirtualMachine.restore(path, technique=technique, keep_translations=False) as machine:
+        try:
+            restored = VirtualMachine.restore(path, technique=technique, keep_translations=False)
+        except TechniqueUnavailable as reason:  # programs would see what the guest was not told of
+            pytest.skip(str(reason))
+        with restored as machine:
             assert machine.run(timeout=choose.uniform(0.001, 0.01)).reason is StopReason.TIMEOUT
             machine.snapshot(path)
     with VirtualMachine.restore(path, technique="translation", keep_translations=False) as machine:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.conformance.machine import EMULATED, TECHNIQUES, UNAVAILABLE, Observation, Program, observe, prepare
-from tests.conformance.programs import PROGRAMS
+from tests.conformance.programs import LINEAR, PROGRAMS
 from trivisor.machine.exits import Halt
+from trivisor.x86.control import XCR0_AVX512
+from trivisor.x86.cpuid import host_xgetbv
 
 
 def why_not(technique: str, program: Program) -> str:
@@ -64,3 +66,14 @@ def test_equal_results(program: Program) -> None:
             compared += 1
     if not compared:
         pytest.skip("; ".join(why_not(technique, program) for technique in TECHNIQUES[1:]))
+
+
+@pytest.mark.skipif("hardware, ring 3" in UNAVAILABLE, reason=UNAVAILABLE.get("hardware, ring 3", ""))
+@pytest.mark.skipif(not host_xgetbv() & XCR0_AVX512, reason="the host has no AVX-512")
+def test_exceptions_of_instructions_that_translation_lacks() -> None:
+    """Ring 3 has AVX-512 where KVM shows it what the host has."""
+    store = "db 0x62, 0xe1, 0xfe, 0x28, 0x7f, 0x07"  # vmovdqu64 [rdi], ymm16
+    program = Program("a page fault of AVX-512", "", f"mov rdi, {LINEAR:#x}\n at: {store}\n ud2", cpl=3)
+    seen, labels = run("hardware, ring 3", program)
+    assert seen.frame is not None and (seen.frame.vector, seen.frame.error) == (14, 6)
+    assert (hex(seen.frame.rip), hex(seen.cr2)) == (hex(labels["at"]), hex(LINEAR))

@@ -244,13 +244,13 @@ def guest_cpuid(
     return GuestCpuid(chosen, table, vendor=vendor)
 
 
-def with_avx512(cpuid: GuestCpuid, host: Query) -> GuestCpuid:
-    """`cpuid`, with all that the processor `host` has of AVX-512.
+def with_avx512(cpuid: GuestCpuid, host: Query, told: frozenset[str] = AVX512) -> GuestCpuid:
+    """`cpuid`, with AVX-512's registers, and with those of the features `told` that the processor `host` has.
 
     For a guest whose programs see it whatever the guest is told: its kernel would not know that they have registers
     which one process must not leave to the next.
     """
-    names, table = AVX512 & features(host), dict(cpuid.table)
+    names, table = told & features(host), dict(cpuid.table)
     _merge(table, _feature_leaves(names))
     rows = {(0xD, component): host(0xD, component) for component in _AVX512_COMPONENTS}
     size = max(row[EAX] + row[EBX] for row in rows.values())

@@ -19,6 +19,7 @@ from trivisor.devices.disk_file import DiskError
 from trivisor.devices.user_network import NetworkUnavailable
 from trivisor.guests.test_kernel import build
 from trivisor.hardware.kvm.direct import vcpu as direct
+from trivisor.hardware.kvm.guest_cpuid import kvm_cpuid
 from trivisor.machine.cpuid import AVX512
 from trivisor.machine.memory import GuestMemory
 from trivisor.monitor import TechniqueUnavailable
@@ -145,7 +146,7 @@ def machine_on(engine: str, make: Callable[[], VirtualMachine]) -> VirtualMachin
 @pytest.fixture
 def no_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host's KVM shows programs no AVX-512, or so guests are told; those here do not look."""
-    monkeypatch.setattr(direct, "with_avx512", lambda cpuid, host: cpuid)
+    monkeypatch.setattr(direct, "shown_cpuid", kvm_cpuid)
 
 
 @pytest.mark.usefixtures("no_avx512")

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from typing import Final
 
-from trivisor.hardware.kvm.system import System
-from trivisor.machine.cpuid import COPIED, EMULATED, UNPRIVILEGED, GuestCpuid, guest_cpuid
+from trivisor.hardware.kvm.system import KvmUnavailable, System
+from trivisor.machine.cpuid import (
+    AVX512,
+    COPIED,
+    EMULATED,
+    UNPRIVILEGED,
+    GuestCpuid,
+    guest_cpuid,
+    with_avx512,
+)
 from trivisor.machine.vcpu import Surroundings
 from trivisor.x86.control import XCR0_AVX512
 from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, Query, features, host_cpuid, host_xgetbv
@@ -60,3 +68,22 @@ def kvm_cpuid(system: System, board: Surroundings, choice: CpuChoice = USUAL_CPU
         vendor=choice.vendor,
     )
     return cpuid._replace(hidden_xcr0=host_xgetbv() & XCR0_AVX512) if emulated else cpuid
+
+
+def shown_cpuid(
+    system: System, board: Surroundings, choice: CpuChoice = USUAL_CPU, told: frozenset[str] = AVX512
+) -> GuestCpuid:
+    """`kvm_cpuid` for a guest whose programs see what the host's KVM shows ring 3.
+
+    Where that is AVX-512 the guest's kernel is told of its registers, which it has to keep for them, and of the
+    features `told`; not if `choice` leaves some of it out.
+    """
+    cpuid = kvm_cpuid(system, board, choice)
+    shown = cpuid.hidden_xcr0 & XCR0_AVX512 and not choice.removed & AVX512
+    return with_avx512(cpuid, host_cpuid, told) if shown else cpuid
+
+
+def check_avx512(told: GuestCpuid, here: GuestCpuid) -> None:
+    """Raise `KvmUnavailable` for a guest that was `told` nothing of AVX-512 and would have to be `here`."""
+    if (here.features - told.features) & AVX512:
+        raise KvmUnavailable("the host's KVM shows programs AVX-512, of which the guest's kernel was not told")

@@ -10,6 +10,11 @@ length makes a triple fault of every exception there, which KVM reports with
 the registers as they were at the instruction; and SYSCALL leads to an address
 that nothing is mapped at.  The other processor then runs that one instruction
 again, from before it, and so goes into ring 0 as the architecture says.
+
+Programs see AVX-512 where the host has it, whatever they are told, and the other
+processor has none of it.  So the guest is told of no more than has its kernel
+keep their registers, and at such an instruction of theirs KVM's word is taken
+for what exception it made.
 """
 
 from __future__ import annotations
@@ -23,18 +28,21 @@ from typing import Any, Final
 
 from trivisor.hardware.kvm import abi
 from trivisor.hardware.kvm.cpu import KvmVcpu
+from trivisor.hardware.kvm.guest_cpuid import check_avx512, shown_cpuid
 from trivisor.hardware.kvm.state_transfer import kvm_segment
-from trivisor.hardware.kvm.system import KvmUnavailable
+from trivisor.hardware.kvm.system import KvmUnavailable, System
 from trivisor.machine.cpuid import GuestCpuid
 from trivisor.machine.exits import DebugStop, Exit, Kicked, Unsupported, UserMode
+from trivisor.machine.memory import GuestMemoryError
 from trivisor.machine.ring_zero import Controls, RingZero, UserRegisters
 from trivisor.machine.state import CpuState, Segment
 from trivisor.machine.vcpu import Surroundings, Vcpu
 from trivisor.x86 import msr
-from trivisor.x86.control import CR0_EM, CR0_TS, CR4_TSD, DR6_BS, EFER_SCE
-from trivisor.x86.cpuid import USUAL_CPU, CpuChoice
-from trivisor.x86.exceptions import BREAKPOINT, DEBUG
+from trivisor.x86.control import CR0_EM, CR0_TS, CR4_TSD, DR6_BS, EFER_SCE, XCR0_AVX512
+from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, host_xgetbv
+from trivisor.x86.exceptions import BREAKPOINT, DEBUG, PAGE_FAULT, GuestException
 from trivisor.x86.flags import RF, TF
+from trivisor.x86.paging import Access, PagingMode, walk
 
 _REGS: Final = struct.Struct("<18Q")
 _TO_KVM: Final = (0, 3, 1, 2, 6, 7, 4, 5, *range(8, 16))
@@ -49,6 +57,12 @@ _FLAT_DATA: Final = 0xC0F3
 _PRESENT: Final = 1
 _FRAME: Final = (1 << 52) - (1 << 12)
 _SYSCALL_LENGTH: Final = 2
+_LONGEST: Final = 15
+"""Bytes of an instruction."""
+_TOLD: Final = frozenset({"avx512f"})
+_EVEX: Final = 0x62
+_PREFIXES: Final = frozenset({0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x67})
+"""What may stand before an EVEX prefix: segments, and the other address size (SDM 2A 2.7.2)."""
 _NONE: Final = 255
 """What stands for no exception before there is one."""
 _EXCEPTIONS: Final = {
@@ -74,7 +88,12 @@ class SplitVcpu(KvmVcpu):
         ring_zero: Callable[[GuestCpuid], RingZero],
     ) -> None:
         self._zero: RingZero | None = None
-        super().__init__(board, choice, cpuid)
+        with System() as system:
+            system.require()
+            here = shown_cpuid(system, board, choice, _TOLD)
+        if cpuid is not None:
+            check_avx512(cpuid, here)
+        super().__init__(board, choice, cpuid or here)
         try:
             self._vm.watch_writes()
             self._zero = zero = ring_zero(self.guest_cpuid)
@@ -87,6 +106,7 @@ class SplitVcpu(KvmVcpu):
         self._other = zero.vcpu
         self.observed = self._other.observed
         self.engine = "the host's KVM for ring 3, and translation for ring 0, which this KVM only emulates"
+        self._shows_avx512 = bool(host_xgetbv() & XCR0_AVX512)
         self._left_by: Counter[str] = Counter()
         self._flushes = self._forgotten = 0
         self._stepped = 0
@@ -203,6 +223,8 @@ class SplitVcpu(KvmVcpu):
             self._other.memory_written(page, 4096)
         if trapped is not None:
             self._raise_debug_exception(trapped)
+        elif cause == "exception" and self._is_avx512(zero, controls):
+            self._raise_kvms_exception()
         elif cause in ("exception", "given up by KVM"):
             return _unless_done(self._other.step())
         return exit_
@@ -325,7 +347,38 @@ class SplitVcpu(KvmVcpu):
         """Have the other processor begin with #DB, after a single step or INT1."""
         state = self._other.state
         state.dr[6] |= bits
-        state.exception_pending = (DEBUG, None)
+        self._begin_with(state, DEBUG, None)
+
+    def _is_avx512(self, zero: RingZero, controls: Controls) -> bool:
+        """Whether the instruction is one that the other processor does not have, with an EVEX prefix."""
+        if not self._shows_avx512:
+            return False
+        paging = PagingMode.from_registers(
+            controls.cr0, controls.cr3, controls.cr4, controls.efer, physical_bits=self.guest_cpuid.physical_bits
+        )
+        memory, rip = self.board.memory, zero.user.rip
+        for address in range(rip, rip + _LONGEST):
+            try:
+                found = walk(memory, paging, address, Access.EXECUTE, user=True, set_bits=False)
+                (byte,) = memory.read(found.physical, 1)
+            except (GuestException, GuestMemoryError):
+                return False
+            if byte not in _PREFIXES:
+                return byte == _EVEX
+        return False
+
+    def _raise_kvms_exception(self) -> None:
+        """Have the other processor begin with the exception that KVM could not deliver."""
+        found = self.handle.get(abi.GET_VCPU_EVENTS, abi.VcpuEvents).exception
+        state = self._other.state
+        if found.nr == PAGE_FAULT:
+            state.cr2 = self.handle.get(abi.GET_SREGS, abi.SpecialRegs).cr2
+        self._begin_with(state, found.nr, found.error_code if found.has_error_code else None)
+
+    def _begin_with(self, state: CpuState, vector: int, error_code: int | None) -> None:
+        """Have the other processor go on in `state` with an exception; its time-stamp counter goes on by itself."""
+        del state.msrs[msr.IA32_TIME_STAMP_COUNTER]
+        state.exception_pending = (vector, error_code)
         self._other.state = state
 
     def _find_slot(self, table: int) -> bool:

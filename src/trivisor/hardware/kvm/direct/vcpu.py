@@ -21,16 +21,15 @@ from trivisor.hardware.kvm.direct.native_run import NativeRun
 from trivisor.hardware.kvm.direct.registers import RunRegisters, segment
 from trivisor.hardware.kvm.direct.segment_faults import prefix_made_stack_fault
 from trivisor.hardware.kvm.direct.stub import AT_A_TIME, PHYSICAL, TSS_LIMIT, VECTORS, Stub
-from trivisor.hardware.kvm.guest_cpuid import kvm_cpuid, ring_0_is_emulated
+from trivisor.hardware.kvm.guest_cpuid import check_avx512, ring_0_is_emulated, shown_cpuid
 from trivisor.hardware.kvm.system import KvmUnavailable, System, cpuid_table
-from trivisor.machine.cpuid import AVX512, HAS_SUBLEAVES, GuestCpuid, with_avx512
+from trivisor.machine.cpuid import HAS_SUBLEAVES, GuestCpuid
 from trivisor.machine.deprivileged import CS, SS, Supervisor
 from trivisor.machine.exits import DebugStop, Exit, Halt, Kicked, Unsupported
 from trivisor.machine.memory import PAGE_SIZE
 from trivisor.machine.state import CpuState, Segment, Table
 from trivisor.machine.vcpu import Surroundings
 from trivisor.x86 import msr
-from trivisor.x86.control import XCR0_AVX512
 from trivisor.x86.cpuid import CpuChoice, features, host_cpuid
 from trivisor.x86.exceptions import (
     BREAKPOINT,
@@ -57,20 +56,6 @@ _SERIALIZE = b"\x0f\x01\xe8"
 _SYSCALL_MASK: Final = 0x47700  # AC, NT, IOPL, DF, IF and TF
 _RING3_FLAGS: Final = STATUS | TF | DF | NT | RF | AC | 1 << 21
 """Flags that ring 3 has in its own hands; where it can go to the entry point itself, it says what they were."""
-
-
-def shown_cpuid(system: System, board: Surroundings, choice: CpuChoice) -> GuestCpuid:
-    """The best processor for a guest all of whose programs see what the host's KVM shows ring 3."""
-    cpuid = kvm_cpuid(system, board, choice)
-    return with_avx512(cpuid, host_cpuid) if cpuid.hidden_xcr0 & XCR0_AVX512 else cpuid
-
-
-def _check_continued(told: GuestCpuid, here: GuestCpuid) -> None:
-    """Raise `KvmUnavailable` unless a guest that was told of one processor elsewhere can go on with `here`."""
-    if missing := told.features - here.features - {"serialize"}:
-        raise KvmUnavailable(f"the host's KVM lacks {', '.join(sorted(missing))}, which the guest was told of")
-    if (here.features - told.features) & AVX512:
-        raise KvmUnavailable("the host's KVM shows programs AVX-512, of which the guest's kernel was not told")
 
 
 class Selectors:
@@ -104,7 +89,9 @@ class DirectVcpu(KvmVcpu):
             system.require()
             here = shown_cpuid(system, board, choice)
         if cpuid is not None:
-            _check_continued(cpuid, here)
+            if missing := cpuid.features - here.features - {"serialize"}:
+                raise KvmUnavailable(f"the host's KVM lacks {', '.join(sorted(missing))}, which the guest was told of")
+            check_avx512(cpuid, here)
         super().__init__(board, choice, cpuid or here)
         try:
             self.ring_0_is_emulated = ring_0_is_emulated(self._system)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from trivisor.hardware.kvm import abi
-from trivisor.hardware.kvm.direct.avx512 import with_avx512
 from trivisor.hardware.kvm.direct.registers import Blob, segment
 from trivisor.machine.deprivileged import CS, DS, ES, FS, GS, SS
 from trivisor.machine.memory import PAGE_SIZE
@@ -246,9 +245,9 @@ class Deprivileged:
     # -- the rest -------------------------------------------------------------------------------------------
 
     def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
-        known = self._vcpu.guest_cpuid
-        told = known.query(leaf, subleaf, cr4=self._run.cr4, xcr0=self._xcr0, apic_enabled=True)
-        return with_avx512(leaf, subleaf, told, self._xcr0) if known.hidden_xcr0 else told
+        return self._vcpu.guest_cpuid.query(
+            leaf, subleaf, cr4=self._run.cr4, xcr0=self._xcr0, apic_enabled=True
+        )
 
     def guest_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
         return self._vcpu.supervisor.cpuid(leaf, subleaf)

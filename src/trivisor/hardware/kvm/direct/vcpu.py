@@ -12,7 +12,6 @@ from typing import Any, Final
 
 from trivisor.hardware.kvm import abi
 from trivisor.hardware.kvm.cpu import KvmVcpu
-from trivisor.hardware.kvm.direct.avx512 import AVX512_LEAVES
 from trivisor.hardware.kvm.direct.deprivileged import FLAT_CODE, FLAT_DATA, Deprivileged
 from trivisor.hardware.kvm.direct.guest_memory import RingThreeMemory
 from trivisor.hardware.kvm.direct.hidden import HIDDEN, load_hidden
@@ -121,8 +120,6 @@ class DirectVcpu(KvmVcpu):
         """Have exceptions and system calls go to `supervisor`, and CPUID answer what it says."""
         self.supervisor = supervisor
         leaves = [*self.guest_cpuid.table, *((0x40000000 + leaf, 0) for leaf in range(4))]
-        if self.guest_cpuid.hidden_xcr0:
-            leaves += AVX512_LEAVES
         table = {key: supervisor.cpuid(*key) for key in leaves}
         self.handle.control(abi.SET_CPUID2, cpuid_table(table, HAS_SUBLEAVES))
         supervision = supervisor.native

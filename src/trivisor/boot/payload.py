@@ -6,29 +6,20 @@ length when unpacked, in four bytes that are no part of the compressed data.
 
 from __future__ import annotations
 
-import os
 import struct
-from collections.abc import Callable
-from functools import partial
 
+from trivisor.boot import lz4_legacy
 from trivisor.boot.image import Image
-from trivisor.boot.pieces import Pieces
-from trivisor.machine.jobs import Jobs
 
 _SETUP_SECTORS = 0x1F1
 _VERSION = 0x206
 _PAYLOAD_OFFSET = 0x248
 _OLDEST_WITH_PAYLOAD = 0x208
 _SECTOR = 512
-_LZ4_LEGACY = b"\x02\x21\x4c\x18"
-_LZ4_BLOCK = 8 << 20
-"""The legacy format's blocks unpack to this, but for the last (LZ4 frame format, "Legacy frame")."""
 _LARGEST = 1 << 30
-_THREADS = min(max(len(os.sched_getaffinity(0)) - 1, 1), 4)
-"""Unpacking gives up the GIL, and goes on beside what the main thread does; each has memory of its own to fill."""
 
 
-def kernel_payload(image: Image) -> Pieces:
+def kernel_payload(image: Image) -> memoryview:
     """The ELF file that a bzImage unpacks when it boots; raises ImageError."""
     head = image.head
     (version,) = struct.unpack_from("<H", head, _VERSION)
@@ -40,13 +31,14 @@ def kernel_payload(image: Image) -> Pieces:
     if len(payload) < 8:
         raise image.fail("is damaged: it has no payload; get a whole copy")
     (size,) = struct.unpack("<I", payload[-4:])
-    if size > _LARGEST:
+    if not 0 < size <= _LARGEST:
         raise image.fail(f"is damaged: its kernel would be {size >> 20} MiB; get a whole copy")
     try:
-        packed = memoryview(payload)[:-4]
-        if payload.startswith(_LZ4_LEGACY):
-            return Pieces(_unpack_lz4(packed, size))
-        return Pieces([_unpack(image, packed, size)])
+        if payload.startswith(lz4_legacy.MAGIC):
+            return memoryview(lz4_legacy.unpack(payload, len(payload) - 4, size))
+        return memoryview(_unpack(image, memoryview(payload)[:-4], size))
+    except lz4_legacy.LibraryMissing as reason:
+        raise image.fail(f"has a kernel packed by LZ4, and {reason}; install it (apt-get install liblz4-1)") from None
     except (OSError, ValueError, RuntimeError, EOFError, struct.error) as error:
         raise image.fail(f"is damaged: its kernel cannot be unpacked ({error}); get a whole copy") from error
 
@@ -81,25 +73,3 @@ def _unpack(image: Image, data: memoryview, size: int) -> bytes:
         except zstandard.ZstdError as error:
             raise ValueError(str(error)) from error
     raise image.fail(f"has a kernel packed in a way that is not known here (it begins with {begin[:4].hex(' ')})")
-
-
-def _unpack_lz4(data: memoryview, size: int) -> list[bytes]:
-    """The blocks, each unpacked in one of a few threads."""
-    work: list[Callable[[], bytes]] = []
-    at = len(_LZ4_LEGACY)
-    while at + 4 <= len(data) and len(work) * _LZ4_BLOCK < size:
-        (length,) = struct.unpack_from("<I", data, at)
-        at += 4
-        work.append(partial(_unpack_lz4_block, data[at : at + length]))
-        at += length
-    return Jobs(work, _THREADS).results()
-
-
-def _unpack_lz4_block(data: memoryview) -> bytes:
-    import lz4.block
-
-    try:
-        block: bytes = lz4.block.decompress(data, uncompressed_size=_LZ4_BLOCK)
-    except lz4.block.LZ4BlockError as error:
-        raise ValueError(str(error)) from error
-    return block

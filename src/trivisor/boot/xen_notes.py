@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 from trivisor.boot.image import Image, ImageError, ImageKind
 from trivisor.boot.payload import kernel_payload
-from trivisor.boot.pieces import Pieces
 
 # Types of notes whose owner is "Xen".
 _ENTRY, _HYPERCALL_PAGE, _VIRT_BASE, _PADDR_OFFSET, _XEN_VERSION = 1, 2, 3, 4, 5
@@ -61,10 +60,10 @@ def read_xen_kernel(image: Image) -> XenKernel:
         data = kernel_payload(image)
     else:
         with image.stream() as stream:
-            data = Pieces([stream.read()])
+            data = memoryview(stream.read())
     try:
-        entry, loads, notes = _parse(data.read)
-        segments = tuple(_placed(data, loads))
+        entry, loads, notes = _parse(lambda offset, length: bytes(_part(data, offset, length)))
+        segments = tuple((load.address, _part(data, load.offset, load.in_file)) for load in loads if load.in_file)
     except ValueError as error:
         raise image.fail("has a damaged or truncated ELF header; get a whole copy") from error
     if not notes:
@@ -108,13 +107,11 @@ def guest_os(image: Image) -> str:
     return _text(notes.get(_GUEST_OS, b""))
 
 
-def _placed(data: Pieces, loads: list[_Load]) -> Iterator[tuple[int, memoryview]]:
-    """Each part of the segments, and its physical address; raises ValueError."""
-    for load in loads:
-        address = load.address
-        for part in data.views(load.offset, load.in_file):
-            yield address, part
-            address += len(part)
+def _part(data: memoryview, offset: int, length: int) -> memoryview:
+    """The `length` bytes from `offset` on; raises ValueError past the end."""
+    if offset + length > len(data):
+        raise ValueError(f"it ends after {len(data)} bytes, not {offset + length}")
+    return data[offset : offset + length]
 
 
 class _Load(NamedTuple):

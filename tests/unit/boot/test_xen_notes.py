@@ -15,6 +15,7 @@ import lz4.block
 import pytest
 import zstandard
 
+from trivisor.boot import lz4_legacy as boot_lz4
 from trivisor.boot.image import Image, ImageError
 from trivisor.boot.xen_notes import XenKernel, guest_os, read_xen_kernel
 from trivisor.machine.jobs import NAME as JOB
@@ -138,6 +139,33 @@ def test_one_damaged_block_of_several(write_image, bzimage, damaged: int) -> Non
     assert not any(thread.name == JOB for thread in threading.enumerate())
 
 
+@pytest.mark.parametrize("cut", [1, 5, 9 << 10])
+def test_blocks_that_are_not_there(write_image, bzimage, cut: int) -> None:
+    elf = large_kernel(3)
+    payload = lz4_legacy(elf)[:-cut] + struct.pack("<I", len(elf))
+    image = bytearray(bzimage(payload))
+    struct.pack_into("<II", image, 0x248, 0, len(payload))
+    with pytest.raises(ImageError, match="its kernel cannot be unpacked"):
+        read(write_image, bytes(image))
+
+
+def test_without_the_library(write_image, bzimage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boot_lz4, "_LIBRARY", "libnone.so.1")
+    boot_lz4._decompress.cache_clear()
+    with pytest.raises(ImageError, match=r"packed by LZ4, and libnone.so.1 is missing; install it"):
+        read(write_image, packed_image(bzimage, large_kernel(2)))
+
+
+@pytest.mark.parametrize("wrong", [-1, 1, 8 << 20])
+def test_blocks_of_another_size_than_the_kernels(write_image, bzimage, wrong: int) -> None:
+    elf = large_kernel(2)
+    payload = lz4_legacy(elf) + struct.pack("<I", len(elf) + wrong)
+    image = bytearray(bzimage(payload))
+    struct.pack_into("<II", image, 0x248, 0, len(payload))
+    with pytest.raises(ImageError, match="its kernel cannot be unpacked"):
+        read(write_image, bytes(image))
+
+
 def test_segments_and_notes_in_several_blocks(write_image, bzimage) -> None:
     """LZ4's blocks are 8 MiB: what crosses them is loaded whole."""
     code, raw = random.Random(1).randbytes((8 << 20) + 5000), kernel(NOTES)[64 + 2 * 56 + 300 :]
@@ -149,7 +177,7 @@ def test_segments_and_notes_in_several_blocks(write_image, bzimage) -> None:
     image = bytearray(bzimage(payload))
     struct.pack_into("<II", image, 0x248, 0, len(payload))
     found = read(write_image, bytes(image))
-    assert [address for address, _ in found.segments] == [0x1000000, 0x1000000 + (8 << 20) - 176]
+    assert [address for address, _ in found.segments] == [0x1000000]
     assert b"".join(content for _, content in found.segments) == code
     assert (found.start, found.end) == (0x1000000, 0x1000000 + len(code) + 9)
     assert found.guest_os == "linux"

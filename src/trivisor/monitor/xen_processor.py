@@ -63,7 +63,7 @@ def _against_direct() -> str:
 
     with System() as system:
         if ring_0_is_emulated(system):
-            return "because the host's KVM emulates ring 0 and leaves ring 3 more than Xen; --engine direct computes faster"
+            return "because this KVM emulates ring 0 and leaves ring 3 more than Xen; --engine direct computes faster"
     return ""
 
 

@@ -302,14 +302,14 @@ def test_many_timer_interrupts_lose_no_increment(machine: Make) -> None:
 
 def test_hlt_sleeps_until_the_timer(machine: Make) -> None:
     m = machine("sti\n hlt\n here: hlt")
-    after(m, 50 * MILLISECOND)
     started = time.monotonic()
+    after(m, 300 * MILLISECOND)  # long enough for a busy host
     busy = time.process_time()
     frame = m.fault()
-    assert 0.045 < time.monotonic() - started < 1
-    assert time.process_time() - busy < 0.04
+    assert 0.295 < time.monotonic() - started < 10
+    assert time.process_time() - busy < 0.2
     assert (frame.vector, frame.rip) == (VECTOR, m.labels["here"])
-    assert m.vcpu.statistics()["seconds"]["idle"] > 0.02
+    assert m.vcpu.statistics()["seconds"]["idle"] > 0.1
 
 
 def test_hlt_with_interrupts_off_is_told(machine: Make) -> None:

@@ -6,11 +6,11 @@ import ctypes
 import os
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import cache, partial
-from mmap import MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 from trivisor.machine.jobs import Jobs
+from trivisor.machine.memory import prefer_huge_pages
 
 MAGIC = b"\x02\x21\x4c\x18"
 _LIBRARY = "liblz4.so.1"
@@ -31,10 +31,9 @@ def unpack(packed: bytes, end: int, size: int) -> mmap:
     """
     blocks, function = list(_blocks(packed, end, size)), _decompress()
     whole = mmap(-1, size, MAP_PRIVATE | MAP_ANONYMOUS)  # shared memory has no large pages
-    with suppress(OSError):  # a host without large pages
-        whole.madvise(MADV_HUGEPAGE)
-    source = ctypes.cast(ctypes.c_char_p(packed), ctypes.c_void_p).value or 0
     target = ctypes.addressof(ctypes.c_char.from_buffer(whole))
+    prefer_huge_pages(target, size)
+    source = ctypes.cast(ctypes.c_char_p(packed), ctypes.c_void_p).value or 0
     room = [min(_BLOCK, size - done) for done in range(0, size, _BLOCK)]
     work = [
         partial(function, source + at, target + number * _BLOCK, length, room[number])

@@ -8,8 +8,9 @@ from trivisor.hardware.kvm import abi
 from trivisor.hardware.kvm.direct.registers import PLACES
 from trivisor.hardware.kvm.direct.stub import VECTORS
 from trivisor.machine.memory import PAGE_SIZE
+from trivisor.machine.state import GPR_NAMES
 
-GENERAL: Final = ("RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", *(f"R{number}" for number in range(8, 16)))
+GENERAL: Final = tuple(name.upper() for name in GPR_NAMES)
 _NAMES: Final = (
     *(f"GPR_{name}" for name in GENERAL),
     "FLAGS", "SYSTEM_FLAGS", "GUEST_RIP", "CS_SELECTOR", "SS_SELECTOR", "GS_SELECTOR",

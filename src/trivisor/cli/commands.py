@@ -5,9 +5,8 @@ from __future__ import annotations
 import click
 
 from trivisor import __version__
+from trivisor.cli.main import STATUS_HOST
 from trivisor.cli.run import run
-
-STATUS_HOST = 1
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

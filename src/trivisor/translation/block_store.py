@@ -36,6 +36,7 @@ from trivisor.translation.shapes import WANTS_SHAPE, WANTS_VARIANT, ShapeTables
 from trivisor.translation.translator.block import Translation
 from trivisor.translation.translator.traces import Judge, any_way
 from trivisor.translation.translator.translator import Translator, fits
+from trivisor.x86 import LONGEST_INSTRUCTION
 from trivisor.x86.exceptions import GuestException
 
 _NOTHING = b"\xff" * 0x1000
@@ -46,7 +47,6 @@ _FORGOTTEN, _COMPOSED, _COMPOSED_INSTRUCTIONS = (
 _WANTS = OFFSETS["COMPOSER_WANTS"] // 8
 _MAXIMUM_REMEMBERED = 1 << 16
 """Decoded instructions and single-step blocks."""
-_LONGEST = 15  # bytes of an instruction
 
 
 class BlockStore:
@@ -247,7 +247,7 @@ class BlockStore:
         Then the other physical page is the second value.  Raises GuestException.
         """
         code = self._contents(page)[rip & 0xFFF :]
-        if len(code) >= _LONGEST:
+        if len(code) >= LONGEST_INSTRUCTION:
             return code, 0
         decoder = Decoder(mode.bits, code, ip=rip)
         decoder.decode()
@@ -255,7 +255,7 @@ class BlockStore:
             return code, 0
         beyond = (rip | 0xFFF) + 1 & mode.linear_mask
         second, _ = self.mmu.fetch(beyond, mode.user_view)
-        return code + self._contents(second)[: _LONGEST - len(code)], second
+        return code + self._contents(second)[: LONGEST_INSTRUCTION - len(code)], second
 
     def _stands_at(self, physical: int, code: bytes) -> bool:
         """Whether these bytes are there in RAM and within a page."""
@@ -318,7 +318,7 @@ class BlockStore:
         code, _ = self.code_at(mode, rip, page)
         if known is not None and code.startswith(known[0]):
             return known[1]
-        instruction = Decoder(mode.bits, code[:_LONGEST], ip=rip).decode()
+        instruction = Decoder(mode.bits, code[:LONGEST_INSTRUCTION], ip=rip).decode()
         if len(self._decoded) >= _MAXIMUM_REMEMBERED:
             self._decoded.clear()
         self._decoded[rip, mode.bits] = (code[: instruction.len], instruction)

@@ -37,7 +37,7 @@ from trivisor.machine.memory import GuestMemoryError
 from trivisor.machine.ring_zero import Controls, RingZero, UserRegisters
 from trivisor.machine.state import CpuState, Segment
 from trivisor.machine.vcpu import Surroundings, Vcpu
-from trivisor.x86 import msr
+from trivisor.x86 import LONGEST_INSTRUCTION, msr
 from trivisor.x86.control import CR0_EM, CR0_TS, CR4_TSD, DR6_BS, EFER_SCE, XCR0_AVX512
 from trivisor.x86.cpuid import USUAL_CPU, CpuChoice, host_xgetbv
 from trivisor.x86.exceptions import BREAKPOINT, DEBUG, PAGE_FAULT, GuestException
@@ -57,8 +57,6 @@ _FLAT_DATA: Final = 0xC0F3
 _PRESENT: Final = 1
 _FRAME: Final = (1 << 52) - (1 << 12)
 _SYSCALL_LENGTH: Final = 2
-_LONGEST: Final = 15
-"""Bytes of an instruction."""
 _TOLD: Final = frozenset({"avx512f"})
 _EVEX: Final = 0x62
 _PREFIXES: Final = frozenset({0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x67})
@@ -357,7 +355,7 @@ class SplitVcpu(KvmVcpu):
             controls.cr0, controls.cr3, controls.cr4, controls.efer, physical_bits=self.guest_cpuid.physical_bits
         )
         memory, rip = self.board.memory, zero.user.rip
-        for address in range(rip, rip + _LONGEST):
+        for address in range(rip, rip + LONGEST_INSTRUCTION):
             try:
                 found = walk(memory, paging, address, Access.EXECUTE, user=True, set_bits=False)
                 (byte,) = memory.read(found.physical, 1)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from trivisor.translation.block_tables import COMMON_START, TEMPLATE_HASH
-
-LONGEST = 15
-"""Bytes of an instruction."""
+from trivisor.x86 import LONGEST_INSTRUCTION
 
 TEMPLATE_BUCKET = f"""
     movzx eax, byte [r14]
@@ -52,7 +50,7 @@ adopt_any:
     mov r8d, r13d
     and r8d, 0xfff
     cld
-    cmp r9d, 4096-{LONGEST}
+    cmp r9d, 4096-{LONGEST_INSTRUCTION}
     ja adopt_across
 adopt_there:
     {TEMPLATE_BUCKET.replace("%", "adopt")}
@@ -274,7 +272,7 @@ across_alone:
     je across_made
     mov rsi, rdx
     add rsi, [rbp+RAM_BASE]
-    mov ecx, {LONGEST}
+    mov ecx, {LONGEST_INSTRUCTION}
     rep movsb
 across_made:
     mov r8d, r13d

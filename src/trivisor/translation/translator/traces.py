@@ -14,10 +14,11 @@ from typing import NamedTuple, Protocol
 from trivisor.translation.modes import Branch, Jump
 from trivisor.translation.shapes import MAXIMUM_INSTRUCTIONS
 from trivisor.translation.translator.recipe import Entry
+from trivisor.x86 import LONGEST_INSTRUCTION
 
 LONGEST_SPAN = 512
 """Bytes from a trace's first to its last (the map from host code to guest addresses holds 1023)."""
-_LAST_START = 0x1000 - 15
+_LAST_START = 0x1000 - LONGEST_INSTRUCTION
 """Offset in its page of the last instruction that surely ends there."""
 
 

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Final
 
 from iced_x86 import Decoder, Register
 
+from trivisor.x86 import LONGEST_INSTRUCTION
 from trivisor.x86.exceptions import GuestException
 
 if TYPE_CHECKING:
     from trivisor.hardware.kvm.direct.guest_memory import RingThreeMemory
     from trivisor.hardware.kvm.direct.registers import RunRegisters
 
-_LONGEST: Final = 15
 _STACK_BASES: Final = (Register.RSP, Register.RBP, Register.ESP, Register.EBP)
 
 
 def prefix_made_stack_fault(registers: RunRegisters, memory: RingThreeMemory) -> bool:
     """Whether the 64-bit instruction at rip has an SS prefix that makes no stack access of it."""
     try:
-        code = memory.load(registers.rip, min(_LONGEST, 0x1000 - (registers.rip & 0xFFF)))
+        code = memory.load(registers.rip, min(LONGEST_INSTRUCTION, 0x1000 - (registers.rip & 0xFFF)))
     except GuestException:
         return False
     instruction = Decoder(64, code, ip=registers.rip).decode()

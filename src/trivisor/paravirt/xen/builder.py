@@ -140,6 +140,7 @@ class DomainBuilder:
             self._write(p2m * PAGE_SIZE + 8 * page, known[run.start : run.stop].cast("B"))
             self._own.set_physical_run(run.start, known[page:end])
             page = end
+
     def _write(self, address: int, data: bytes | memoryview) -> None:
         """Put `data` at an address in the domain's own memory, where its frames lie."""
         view, at = memoryview(data), 0

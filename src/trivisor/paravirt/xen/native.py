@@ -14,6 +14,7 @@ from trivisor.paravirt.xen.abi import FLAT_RING3_CS64, FLAT_RING3_SS, HYPERCALL_
 from trivisor.paravirt.xen.cpuid import VERSION
 from trivisor.paravirt.xen.frames import DOMAIN, L4
 from trivisor.paravirt.xen.native_frames import FRAMES
+from trivisor.paravirt.xen.native_memory import guest_bytes
 from trivisor.paravirt.xen.native_multicall import multicall
 from trivisor.paravirt.xen.native_page_tables import PAGE_TABLES
 from trivisor.paravirt.xen.native_privileged import PRIVILEGED
@@ -161,14 +162,7 @@ xen_mmuext_op:
     jne xen_python
     cmp qword [rbp+GPR_R10], {abi.DOMID_SELF}
     jne xen_python
-    mov r13, [rbp+GPR_RDI]
-    mov eax, r13d
-    and eax, 0xfff
-    cmp eax, 4096-48
-    ja xen_python
-    xor r12d, r12d
-    call guest_page
-    jnz xen_python
+    {guest_bytes("[rbp+GPR_RDI]", 48)}
     mov r8, [rbx+X_FRAME_KIND_COUNT]
     mov r9, [rbx+X_FRAME_REFERENCES]
     ; first see whether all can be done

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from trivisor.paravirt.xen.abi import HYPERCALL_NUMBERS
 from trivisor.paravirt.xen.hypercalls.control import BEGUN, CALLS_AT_A_TIME, DONE, MULTICALL_SIZE
+from trivisor.paravirt.xen.native_memory import guest_bytes
 from trivisor.paravirt.xen.page_tables import TABLES_AT_A_TIME
 from trivisor.paravirt.xen.shared_table import ARGUMENTS
 
@@ -31,14 +32,7 @@ xen_multicall:
     mov [rbx+X_CALLS_LEFT], rcx
 xen_multicall_entry:
     ; that its result can be written is seen before
-    mov r13, [rbx+X_CALLS_AT]
-    mov eax, r13d
-    and eax, 0xfff
-    cmp eax, 4096-{MULTICALL_SIZE}
-    ja xen_multicall_rest
-    mov r12d, 1
-    call guest_page
-    jnz xen_multicall_rest
+    {guest_bytes("[rbx+X_CALLS_AT]", MULTICALL_SIZE, write=True, otherwise="xen_multicall_rest")}
     {"".join(f'''
     mov rax, [rdi+{16 + 8 * number}]
     mov [rbp+GPR_{name}], rax''' for number, name in enumerate(ARGUMENTS))}

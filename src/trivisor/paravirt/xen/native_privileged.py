@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trivisor.paravirt.xen.abi import FORCED_EMULATION
+from trivisor.paravirt.xen.native_memory import guest_bytes
 from trivisor.x86 import msr
 from trivisor.x86.exceptions import GENERAL_PROTECTION, INVALID_OPCODE
 
@@ -23,14 +24,7 @@ xen_instruction_fault:
     cmp qword [rbp+EXIT_A], {INVALID_OPCODE}
     jne xen_python
     ; CPUID behind the forced-emulation prefix
-    mov r13, [rbp+GUEST_RIP]
-    mov eax, r13d
-    and eax, 0xfff
-    cmp eax, 4096-8
-    ja xen_python
-    xor r12d, r12d
-    call guest_page
-    jnz xen_python
+    {guest_bytes("[rbp+GUEST_RIP]", 8)}
     mov rax, [rdi]
     shl rax, 8
     mov rcx, {int.from_bytes(_FORCED_CPUID, "little") << 8:#x}
@@ -49,14 +43,7 @@ xen_instruction_done:
 xen_general_protection:
     cmp qword [rbp+EXIT_B], 0
     jne xen_python
-    mov r13, [rbp+GUEST_RIP]
-    mov eax, r13d
-    and eax, 0xfff
-    cmp eax, 4096-2
-    ja xen_python
-    xor r12d, r12d
-    call guest_page
-    jnz xen_python
+    {guest_bytes("[rbp+GUEST_RIP]", 2)}
     movzx eax, word [rdi]
     cmp eax, {_RDMSR}
     je xen_rdmsr
@@ -96,14 +83,7 @@ supervisor_instruction:
     je xen_python
     cmp qword [rbx+X_BREAKPOINTS], 0
     jne xen_python
-    mov r13, [rbp+GUEST_RIP]
-    mov eax, r13d
-    and eax, 0xfff
-    cmp eax, 4096-4
-    ja xen_python
-    xor r12d, r12d
-    call guest_page
-    jnz xen_python
+    {guest_bytes("[rbp+GUEST_RIP]", 4)}
     mov eax, [rdi]
     mov ecx, 1 ; the instruction's length
     mov edx, 0xffffffff ; what EAX gets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trivisor.paravirt.xen import abi
+from trivisor.paravirt.xen.native_memory import guest_bytes
 from trivisor.paravirt.xen.timers import SET, STOPPED
 
 TIMERS = f"""
@@ -28,14 +29,7 @@ xen_is_up:
     jmp xen_done
 
 xen_set_single:
-    mov r13, [rbp+GPR_RDX]
-    mov eax, r13d
-    and eax, 0xfff
-    cmp eax, 4096-12
-    ja xen_python
-    xor r12d, r12d
-    call guest_page
-    jnz xen_python
+    {guest_bytes("[rbp+GPR_RDX]", 12)}
     mov r14, [rdi]
     test dword [rdi+8], {abi.VCPU_SSHOTTMR_FUTURE}
     jnz xen_python

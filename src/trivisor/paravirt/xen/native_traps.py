@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trivisor.paravirt.xen.abi import FLAT_RING3_CS64, FLAT_RING3_SS, VCPU_INFO_CR2, VGCF_IN_SYSCALL
+from trivisor.paravirt.xen.native_memory import guest_bytes
 from trivisor.x86.exceptions import PAGE_FAULT, PF_PRESENT, PF_USER, PF_WRITE
 from trivisor.x86.flags import AC, DF, FIXED, ID, IF, IOPL, NT, RF, STATUS, TF, VM
 
@@ -240,14 +241,7 @@ xen_page_fault:
 
 ; The iret hypercall: back to where a frame on the stack says.
 xen_iret:
-    mov r13, [rbp+GPR_RSP]
-    mov eax, r13d
-    and eax, 0xfff
-    cmp eax, 4096-72
-    ja xen_python
-    xor r12d, r12d
-    call guest_page
-    jnz xen_python
+    {guest_bytes("[rbp+GPR_RSP]", 72)}
     mov r15, rdi
     ; rax, r11, rcx, flags, rip, cs, rflags, rsp, ss
     mov eax, [r15+48]

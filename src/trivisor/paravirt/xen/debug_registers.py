@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from trivisor.paravirt.xen.abi import EINVAL, ENODEV, EPERM, HYPERVISOR_VIRT_END, HYPERVISOR_VIRT_START
+from trivisor.paravirt.xen.abi import EINVAL, ENODEV, EPERM
 from trivisor.paravirt.xen.shared_table import INDEX
+from trivisor.paravirt.xen.walk import may_be_guests
 from trivisor.x86.control import CR4_DE, DR6_FIXED, DR6_VALID, DR7_FIXED, DR7_GD
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def set_debug_register(domain: Domain, number: int, value: int) -> int:
     if debug_register(domain, number) is None:
         return ENODEV
     if number < 4:
-        if HYPERVISOR_VIRT_START <= value < HYPERVISOR_VIRT_END or value >> 47 not in (0, 0x1FFFF):
+        if not may_be_guests(value):
             return EPERM
         cpu.set_debug_register(number, value)
         return 0

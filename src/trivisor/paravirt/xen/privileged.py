@@ -21,6 +21,7 @@ from trivisor.x86 import msr
 from trivisor.x86.control import CR0_TS, CR4_FSGSBASE, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, xcr0_is_valid
 from trivisor.x86.exceptions import DEBUG, INVALID_OPCODE, GuestException
 from trivisor.x86.iced_types import RegisterNumber
+from trivisor.x86.paging import is_canonical
 
 if TYPE_CHECKING:
     from trivisor.paravirt.xen.domain import Domain
@@ -254,7 +255,7 @@ def _wrmsr(domain: Domain, instruction: Instruction) -> bool:
 def _write_msr(domain: Domain, index: int, value: int) -> bool:
     cpu = domain.cpu
     match index:
-        case msr.IA32_FS_BASE | msr.IA32_GS_BASE | msr.IA32_KERNEL_GS_BASE if value >> 47 not in (0, 0x1FFFF):
+        case msr.IA32_FS_BASE | msr.IA32_GS_BASE | msr.IA32_KERNEL_GS_BASE if not is_canonical(value):
             return False
         case msr.IA32_FS_BASE:
             cpu.set_base(FS, value)

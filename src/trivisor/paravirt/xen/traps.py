@@ -10,6 +10,7 @@ from trivisor.paravirt.xen.abi import FLAT_RING3_CS64, FLAT_RING3_SS, VGCF_IN_SY
 from trivisor.paravirt.xen.errors import DomainCrash
 from trivisor.x86.exceptions import GENERAL_PROTECTION, GuestException
 from trivisor.x86.flags import AC, DF, FIXED, IF, IOPL, NT, RF, STATUS, TF, VM
+from trivisor.x86.paging import is_canonical
 
 if TYPE_CHECKING:
     from trivisor.paravirt.xen.domain import Domain
@@ -105,7 +106,7 @@ def iret(domain: Domain) -> int:
         code, stack = FLAT_RING3_CS64, FLAT_RING3_SS
     try:
         _load_segments(domain, code, stack)
-        if rip >> 47 not in (0, 0x1FFFF):
+        if not is_canonical(rip):
             raise GuestException(GENERAL_PROTECTION, 0)
     except GuestException as why:
         # What the processor's own IRET would not go back to: the exception is as if it came from there (iret_to_guest).

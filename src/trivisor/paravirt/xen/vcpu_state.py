@@ -9,6 +9,7 @@ from trivisor.machine.saving import Remembers, Saved
 from trivisor.paravirt.xen.abi import VMASST_ARCHITECTURAL_IOPL, VMASST_TYPES
 from trivisor.paravirt.xen.shared_table import INDEX, SharedFlag, SharedTable, SharedWord
 from trivisor.x86.exceptions import PAGE_FAULT
+from trivisor.x86.paging import is_canonical
 
 
 class Trap(NamedTuple):
@@ -95,7 +96,7 @@ class VcpuState(Remembers):
         if len(callbacks) != len(_CALLBACKS):
             raise ValueError("callbacks are missing")
         entries = [*(row[1] for row in traps), *(row[0] for row in callbacks)]
-        if not all(address >> 47 in (0, 0x1FFFF) for address in entries):
+        if not all(is_canonical(address) for address in entries):
             raise ValueError("the guest's kernel cannot be entered at what is no address")
         self.traps = {
             vector: Trap(address, selector | 3, dpl, bool(clears)) for vector, address, selector, dpl, clears in traps

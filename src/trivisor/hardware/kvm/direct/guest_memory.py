@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trivisor.machine.memory import PAGE_SIZE, GuestMemory
 from trivisor.x86.exceptions import PAGE_FAULT, PF_PRESENT, PF_USER, PF_WRITE, GuestException
-from trivisor.x86.paging import ACCESSED, DIRTY, PRESENT, USER, WRITABLE
+from trivisor.x86.paging import ACCESSED, DIRTY, PRESENT, USER, WRITABLE, is_canonical
 
 _ADDRESS = (1 << 52) - PAGE_SIZE
 _MASK64 = (1 << 64) - 1
@@ -50,7 +50,7 @@ class RingThreeMemory:
         """Where `linear` leads, setting accessed and dirty bits as the processor does; raises `GuestException`."""
         words, table, rights = self._words, self.root >> 3, USER | WRITABLE
         error = PF_USER | PF_WRITE if write else PF_USER
-        if linear >> 39 & _INDEX == self._own_slot or linear >> 47 not in (0, 0x1FFFF):
+        if linear >> 39 & _INDEX == self._own_slot or not is_canonical(linear):
             raise GuestException(PAGE_FAULT, error, linear)
         at = entry = 0
         for shift in (39, 30, 21, 12):

@@ -42,6 +42,7 @@ from trivisor.x86.exceptions import (
     GuestException,
 )
 from trivisor.x86.flags import AC, DF, FIXED, IF, NT, RF, STATUS, TF
+from trivisor.x86.paging import is_canonical
 
 _IMMEDIATE_EXIT = abi.RunHeader.immediate_exit.offset
 _EXIT_REASON = abi.RunHeader.exit_reason.offset // 4
@@ -229,7 +230,7 @@ class DirectVcpu(KvmVcpu):
         if self._look and self._outside and (exit_ := self._serve()) is not None:
             return exit_
         if self._outside:
-            if self.registers.rip >> 47 not in (0, 0x1FFFF):  # nothing is there, and VT-x would not even go
+            if not is_canonical(self.registers.rip):  # nothing is there, and VT-x would not even go
                 return self._after(self.supervisor.exception(GENERAL_PROTECTION, 0, None))
             if self._stepping:
                 self._set_trap()

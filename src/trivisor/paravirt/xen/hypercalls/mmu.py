@@ -11,6 +11,7 @@ from trivisor.paravirt.xen.errors import HypercallError, Preempted
 from trivisor.paravirt.xen.frames import L1, L4
 from trivisor.paravirt.xen.page_tables import ACCESSED, DIRTY
 from trivisor.paravirt.xen.walk import entry_address
+from trivisor.x86.paging import is_canonical
 
 if TYPE_CHECKING:
     from trivisor.paravirt.xen.domain import Domain
@@ -173,7 +174,7 @@ class _Mmu:
         elif command in (abi.MMUEXT_TLB_FLUSH_LOCAL, abi.MMUEXT_TLB_FLUSH_MULTI, abi.MMUEXT_TLB_FLUSH_ALL):
             self._domain.flush()
         elif command in (abi.MMUEXT_INVLPG_LOCAL, abi.MMUEXT_INVLPG_MULTI, abi.MMUEXT_INVLPG_ALL):
-            if first >> 47 in (0, 0x1FFFF):
+            if is_canonical(first):
                 self._domain.invalidate(first)
         elif command in (abi.MMUEXT_FLUSH_CACHE, abi.MMUEXT_FLUSH_CACHE_GLOBAL):
             raise HypercallError(EACCES)  # for domains with hardware of their own

@@ -15,6 +15,7 @@ from trivisor.paravirt.xen.frames import DESCRIPTORS, WRITABLE
 from trivisor.paravirt.xen.page_tables import PRESENT
 from trivisor.paravirt.xen.vcpu_state import NO_CALLBACK, Callback, Trap
 from trivisor.x86.exceptions import GuestException
+from trivisor.x86.paging import is_canonical
 
 if TYPE_CHECKING:
     from trivisor.paravirt.xen.domain import Domain
@@ -35,11 +36,6 @@ _CALLBACKS = {
     abi.CALLBACKTYPE_NMI: "nmi",
 }
 """Where `VcpuState` has them."""
-
-
-def is_canonical(address: int) -> bool:
-    """Whether a linear address has its upper bits all equal to bit 47."""
-    return address >> 47 in (0, 0x1FFFF)
 
 
 def handlers(domain: Domain) -> dict[int, Handler]:

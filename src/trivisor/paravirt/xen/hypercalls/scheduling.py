@@ -11,6 +11,7 @@ from trivisor.paravirt.xen.abi import EEXIST, EFAULT, EINVAL, ENOENT, ENOSYS, EP
 from trivisor.paravirt.xen.errors import HypercallError
 from trivisor.paravirt.xen.grants import BACK_END_DOMAIN
 from trivisor.paravirt.xen.timers import LONGEST_PERIOD, SHORTEST_PERIOD
+from trivisor.paravirt.xen.walk import may_be_guests
 
 if TYPE_CHECKING:
     from trivisor.paravirt.xen.domain import Domain
@@ -202,7 +203,7 @@ class _Scheduling:
         """A second place for the time, a page that the guest shows its programs; a null pointer is none."""
         domain = self._domain
         (area,) = struct.unpack("<Q", domain.cpu.load(argument, 8))
-        if abi.HYPERVISOR_VIRT_START <= area < abi.HYPERVISOR_VIRT_END or area >> 47 not in (0, 0x1FFFF):
+        if not may_be_guests(area):
             raise HypercallError(EFAULT)
         domain.state.time_area = area
         domain.tell_time()
